@@ -1,0 +1,246 @@
+"""What a model is: sizes, layers, schedule, operators, topology, and the counts that follow from them."""
+
+import dataclasses
+import itertools
+from typing import Literal, NamedTuple, get_args
+
+from spiral_jax.errors import SpiralError
+
+Topology = Literal["base", "residual", "anchor", "anchor_star", "mesh"]
+Pooling = Literal["self_aggregation", "mean"]
+Allocation = Literal["learned", "uniform"]
+UpdateScale = Literal["sqrt", "linear", "none"]
+Remat = Literal["none", "dots", "full"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+class Level(NamedTuple):
+    """The resolution of one loop iteration (SPEC section 3): r = 1 / chunk."""
+
+    chunk: int  # g: tokens per chunk
+    offset: int  # w: chunk(i) = (i + w) // g
+    shift: int  # s: token i reads what was computed for token i - s
+
+    def num_chunks(self, length: int) -> int:
+        """Complete chunks in `length` tokens; the trailing incomplete one is dropped."""
+        return (length + self.offset) // self.chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model of any family (SPEC sections 1 to 3).
+
+    Every family is `prelude + core x schedule + coda`. Vanilla has an empty schedule, a full-resolution loop a
+    schedule of ones. Validation happens on construction and raises `SpiralError` naming `model.<field>`.
+
+    Attributes:
+      vocab_size: rows of the embedding and columns of the head (the tokenizer's ids, padded).
+      d_model: width d.
+      num_heads: attention heads H; d_model / num_heads is the head width.
+      prelude_layers: layers before the loop, run on every token.
+      core_layers: layers of the weight-shared core, run once per iteration at that iteration's resolution.
+      coda_layers: layers after the loop.
+      chunks: chunk size g of each iteration, coarse to fine in the paper: (8, 4, 2, 1) is SpiralFormer-B.
+      offsets: offset w of each iteration; None for g // 2.
+      shifts: right shift s of each iteration; None for g - 1, the least that keeps the model causal.
+      shared_core: False gives every iteration layers of its own (Pythia+MeSH).
+      topology: how an iteration's update e(t) becomes the next state.
+      memory_slots: MeSH slots S; None for T + 3. Only read by topology `mesh`.
+      pooling: how a chunk becomes one vector.
+      allocation: how a chunk's update is spread over its tokens.
+      update_scale: lambda of the up-scale: sqrt(g), g or 1.
+      rotary_fraction: part of each head that is rotated.
+      rotary_base: base of the rotary frequencies.
+      layer_norm_epsilon: epsilon of every LayerNorm.
+      dtype: compute dtype. Parameters are float32 (float64 when computing in float64).
+      remat: what the backward pass recomputes: `none` keeps all activations, `dots` keeps only the outputs of
+        weight matmuls, `full` keeps only each layer's input.
+      unroll: unrolls the scans over layers and iterations: faster steps on CPU, compile time grows with depth.
+    """
+
+    vocab_size: int = 50304
+    d_model: int = 768
+    num_heads: int = 12
+    prelude_layers: int = 2
+    core_layers: int = 4
+    coda_layers: int = 2
+    chunks: tuple[int, ...] = (8, 4, 2, 1)
+    offsets: tuple[int, ...] | None = None
+    shifts: tuple[int, ...] | None = None
+    shared_core: bool = True
+    topology: Topology = "mesh"
+    memory_slots: int | None = None
+    pooling: Pooling = "self_aggregation"
+    allocation: Allocation = "learned"
+    update_scale: UpdateScale = "sqrt"
+    rotary_fraction: float = 0.25
+    rotary_base: float = 10000.0
+    layer_norm_epsilon: float = 1e-5
+    dtype: Dtype = "bfloat16"
+    remat: Remat = "none"
+    unroll: bool = False
+
+    def __post_init__(self):
+        for field in ("vocab_size", "d_model", "num_heads"):
+            if getattr(self, field) < 1:
+                raise SpiralError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("prelude_layers", "core_layers", "coda_layers"):
+            if getattr(self, field) < 0:
+                raise SpiralError(f"model.{field} is {getattr(self, field)}; it must be 0 or more")
+        for field, allowed in (
+            ("topology", get_args(Topology)),
+            ("pooling", get_args(Pooling)),
+            ("allocation", get_args(Allocation)),
+            ("update_scale", get_args(UpdateScale)),
+            ("dtype", get_args(Dtype)),
+            ("remat", get_args(Remat)),
+        ):
+            if getattr(self, field) not in allowed:
+                raise SpiralError(f"model.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        if self.d_model % self.num_heads:
+            raise SpiralError(
+                f"model.num_heads is {self.num_heads}, which does not divide model.d_model {self.d_model}"
+            )
+        if not 0 <= self.rotary_fraction <= 1:
+            raise SpiralError(f"model.rotary_fraction is {self.rotary_fraction}; it must lie in [0, 1]")
+        if self.rotary_dims % 2:
+            raise SpiralError(
+                f"model.rotary_fraction {self.rotary_fraction} of the head width {self.head_width} rotates "
+                f"{self.rotary_dims} dimensions; the number must be even"
+            )
+        if self.rotary_base <= 0 or self.layer_norm_epsilon <= 0:
+            raise SpiralError(
+                f"model.rotary_base is {self.rotary_base} and model.layer_norm_epsilon {self.layer_norm_epsilon}; "
+                "both must be positive"
+            )
+        if self.memory_slots is not None and self.memory_slots < 1:
+            raise SpiralError(f"model.memory_slots is {self.memory_slots}; it must be at least 1")
+        self._check_schedule()
+
+    def _check_schedule(self):
+        for field in ("offsets", "shifts"):
+            values = getattr(self, field)
+            if values is not None and len(values) != len(self.chunks):
+                raise SpiralError(
+                    f"model.{field} has {len(values)} entries, but model.chunks has {len(self.chunks)} iterations"
+                )
+        if any(g < 1 for g in self.chunks):
+            raise SpiralError(f"model.chunks is {self.chunks}; every chunk size must be at least 1")
+        for t, (g, w, s) in enumerate(self.schedule):
+            if not 0 <= w < g:
+                raise SpiralError(f"model.offsets[{t}] is {w}; with chunk size {g} it must lie in 0..{g - 1}")
+            if s < g - 1:
+                raise SpiralError(
+                    f"model.shifts[{t}] is {s}, which leaks the future; with chunk size {g} it must be at least {g - 1}"
+                )
+            if g == 1 and s != 0:
+                raise SpiralError(f"model.shifts[{t}] is {s}; a full-resolution iteration (chunk size 1) has shift 0")
+
+    @property
+    def schedule(self) -> tuple[Level, ...]:
+        """The level of each iteration, offsets and shifts resolved."""
+        offsets = self.offsets if self.offsets is not None else [g // 2 for g in self.chunks]
+        shifts = self.shifts if self.shifts is not None else [g - 1 for g in self.chunks]
+        return tuple(Level(*level) for level in zip(self.chunks, offsets, shifts, strict=True))
+
+    @property
+    def runs(self) -> tuple[tuple[Level, int], ...]:
+        """Neighbouring iterations of one level, as (level, how many): each run is compiled once."""
+        return tuple((level, len(list(group))) for level, group in itertools.groupby(self.schedule))
+
+    @property
+    def num_iterations(self) -> int:
+        """T."""
+        return len(self.chunks)
+
+    @property
+    def num_slots(self) -> int:
+        """S, MeSH memory slots."""
+        return self.memory_slots if self.memory_slots is not None else self.num_iterations + 3
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def rotary_dims(self) -> int:
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width of the MLP."""
+        return 4 * self.d_model
+
+    @property
+    def unrolled_layers(self) -> int:
+        """Layers a token passes through: prelude + T core + coda."""
+        return self.prelude_layers + self.num_iterations * self.core_layers + self.coda_layers
+
+    @property
+    def stored_layers(self) -> int:
+        """Layers that have parameters of their own."""
+        cores = min(self.num_iterations, 1) if self.shared_core else self.num_iterations
+        return self.prelude_layers + cores * self.core_layers + self.coda_layers
+
+    @property
+    def notation(self) -> str:
+        """The papers' notation, as in `4+8x{1/8,1/4,1/2,1}+4`."""
+        if not self.chunks:
+            return f"{self.prelude_layers + self.coda_layers} layers"
+        if not self.shared_core:
+            parts = [self.prelude_layers, *[self.core_layers] * self.num_iterations, self.coda_layers]
+            return "+".join(map(str, parts))
+        resolutions = ",".join("1" if g == 1 else f"1/{g}" for g in self.chunks)
+        return f"{self.prelude_layers}+{self.core_layers}x{{{resolutions}}}+{self.coda_layers}"
+
+    # Parameter counts (SPEC sections 1 to 3).
+
+    @property
+    def router_parameters(self) -> int:
+        """MeSH routers: T + 1 pairs of Linear d -> S with bias."""
+        if self.topology != "mesh":
+            return 0
+        return 2 * self.num_slots * (self.num_iterations + 1) * (self.d_model + 1)
+
+    @property
+    def scaler_parameters(self) -> int:
+        """Scorers (d -> 1, no bias) and allocators (d -> g, with bias) of the iterations with g > 1."""
+        coarse = [g for g in self.chunks if g > 1]
+        scorers = len(coarse) * self.d_model if self.pooling == "self_aggregation" else 0
+        allocators = sum(g * (self.d_model + 1) for g in coarse) if self.allocation == "learned" else 0
+        return scorers + allocators
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Everything but the input embedding and the output head."""
+        d = self.d_model
+        return self.stored_layers * (12 * d**2 + 13 * d) + 2 * d + self.router_parameters + self.scaler_parameters
+
+    @property
+    def total_parameters(self) -> int:
+        return self.non_embedding_parameters + 2 * self.vocab_size * self.d_model
+
+    # FLOPs (SPEC section 3).
+
+    def executed_layers(self, length: int) -> tuple[tuple[int, int], ...]:
+        """Layers run on an input of `length` tokens, as (layers, length they run at)."""
+        outer = ((self.prelude_layers, length), (self.coda_layers, length))
+        return (outer[0], *((self.core_layers, level.num_chunks(length)) for level in self.schedule), outer[1])
+
+    def prefill_flops(self, length: int = 4096, *, causal: bool = False) -> int:
+        """FLOPs of one forward pass over `length` tokens.
+
+        Args:
+          length: tokens of the sequence.
+          causal: count only the attention scores a causal mask keeps; the papers count all of them.
+        """
+        d = self.d_model
+        flops = 2 * length * self.vocab_size * d
+        for layers, n in self.executed_layers(length):
+            attention = 2 * n * (n + 1) * d if causal else 4 * n**2 * d
+            flops += layers * (24 * n * d**2 + attention)
+        return flops
+
+    def train_flops_per_token(self, length: int, *, causal: bool = False) -> float:
+        """FLOPs per token of a training step (forward and backward) at sequence length `length`."""
+        return 3 * self.prefill_flops(length, causal=causal) / length

@@ -1,0 +1,136 @@
+"""The GPT-NeoX layer of Pythia, and a stack of them under one scan (SPEC section 1)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.model.config import ModelConfig, Remat
+from spiral_jax.model.resolution import at_least_float32
+
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+ACTIVATIONS = ("batch", "length", "activation_embed")
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an activation to the mesh by the logical names of its axes; outside a mesh it does nothing."""
+    return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
+def small_init(config: ModelConfig, divide_by: float = 1.0) -> nn.initializers.Initializer:
+    """Normal with std sqrt(2 / (5 d)) / divide_by (SPEC section 5)."""
+    return nn.initializers.normal((2 / (5 * config.d_model)) ** 0.5 / divide_by)
+
+
+def param_dtype(config: ModelConfig) -> jnp.dtype:
+    return at_least_float32(config.dtype)
+
+
+def rotary_tables(length: int, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles at positions 0..L-1, each [L, rotary_dims / 2], at least float32."""
+    half, dtype = config.rotary_dims // 2, at_least_float32(config.dtype)
+    frequency_F = config.rotary_base ** -(jnp.arange(half, dtype=dtype) / max(half, 1))
+    angle_LxF = jnp.arange(length, dtype=dtype)[:, None] * frequency_F
+    return jnp.cos(angle_LxF), jnp.sin(angle_LxF)
+
+
+def apply_rotary(x_BxLxHxK: jax.Array, cos_LxF: jax.Array, sin_LxF: jax.Array) -> jax.Array:
+    """Rotates the pairs (j, j + F) of the first 2 F dimensions of every head and passes the rest through."""
+    F = cos_LxF.shape[-1]
+    cos_Lx1xF, sin_Lx1xF = cos_LxF[:, None], sin_LxF[:, None]
+    a, b, rest = x_BxLxHxK[..., :F], x_BxLxHxK[..., F : 2 * F], x_BxLxHxK[..., 2 * F :]
+    rotated = jnp.concatenate([a * cos_Lx1xF - b * sin_Lx1xF, b * cos_Lx1xF + a * sin_Lx1xF], axis=-1)
+    return jnp.concatenate([rotated.astype(x_BxLxHxK.dtype), rest], axis=-1)
+
+
+def layer_norm(config: ModelConfig, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with scale and bias; statistics at least float32, by the two-pass formula."""
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_epsilon,
+        dtype=config.dtype,
+        param_dtype=param_dtype(config),
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        name=name,
+    )
+
+
+class Layer(nn.Module):
+    """x + Attn(LN1(x)) + MLP(LN2(x)): parallel residual, fused QKV, exact GELU, biases everywhere."""
+
+    config: ModelConfig
+    attention: AttentionFn
+
+    def _linear(self, features, in_axes, out_axes, kernel_init, name) -> nn.DenseGeneral:
+        return nn.DenseGeneral(
+            features,
+            axis=tuple(range(-len(in_axes), 0)),
+            dtype=self.config.dtype,
+            param_dtype=param_dtype(self.config),
+            kernel_init=nn.with_logical_partitioning(kernel_init, in_axes + out_axes),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, out_axes),
+            name=name,
+        )
+
+    @nn.compact
+    def __call__(self, h_BxLxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        """Returns (next h_BxLxD, None), the carry and output of a scan over layers."""
+        c = self.config
+        inner = small_init(c)
+        output = small_init(c, divide_by=(2 * c.unrolled_layers) ** 0.5)
+
+        x_BxLxD = layer_norm(c, "attention_norm")(h_BxLxD)
+        # Axis order [heads, q|k|v, width] is the exported row order, and lets the heads be sharded.
+        qkv_BxLxHx3xK = self._linear(
+            (c.num_heads, 3, c.head_width), ("embed",), ("heads", "qkv", "head_width"), inner, "qkv"
+        )(x_BxLxD)
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
+            constrain(qkv_BxLxHx3xK[..., i, :], "batch", "length", "heads", "head_width") for i in range(3)
+        )
+        out_BxLxHxK = self.attention(apply_rotary(q_BxLxHxK, *rotary), apply_rotary(k_BxLxHxK, *rotary), v_BxLxHxK)
+        attention_BxLxD = self._linear((c.d_model,), ("heads", "head_width"), ("embed",), output, "out")(out_BxLxHxK)
+
+        x_BxLxD = layer_norm(c, "mlp_norm")(h_BxLxD)
+        up_BxLxF = self._linear((c.d_ff,), ("embed",), ("mlp",), inner, "mlp_up")(x_BxLxD)
+        up_BxLxF = nn.gelu(constrain(up_BxLxF, "batch", "length", "mlp"), approximate=False)
+        mlp_BxLxD = self._linear((c.d_model,), ("mlp",), ("embed",), output, "mlp_down")(up_BxLxF)
+
+        return constrain(h_BxLxD + attention_BxLxD + mlp_BxLxD, *ACTIVATIONS), None
+
+
+class Stack(nn.Module):
+    """`num_layers` layers with parameters stacked on a leading axis, run by one scan: compile time is that of one."""
+
+    config: ModelConfig
+    num_layers: int
+    attention: AttentionFn
+
+    @nn.compact
+    def __call__(self, h_BxLxD: jax.Array) -> jax.Array:
+        if self.num_layers == 0:
+            return h_BxLxD
+        layer = Layer
+        if self.config.remat != "none":
+            # prevent_cse guards against what a scan cannot do anyway, and costs fusions.
+            layer = nn.remat(Layer, policy=remat_policy(self.config.remat), prevent_cse=self.config.unroll)
+        scan = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers,
+            unroll=self.num_layers if self.config.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        h_BxLxD, _ = scan(self.config, self.attention, name="layers")(
+            h_BxLxD, rotary_tables(h_BxLxD.shape[1], self.config)
+        )
+        return h_BxLxD
+
+
+def remat_policy(remat: Remat) -> Callable | None:
+    """What `jax.checkpoint` may keep under a remat setting; None is nothing but the inputs."""
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
