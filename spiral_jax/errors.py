@@ -8,3 +8,9 @@ class SpiralError(ValueError):
     allowed. Commands print it without a traceback and exit with status 2; anything else that is
     raised is a defect of this package and keeps its traceback.
     """
+
+
+def require(ok: bool, field: str, value, allowed: str) -> None:
+    """Raises SpiralError naming a configuration field, the value found and what is allowed, unless `ok`."""
+    if not ok:
+        raise SpiralError(f"{field} is {value!r}; allowed: {allowed}")

@@ -189,7 +189,7 @@ def params_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) 
                 for field, shape in shapes.items()
             }
         params[stack] = {"layers": layers}
-    for name, (group, index) in _iteration_linears(config).items():
+    for name, (group, _) in _iteration_linears(config).items():
         linear = params.setdefault(group, {"kernel": []})
         features = _features(config, name, group)
         linear["kernel"].append(take(f"{name}.weight", (features, D)).T)

@@ -1,22 +1,35 @@
 """The GPT-NeoX layer of Pythia, and a stack of them under one scan (SPEC section 1)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.kernels.xla import causal_attention
 from spiral_jax.model.config import ModelConfig, Remat
 from spiral_jax.model.resolution import at_least_float32
-
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 ACTIVATIONS = ("batch", "length", "activation_embed")
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation to the mesh by the logical names of its axes; outside a mesh it does nothing."""
-    return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+def _anywhere(x: jax.Array, *axes: str) -> jax.Array:
+    """Leaves an activation where the compiler puts it."""
+    del axes
+    return x
+
+
+class Backend(NamedTuple):
+    """What a model needs to know of the machine, handed in by whoever has a mesh.
+
+    Attributes:
+      attention: (q, k, v) of [B, L, H, K] to [B, L, H, K], causal.
+      constrain: (x, *logical axis names) to x, pinned to the mesh; by default it does nothing.
+    """
+
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = causal_attention
+    constrain: Callable[..., jax.Array] = _anywhere
 
 
 def small_init(config: ModelConfig, divide_by: float = 1.0) -> nn.initializers.Initializer:
@@ -62,7 +75,7 @@ class Layer(nn.Module):
     """x + Attn(LN1(x)) + MLP(LN2(x)): parallel residual, fused QKV, exact GELU, biases everywhere."""
 
     config: ModelConfig
-    attention: AttentionFn
+    backend: Backend
 
     def _linear(self, features, in_axes, out_axes, kernel_init, name) -> nn.DenseGeneral:
         return nn.DenseGeneral(
@@ -88,17 +101,19 @@ class Layer(nn.Module):
             (c.num_heads, 3, c.head_width), ("embed",), ("heads", "qkv", "head_width"), inner, "qkv"
         )(x_BxLxD)
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
-            constrain(qkv_BxLxHx3xK[..., i, :], "batch", "length", "heads", "head_width") for i in range(3)
+            self.backend.constrain(qkv_BxLxHx3xK[..., i, :], "batch", "length", "heads", "head_width") for i in range(3)
         )
-        out_BxLxHxK = self.attention(apply_rotary(q_BxLxHxK, *rotary), apply_rotary(k_BxLxHxK, *rotary), v_BxLxHxK)
+        out_BxLxHxK = self.backend.attention(
+            apply_rotary(q_BxLxHxK, *rotary), apply_rotary(k_BxLxHxK, *rotary), v_BxLxHxK
+        )
         attention_BxLxD = self._linear((c.d_model,), ("heads", "head_width"), ("embed",), output, "out")(out_BxLxHxK)
 
         x_BxLxD = layer_norm(c, "mlp_norm")(h_BxLxD)
         up_BxLxF = self._linear((c.d_ff,), ("embed",), ("mlp",), inner, "mlp_up")(x_BxLxD)
-        up_BxLxF = nn.gelu(constrain(up_BxLxF, "batch", "length", "mlp"), approximate=False)
+        up_BxLxF = nn.gelu(self.backend.constrain(up_BxLxF, "batch", "length", "mlp"), approximate=False)
         mlp_BxLxD = self._linear((c.d_model,), ("mlp",), ("embed",), output, "mlp_down")(up_BxLxF)
 
-        return constrain(h_BxLxD + attention_BxLxD + mlp_BxLxD, *ACTIVATIONS), None
+        return self.backend.constrain(h_BxLxD + attention_BxLxD + mlp_BxLxD, *ACTIVATIONS), None
 
 
 class Stack(nn.Module):
@@ -106,7 +121,7 @@ class Stack(nn.Module):
 
     config: ModelConfig
     num_layers: int
-    attention: AttentionFn
+    backend: Backend
 
     @nn.compact
     def __call__(self, h_BxLxD: jax.Array) -> jax.Array:
@@ -125,7 +140,7 @@ class Stack(nn.Module):
             unroll=self.num_layers if self.config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        h_BxLxD, _ = scan(self.config, self.attention, name="layers")(
+        h_BxLxD, _ = scan(self.config, self.backend, name="layers")(
             h_BxLxD, rotary_tables(h_BxLxD.shape[1], self.config)
         )
         return h_BxLxD

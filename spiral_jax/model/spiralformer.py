@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.kernels.xla import causal_attention
 from spiral_jax.model.config import Level, ModelConfig
-from spiral_jax.model.neox import ACTIVATIONS, AttentionFn, Stack, constrain, layer_norm, param_dtype, small_init
+from spiral_jax.model.neox import ACTIVATIONS, Backend, Stack, layer_norm, param_dtype, small_init
 from spiral_jax.model.resolution import down_scale, up_scale
 from spiral_jax.model.topology import Memory, empty_memory, next_state, route
 
@@ -47,21 +46,21 @@ class SpiralFormer(nn.Module):
 
     Attributes:
       config: the architecture.
-      attention: (q, k, v) of [B, L, H, K] to [B, L, H, K], causal.
+      backend: attention and sharding constraints of the machine it runs on.
     """
 
     config: ModelConfig
-    attention: AttentionFn = causal_attention
+    backend: Backend = Backend()
 
     def setup(self):
         c = self.config
         self.embed = Embedding(c)
-        self.prelude = Stack(c, c.prelude_layers, self.attention)
+        self.prelude = Stack(c, c.prelude_layers, self.backend)
         if c.shared_core:
-            self.core = Stack(c, c.core_layers, self.attention)
+            self.core = Stack(c, c.core_layers, self.backend)
         else:
-            self.cores = [Stack(c, c.core_layers, self.attention) for _ in c.chunks]
-        self.coda = Stack(c, c.coda_layers, self.attention)
+            self.cores = [Stack(c, c.core_layers, self.backend) for _ in c.chunks]
+        self.coda = Stack(c, c.coda_layers, self.backend)
         self.final_norm = layer_norm(c)
         self.head = Head(c)
 
@@ -91,7 +90,7 @@ class SpiralFormer(nn.Module):
           mean entropy in nats of the write and read routers of the transition and each iteration.
         """
         c = self.config
-        h_emb_BxLxD = constrain(self.embed(tokens_BxL), *ACTIVATIONS)
+        h_emb_BxLxD = self._pin(self.embed(tokens_BxL))
         h_BxLxD = self.prelude(h_emb_BxLxD)
         memory, entropies = Memory((), ()), []
         if c.topology == "mesh":
@@ -130,9 +129,9 @@ class SpiralFormer(nn.Module):
         e_BxLxD = self._refine(core, level, step, h_BxLxD)
         if self.config.topology == "mesh":
             h_BxLxD, memory, entropy_2 = self._light(route)(step["router"], h_BxLxD, e_BxLxD, memory, at)
-            return constrain(h_BxLxD, *ACTIVATIONS), memory, entropy_2[None]
+            return self._pin(h_BxLxD), memory, entropy_2[None]
         h_BxLxD = next_state(self.config.topology, e_BxLxD, h_BxLxD, h0_BxLxD, h_emb_BxLxD)
-        return constrain(h_BxLxD, *ACTIVATIONS), memory, jnp.zeros((1, 2))
+        return self._pin(h_BxLxD), memory, jnp.zeros((1, 2))
 
     def _refine(self, core: Callable, level: Level, step: dict, h_BxLxD: jax.Array) -> jax.Array:
         """e(t): down-scale, core, up-scale and shift; at full resolution the core alone."""
@@ -145,11 +144,11 @@ class SpiralFormer(nn.Module):
             return jnp.zeros_like(h_BxLxD)
         down = self._light(lambda h, scorer: down_scale(h, level, scorer))
         up = self._light(lambda z, allocator: up_scale(z, level, length, allocator, self.config.update_scale))
-        z_BxNxD = constrain(down(h_BxLxD, step.get("scorer")), *ACTIVATIONS)
-        return constrain(up(core(z_BxNxD), step.get("allocator")), *ACTIVATIONS)
+        z_BxNxD = self._pin(down(h_BxLxD, step.get("scorer")))
+        return self._pin(up(core(z_BxNxD), step.get("allocator")))
 
     def _scan(self, level: Level, count: int, steps: dict, h_BxLxD, memory: Memory, h0_BxLxD, h_emb_BxLxD):
-        """`count` iterations of one level under one scan: the core broadcast, the iterations' own parameters scanned."""
+        """`count` iterations of one level under one scan: the core broadcast, what is each iteration's own scanned."""
         # The scan's carry cannot grow: its writes go to entries reserved for them. What was written before is a
         # constant of the scan, so that it is not stored again for every iteration.
         before = len(memory.values)
@@ -168,6 +167,9 @@ class SpiralFormer(nn.Module):
         scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, length=count)
         (h_BxLxD, written, _), entropy_Tx2 = scan(self.core, (h_BxLxD, reserved, jnp.int32(0)), steps)
         return h_BxLxD, Memory(memory.values + written.values, memory.writes + written.writes), entropy_Tx2
+
+    def _pin(self, h_BxLxD: jax.Array) -> jax.Array:
+        return self.backend.constrain(h_BxLxD, *ACTIVATIONS)
 
     def _light(self, function: Callable) -> Callable:
         """Cheap elementwise work in float32: under remat it is recomputed rather than kept."""

@@ -1,0 +1,161 @@
+"""Saving and restoring runs. The only file that imports orbax.
+
+A checkpoint holds three items: `params`; `training` (optimizer state, step, RNG); `meta` (JSON: configuration and
+data state). Parameters are an item of their own so that scoring and sampling read nothing else. Saves are
+asynchronous and atomic: a step's directory appears under its final name when all of it is written.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from spiral_jax.errors import SpiralError, require
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every_steps: steps between checkpoints; the last step is always saved.
+      keep: newest checkpoints to keep.
+      keep_every_steps: checkpoints at multiples of this are kept for good; 0 for none.
+    """
+
+    every_steps: int = 1000
+    keep: int = 3
+    keep_every_steps: int = 0
+
+    def __post_init__(self):
+        for field, least in (("every_steps", 1), ("keep", 1), ("keep_every_steps", 0)):
+            require(getattr(self, field) >= least, f"checkpoint.{field}", getattr(self, field), f"{least} or more")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
+        """Opens WORKDIR/checkpoints.
+
+        Args:
+          workdir: absolute; orbax refuses relative directories at the first save only.
+          config: cadence and retention.
+          read_only: for readers: nothing is created or removed.
+        """
+        self.directory = workdir / "checkpoints"
+        self._config = config
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else config.keep,
+                keep_period=config.keep_every_steps or None,
+                save_interval_steps=0 if read_only else 1,
+                create=not read_only,
+                read_only=read_only,
+            ),
+            item_names=("params", "training", "meta"),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps there are complete checkpoints of, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def due(self, step: int, last_step: int) -> bool:
+        return step % self._config.every_steps == 0 or step == last_step
+
+    def save(self, step: int, state, meta: Mapping[str, Any]) -> None:
+        """Starts saving; arrays are copied before this returns, so the state may be donated to the next step.
+
+        Args:
+          step: optimizer steps done.
+          state: a `training.step.TrainState`.
+          meta: JSON values; `load_meta` returns them.
+        """
+        if step in self.steps():
+            return
+        training = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(training),
+                meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
+            ),
+        )
+
+    def load_meta(self, step: int) -> dict[str, Any]:
+        """The JSON saved with a checkpoint."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if meta.get("format") != FORMAT:
+            raise SpiralError(
+                f"{self.directory / str(step)}: format {meta.get('format')!r}; this version reads {FORMAT}"
+            )
+        return meta
+
+    def restore(self, step: int, abstract_state):
+        """A TrainState laid out as `abstract_state` says (shapes, dtypes, shardings)."""
+        training = {"step": abstract_state.step, "opt_state": abstract_state.opt_state, "rng": abstract_state.rng}
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract_state.params),
+            training=ocp.args.StandardRestore(training),
+        )
+        return abstract_state.replace(params=items["params"], **items["training"])
+
+    def restore_params(self, step: int, abstract_params):
+        """The parameters alone."""
+        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
+
+    def wait(self) -> None:
+        """Returns once every save is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves, then frees threads."""
+        self._manager.close()
+
+    def _restore(self, step: int, **items) -> Mapping[str, Any]:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SpiralError(f"{self.directory / str(step)}: the checkpoint cannot be restored: {reason}") from error
+
+
+def restore_for_inference(workdir: Path, abstract_params, step: int | None = None) -> tuple[Any, int]:
+    """Parameters of a run's newest checkpoint (or of `step`), laid out as `abstract_params` says.
+
+    Returns:
+      params and the step they were saved at.
+
+    Raises:
+      SpiralError: the run has no such checkpoint.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise SpiralError(f"{workdir}: no checkpoints directory; is it a run's --workdir?")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        if step is None and steps:
+            step = steps[-1]
+        if step not in steps:
+            raise SpiralError(f"{checkpoints.directory}: no checkpoint of step {step}; there are {steps or 'none'}")
+        return checkpoints.restore_params(step, abstract_params), step
+    finally:
+        checkpoints.close()
+
+
+def on_default_device(abstract_tree):
+    """The same shapes, laid out on the default device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_tree)

@@ -1,0 +1,123 @@
+"""How every verb runs: its own flags, one-line errors, honest exit codes."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from spiral_jax.config import RunConfig
+from spiral_jax.errors import SpiralError
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def run(
+    verb: str, doc: str, define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagValues], None]
+) -> None:
+    """Parses the command line, runs `main`, and exits.
+
+    A mistake of the user's is one line on stderr and status 2; an interrupt is 128 + signal; anything else that is
+    raised is a defect, with traceback and status 1.
+
+    Args:
+      verb: the command's name.
+      doc: its help text.
+      define: declares the verb's flags on a FlagValues of its own (nothing is registered globally).
+      main: the command.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    define(values)
+    values.set_gnu_getopt()
+    # Libraries log every step of a save at INFO; what a user should see is printed by the commands.
+    logging.set_verbosity(logging.WARNING)
+    try:
+        rest = _parse(values, verb)
+        if values.help:
+            print(f"python -m spiral_jax.{verb}\n\n{doc}\n{values.main_module_help() or values.get_help()}")
+            sys.exit(OK)
+        if rest:
+            raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+        main(values)
+    except SpiralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    except Interrupted as interrupt:
+        print(str(interrupt), file=sys.stderr)
+        sys.exit(128 + interrupt.signal)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM), and saved what it had."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal = signal_number
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that the train loop reads; the second one acts at once."""
+
+    def __enter__(self) -> "StopRequest":
+        self.signal: int | None = None
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def _request(self, number: int, _frame) -> None:
+        self.signal = number
+        self.__exit__()
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """`--config=FILE:ARGUMENT` and `--config.field=value`."""
+    config_flags.DEFINE_config_file(
+        "config", None, "experiment file and its argument, as in experiments/pile.py:1.4b,spiral_b", flag_values=values
+    )
+
+
+def config_of(values: flags.FlagValues) -> RunConfig:
+    """The validated configuration of `--config`.
+
+    Raises:
+      SpiralError: no `--config`, or a field that is not allowed.
+    """
+    if values.config is None:
+        raise SpiralError("--config is missing; for example --config=experiments/quickstart.py")
+    return RunConfig.from_dict(values.config.to_dict())
+
+
+def _parse(values: flags.FlagValues, verb: str) -> list[str]:
+    try:
+        return values([verb, *sys.argv[1:]])[1:]
+    except SpiralError:
+        raise
+    except flags.Error as error:
+        raise SpiralError(_one_line(error)) from None
+    except AttributeError as error:
+        # ml_collections names the last part of an unknown --config.a.b only; say which flag it was.
+        name = str(error).strip("'\" ").split()[0].strip("'\"") if str(error) else ""
+        given = [arg.split("=")[0] for arg in sys.argv[1:] if re.match(rf"--config\.(.*\.)?{re.escape(name)}\b", arg)]
+        if not given:
+            raise
+        raise SpiralError(f"{given[0]} is not a field of the configuration; docs/config.md lists them all") from None
+    except (OSError, TypeError) as error:
+        raise SpiralError(f"--config: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

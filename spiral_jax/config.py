@@ -1,0 +1,200 @@
+"""One run's configuration: the rooms' frozen dataclasses, composed from an ml_collections ConfigDict and checked.
+
+An experiment file starts from `default_config()`, a ConfigDict with every field at its default, and sets what it
+wants; `RunConfig.from_dict` turns it into dataclasses whose construction validates each field.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from spiral_jax.checkpoint import CheckpointConfig
+from spiral_jax.data.config import DataConfig
+from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation.config import EvaluationConfig
+from spiral_jax.metrics import LoggingConfig
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.sharding import MeshConfig, check_divisible
+from spiral_jax.summary import SummaryConfig
+from spiral_jax.training.config import OptimizerConfig, TrainConfig
+
+# What may differ between the run in a directory and the command that resumes it: where and how it runs and what is
+# watched, not what is computed. `train.steps` has a rule of its own (`check_resume`).
+MUTABLE = ("mesh.", "checkpoint.", "evaluation.", "logging.", "summary.", "train.accumulation")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+      seed: initial parameters and the order of the data.
+    """
+
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    summary: SummaryConfig = SummaryConfig()
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise SpiralError(f"seed is {self.seed}; it must lie in 0..{2**32 - 1}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Builds and validates.
+
+        Args:
+          values: nested mapping (ConfigDict, or parsed `config.json`); fields left out keep their default.
+
+        Raises:
+          SpiralError: an unknown field, a value of the wrong type or outside what is allowed.
+        """
+        return _from_mapping(cls, values, "")
+
+    @classmethod
+    def load(cls, path: Path) -> "RunConfig":
+        """Reads a run's `config.json`.
+
+        Raises:
+          SpiralError: no such file, not JSON, or not a configuration.
+        """
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise SpiralError(f"{path}: no such file; a run directory has a config.json") from None
+        except (OSError, ValueError) as error:
+            raise SpiralError(f"{path}: cannot be read as JSON ({error})") from None
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionary that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def check_mesh(self, num_devices: int) -> tuple[int, int, int]:
+        """Devices along (data, fsdp, tensor).
+
+        Raises:
+          SpiralError: a mesh that does not fit the devices, or a batch or model that does not divide over it.
+        """
+        shape = self.mesh.shape(num_devices)
+        check_divisible(shape, self.model, self.train.batch_size, self.train.accumulation)
+        return shape
+
+    def check_resume(self, saved: "RunConfig", step: int) -> None:
+        """Whether this configuration continues a run that was saved after `step` steps.
+
+        Raises:
+          SpiralError: naming the field that differs, its saved and its given value.
+        """
+        before, now = _flatten(saved.to_dict()), _flatten(self.to_dict())
+        for field in sorted(before.keys() | now.keys()):
+            was, given = before.get(field), now.get(field)
+            if was == given or field.startswith(MUTABLE):
+                continue
+            if field == "train.steps":
+                self._check_steps(saved, step)
+                continue
+            raise SpiralError(f"{field} cannot change on resume: the run was saved with {was!r}, given is {given!r}")
+
+    def _check_steps(self, saved: "RunConfig", step: int) -> None:
+        was, given = saved.train.steps, self.train.steps
+        message = f"train.steps cannot change from {was} to {given} on resume"
+        if given < step:
+            raise SpiralError(f"{message}: {step} steps are done already")
+        if step == 0:
+            return
+        if self.optimizer.schedule == "cosine":
+            raise SpiralError(
+                f"{message}: the cosine schedule depends on it from the first step; allowed with wsd, constant"
+            )
+        for steps in (was, given):
+            low, high = self.optimizer.resolved_warmup(steps), self.optimizer.stable_until(steps)
+            if not low <= step <= high:
+                raise SpiralError(
+                    f"{message} after step {step}: with {steps} steps the learning rate is constant from step {low} "
+                    f"to {high} only"
+                )
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field at its default, as experiments and command lines change it."""
+    return _to_config_dict(RunConfig())
+
+
+def _to_config_dict(config) -> ml_collections.ConfigDict:
+    values = ml_collections.ConfigDict()
+    for field, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, field)
+        if dataclasses.is_dataclass(value):
+            value = _to_config_dict(value)
+        elif value is None:
+            (kind,) = (option for option in typing.get_args(hint) if option is not type(None))
+            value = config_dict.placeholder(typing.get_origin(kind) or kind)
+        values[field] = value
+    return values
+
+
+def _from_mapping(cls, values: Mapping[str, Any], prefix: str):
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; allowed: {', '.join(hints)}"
+            raise SpiralError(f"{prefix}{name} is not a field of the configuration{hint}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping | ml_collections.ConfigDict):
+                raise SpiralError(f"{prefix}{name} is {value!r}; it must hold fields")
+            arguments[name] = _from_mapping(hints[name], value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _checked(hints[name], value, f"{prefix}{name}")
+    return cls(**arguments)
+
+
+def _checked(hint, value, field: str):
+    """The value as its annotated type, or an error; int counts as float, a list as a tuple."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (option for option in options if option is not type(None))
+        return _checked(hint, value, field)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise SpiralError(f"{field} is {value!r}; it must be a tuple")
+        return tuple(_checked(options[0], entry, f"{field}[{i}]") for i, entry in enumerate(value))
+    if origin is typing.Literal:
+        hint = str
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise SpiralError(f"{field} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,250 @@
+"""Tokenizers: text to token ids and back, with a separator between documents."""
+
+import abc
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from spiral_jax.errors import SpiralError
+
+END_OF_TEXT = "<|endoftext|>"
+
+_FORMAT = "spiral_jax.tokenizer"
+_VERSION = 1
+_INFO_FILE = "tokenizer_info.json"
+_HUGGING_FACE_FILE = "tokenizer.json"
+# The parts of a tokenizer.json that decide which ids a text gets. The others (decoder, post-processor, padding,
+# truncation) decide what is shown or added, and we add nothing.
+_PARTS_THAT_DECIDE_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+
+
+class Tokenizer(abc.ABC):
+    """Turns text into ids and back. Nothing is added to a text: no separator, no special token.
+
+    Attributes:
+      vocab_size: Number of ids, the separator included; all ids are below it.
+      separator_id: Id that follows each document. No text encodes to it where the tokenizer can avoid it.
+      fingerprint: SHA-256 (hex) of what determines the ids.
+    """
+
+    vocab_size: int
+    separator_id: int
+    fingerprint: str
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of a text, int32 [N]."""
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text, int32 [N] each; faster than one by one."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of ids [N]; separators show as text, ids that mean nothing are left out."""
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes what `load_tokenizer` needs into an existing folder."""
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes are ids 0 to 255, the separator is 256."""
+
+    vocab_size = 257
+    separator_id = 256
+    fingerprint = hashlib.sha256(b"utf-8 bytes 0-255, separator 256").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        # A model's vocabulary may be padded beyond 257: such ids stand for no byte.
+        pieces = [bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in map(int, ids) if 0 <= i <= 256]
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def save(self, folder: str | os.PathLike) -> None:
+        _write_info(Path(folder), {"kind": "bytes", "fingerprint": self.fingerprint})
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer in the Hugging Face `tokenizer.json` format.
+
+    A text that contains the separator's spelling is split into ordinary tokens, never into the separator.
+    """
+
+    def __init__(self, json_text: str, *, separator: str = "", name: str = _HUGGING_FACE_FILE):
+        """Builds the tokenizer.
+
+        Args:
+          json_text: Content of a `tokenizer.json`.
+          separator: Text of the separator token; "" looks for <|endoftext|>, then </s>.
+          name: What to call the tokenizer in errors: its path.
+
+        Raises:
+          SpiralError: Not a tokenizer.json, or no separator token in it.
+        """
+        try:
+            spec = json.loads(json_text)
+            if not isinstance(spec, dict):
+                raise ValueError("not a JSON object")
+            self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the library raises bare Exception
+            reason = " ".join(str(error).split())
+            raise SpiralError(f"{name}: not a Hugging Face tokenizer.json ({reason})") from error
+        candidates = [separator] if separator else [END_OF_TEXT, "</s>"]
+        separator = next((text for text in candidates if self._tokenizer.token_to_id(text) is not None), "")
+        if not separator:
+            raise SpiralError(f"{name}: has no token {' or '.join(candidates)}; set data.separator to one that it has")
+        for token in spec.get("added_tokens") or []:
+            if token["content"] == separator and not token["special"]:
+                token["special"] = True  # what `encode_special_tokens` spares
+                self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._json_text = json_text
+        self._separator = separator
+        self.separator_id = self._tokenizer.token_to_id(separator)
+        # Not the number of entries: ids may have gaps.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        decisive = {part: spec.get(part) for part in _PARTS_THAT_DECIDE_IDS} | {"separator": separator}
+        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, *, separator: str = "") -> "HuggingFaceTokenizer":
+        """Reads a `tokenizer.json`.
+
+        Args:
+          path: The file.
+          separator: Text of the separator token; "" looks for <|endoftext|>, then </s>.
+
+        Returns:
+          The tokenizer.
+
+        Raises:
+          SpiralError: The file is missing or is not a tokenizer.json, or has no separator token.
+        """
+        return cls(_read_file(Path(path)), separator=separator, name=str(path))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                _utf8(text)  # names the character
+            raise
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        _write_file(Path(folder, _HUGGING_FACE_FILE), self._json_text)
+        info = {"kind": "huggingface", "separator": self._separator, "fingerprint": self.fingerprint}
+        _write_info(Path(folder), info)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """Trains a byte-level BPE; the same texts give the same tokenizer. Every text survives encode and decode exactly.
+
+    Args:
+      texts: What to train on.
+      vocab_size: Number of entries wanted, the separator (id 0) and the 256 bytes included. Little text gives fewer.
+
+    Returns:
+      The tokenizer.
+    """
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        # Bytes that the training texts lack have to be there, too; the library's own order is random.
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return HuggingFaceTokenizer(bpe.to_str(), separator=END_OF_TEXT, name="the trained BPE")
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """Loads what `Tokenizer.save` wrote, or the `tokenizer.json` of a plain Hugging Face folder.
+
+    Args:
+      folder: Where the tokenizer's files are.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      SpiralError: The files are missing, damaged, or were changed since they were saved.
+    """
+    info_path = Path(folder, _INFO_FILE)
+    if not info_path.exists() and Path(folder, _HUGGING_FACE_FILE).exists():
+        return HuggingFaceTokenizer.from_file(Path(folder, _HUGGING_FACE_FILE))
+    try:
+        info = json.loads(_read_file(info_path))
+        if (info["format"], info["version"]) != (_FORMAT, _VERSION):
+            raise ValueError(f"{info['format']} version {info['version']}")
+        kind, saved_fingerprint = info["kind"], info["fingerprint"]
+        separator = info["separator"] if kind == "huggingface" else ""
+    except SpiralError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise SpiralError(f"{info_path}: not a {_FORMAT} file of version {_VERSION} ({error})") from error
+    if kind == "bytes":
+        tokenizer = ByteTokenizer()
+    elif kind == "huggingface":
+        tokenizer = HuggingFaceTokenizer.from_file(Path(folder, _HUGGING_FACE_FILE), separator=separator)
+    else:
+        raise SpiralError(f"{info_path}: kind {kind!r}, allowed: bytes, huggingface")
+    if tokenizer.fingerprint != saved_fingerprint:
+        raise SpiralError(
+            f"{folder}: the tokenizer has fingerprint {tokenizer.fingerprint}, but {saved_fingerprint} was saved: "
+            "its files were changed"
+        )
+    return tokenizer
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise SpiralError(f"text: character {error.start} is {found!r}, allowed: text that has a UTF-8 form") from error
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpiralError(f"{path}: the tokenizer cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SpiralError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from error
+
+
+def _write_info(folder: Path, info: dict) -> None:
+    _write_file(folder / _INFO_FILE, json.dumps({"format": _FORMAT, "version": _VERSION, **info}, indent=2) + "\n")
+
+
+def _write_file(path: Path, content: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content.encode("utf-8"))
+        os.replace(partial, path)
+    except OSError as error:
+        raise SpiralError(f"{path}: cannot be written ({error.strerror})") from error

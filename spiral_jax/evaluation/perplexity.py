@@ -1,0 +1,129 @@
+"""Exact loss of a model on a token stream: every token predicted once, after a separator."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from spiral_jax.data.windows import TokenSource
+from spiral_jax.errors import SpiralError
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a stream of tokens cost.
+
+    Attributes:
+      nats: sum of -log p over the tokens.
+      tokens: how many were predicted.
+      utf8_bytes: length of the text they stand for.
+    """
+
+    nats: float
+    tokens: int
+    utf8_bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats / (ln 2 x UTF-8 bytes): comparable between tokenizers, and to a compressor."""
+        return self.nats / (math.log(2) * self.utf8_bytes)
+
+
+def num_scoring_windows(num_tokens: int, sequence_length: int, stride: int) -> int:
+    """Windows that predict every token once: the first all its positions, the others their last `stride`."""
+    return 1 + max(0, -(-(num_tokens - sequence_length) // stride))
+
+
+def scoring_batches(
+    source: TokenSource, separator_id: int, sequence_length: int, stride: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts `separator, token 0, token 1, ...` into windows.
+
+    Yields:
+      windows_BxW int32 of L + 1 tokens and weights_BxL float32: 1 where the prediction counts, 0 where the token was
+      predicted by an earlier window or is padding. The last batch is filled with rows of weight 0.
+    """
+    L, N = sequence_length, source.num_tokens
+    count = num_scoring_windows(N, L, stride)
+    for first in range(0, count, batch_size):
+        windows_BxW = np.full((batch_size, L + 1), separator_id, np.int32)
+        weights_BxL = np.zeros((batch_size, L), np.float32)
+        for row, k in enumerate(range(first, min(first + batch_size, count))):
+            # Position p of the stream is token p - 1; position 0 is the separator.
+            start, stop = k * stride, min(k * stride + L + 1, N + 1)
+            read = source.read(max(start - 1, 0), stop - 1)
+            windows_BxW[row, (1 if start == 0 else 0) : stop - start] = read
+            weights_BxL[row, (0 if k == 0 else L - stride) : stop - start - 1] = 1
+        yield windows_BxW, weights_BxL
+
+
+def score(
+    eval_step: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    params: Any,
+    source: TokenSource,
+    *,
+    utf8_bytes: int,
+    separator_id: int,
+    sequence_length: int,
+    batch_size: int,
+    put: Callable[[np.ndarray], jax.Array],
+    stride: int | None = None,
+    max_batches: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Score:
+    """Scores a token stream.
+
+    Args:
+      eval_step: (params, windows_BxW, weights_BxL) to weighted nats per row.
+      params: the model's.
+      source: the tokens.
+      utf8_bytes: length of the text behind all of `source`.
+      separator_id: what the first token is predicted from.
+      sequence_length: L, positions per window.
+      batch_size: windows per call of `eval_step`.
+      put: host array to device array, with the sharding `eval_step` wants.
+      stride: how far windows advance; None for L, so that windows do not overlap. A smaller one gives every
+        prediction at least L - stride tokens of context.
+      max_batches: stop after so many batches; 0 for the whole stream. Bytes are then counted by the stream's mean
+        bytes per token.
+      progress: called with (batches done, batches in all).
+
+    Raises:
+      SpiralError: an empty stream, or a stride outside 1..L.
+    """
+    stride = sequence_length if stride is None else stride
+    if not 1 <= stride <= sequence_length:
+        raise SpiralError(f"--stride is {stride}; allowed: 1 to the sequence length, {sequence_length}")
+    if source.num_tokens == 0:
+        raise SpiralError(f"{source.name}: no tokens to score")
+    total = -(-num_scoring_windows(source.num_tokens, sequence_length, stride) // batch_size)
+    total = min(total, max_batches) if max_batches else total
+    nats, tokens, pending = 0.0, 0, None
+    batches = scoring_batches(source, separator_id, sequence_length, stride, batch_size)
+    for done, (windows_BxW, weights_BxL) in enumerate(batches):
+        if done == total:
+            break
+        result_B = eval_step(params, put(windows_BxW), put(weights_BxL))
+        tokens += int(weights_BxL.sum())
+        # Read the previous batch only now that the next one is on its way.
+        nats += _total(pending)
+        pending = result_B
+        progress(done + 1, total)
+    nats += _total(pending)
+    return Score(nats, tokens, utf8_bytes * (tokens / source.num_tokens))
+
+
+def _total(nats_B: jax.Array | None) -> float:
+    return 0.0 if nats_B is None else float(np.asarray(nats_B).astype(np.float64).sum())

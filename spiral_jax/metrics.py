@@ -1,0 +1,207 @@
+"""What a run reports while it trains: JSON lines first, TensorBoard and W&B if asked for, a line on the terminal."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spiral_jax.errors import SpiralError, require
+
+# Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind; longer names first.
+PEAK_FLOPS = {
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What is written where.
+
+    Attributes:
+      every_steps: steps between rows of metrics.jsonl.
+      seconds: time between lines on the terminal.
+      tensorboard: also write TensorBoard events (extra `tensorboard`).
+      wandb: W&B project to log to (extra `wandb`); empty for none.
+      peak_flops: FLOP/s of one device that MFU is measured against; None to look it up by device kind.
+    """
+
+    every_steps: int = 1
+    seconds: float = 10.0
+    tensorboard: bool = False
+    wandb: str = ""
+    peak_flops: float | None = None
+
+    def __post_init__(self):
+        require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "1 or more")
+        require(self.seconds >= 0, "logging.seconds", self.seconds, "0 or more")
+        require(self.peak_flops is None or self.peak_flops > 0, "logging.peak_flops", self.peak_flops, "more than 0")
+
+
+def peak_flops(device_kind: str, override: float | None = None) -> float | None:
+    """FLOP/s to measure MFU against; None where it is not known (CPU)."""
+    if override is not None:
+        return override
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+class MetricsWriter:
+    """Appends rows to WORKDIR/metrics.jsonl, one per step, and mirrors them elsewhere if asked to."""
+
+    def __init__(self, workdir: Path, config: LoggingConfig, *, last_step: int = 0):
+        """Opens the file and drops rows of steps after `last_step`, so that no step appears twice after a resume.
+
+        Args:
+          workdir: the run's directory.
+          config: what to write where.
+          last_step: the step the run continues from.
+
+        Raises:
+          SpiralError: an extra that is not installed.
+        """
+        self._path = workdir / "metrics.jsonl"
+        self._mirrors = []
+        if config.tensorboard:
+            tensorboardx = _optional("tensorboardX", "tensorboard", "logging.tensorboard")
+            board = tensorboardx.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+            self._mirrors.append((lambda row: _to_tensorboard(board, row), board.close))
+        if config.wandb:
+            wandb = _optional("wandb", "wandb", "logging.wandb")
+            run = wandb.init(project=config.wandb, dir=str(workdir), id=_wandb_id(workdir), resume="allow")
+            self._mirrors.append((lambda row: run.log(_flat(row), step=row["step"]), run.finish))
+        _drop_rows_after(self._path, last_step)
+        self._file = self._path.open("a")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one row; `step` is its key, values are JSON values."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for write, _ in self._mirrors:
+            write(row)
+
+    def close(self) -> None:
+        self._file.close()
+        for _, close in self._mirrors:
+            close()
+
+
+def check_extras(config: LoggingConfig) -> None:
+    """Raises SpiralError if a destination's package is missing, before anything expensive has run."""
+    if config.tensorboard:
+        _optional("tensorboardX", "tensorboard", "logging.tensorboard")
+    if config.wandb:
+        _optional("wandb", "wandb", "logging.wandb")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Progress:
+    """One line on the terminal every few seconds: step, loss, speed, time left."""
+
+    def __init__(self, total_steps: int, seconds: float):
+        self._total, self._seconds = total_steps, seconds
+        self._last_time: float | None = None
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Prints if it is time, or if the row holds an evaluation or ends the run."""
+        now, step = time.monotonic(), row["step"]
+        evaluated = "validation_loss" in row
+        if (
+            self._last_time is not None
+            and now - self._last_time < self._seconds
+            and not evaluated
+            and step < self._total
+        ):
+            return
+        left = (self._total - step) * row["step_time"]
+        parts = [
+            f"step {step:>{len(str(self._total))}}/{self._total}",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['learning_rate']:.2e}",
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        if evaluated:
+            parts.append(
+                f"validation {row['validation_loss']:.4f} nats/token, {row['validation_bits_per_byte']:.4f} bits/byte"
+            )
+        parts.append(f"ETA {duration(left)}" if step < self._total else "done")
+        print("  ".join(parts), flush=True)
+        self._last_time = now
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45s, 3m20s, 5h07m, 2d03h."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = round(seconds)
+    for size, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if seconds >= size:
+            return f"{seconds // size}{names[0]}{seconds % size // small:02d}{names[1]}"
+    return f"{seconds}s"
+
+
+def _drop_rows_after(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["step"] <= last_step]
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _optional(module: str, extra: str, field: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise SpiralError(f"{field} needs {module}: pip install 'spiral_jax[{extra}]'") from None
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars by name; lists get an index."""
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            flat |= _flat({f"{name}/{i}": entry for i, entry in enumerate(value)})
+        elif name != "step" and value is not None:
+            flat[name] = value
+    return flat
+
+
+def _to_tensorboard(board, row: Mapping[str, Any]) -> None:
+    for name, value in _flat(row).items():
+        board.add_scalar(name, value, row["step"])
+
+
+def _wandb_id(workdir: Path) -> str:
+    """The same run in W&B whenever the directory is resumed."""
+    path = workdir / "wandb_id"
+    if not path.exists():
+        path.write_text(f"{workdir.name}-{int(time.time())}")
+    return path.read_text()

@@ -1,0 +1,67 @@
+"""What a run was made of: parameters, software, hardware, source."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+PACKAGES = ("spiral_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def parameter_table(abstract_params) -> str:
+    """One line per array: path, shape, dtype, mesh axes, parameters; then the total.
+
+    Args:
+      abstract_params: tree of ShapeDtypeStructs that carry NamedShardings.
+    """
+    rows = [("parameter", "shape", "dtype", "mesh axes", "count")]
+    total = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract_params):
+        name = "/".join(key.key for key in path)
+        count = int(np.prod(x.shape))
+        total += count
+        rows.append((name, str(list(x.shape)), str(x.dtype), str(tuple(x.sharding.spec)), f"{count:,}"))
+    rows.append(("total", "", "", "", f"{total:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def write_environment(path: Path, mesh: Mesh) -> None:
+    """Appends this start of the run (a resume is a start too) to a JSON list at `path`."""
+    starts = json.loads(path.read_text()) if path.exists() else []
+    devices = mesh.devices.flatten()
+    starts.append(
+        {
+            "command": sys.argv,
+            "git_commit": git_commit(),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "devices": f"{devices.size} x {devices[0].device_kind}",
+            "processes": jax.process_count(),
+            "mesh": dict(mesh.shape),
+        }
+    )
+    path.write_text(json.dumps(starts, indent=2) + "\n")
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, with `-dirty` if files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

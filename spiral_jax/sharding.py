@@ -1,0 +1,147 @@
+"""The device mesh and what lies where on it: logical axis names of arrays to mesh axes."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spiral_jax.errors import SpiralError
+from spiral_jax.model.config import ModelConfig
+
+# Every logical axis has a rule; an axis without one is an error (`partition_spec`).
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # Activations.
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "activation_embed": None,
+    # Parameters. `embed` is the axis every matrix has, so sharding it over fsdp shards them all.
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "qkv": None,
+    "head_width": None,
+    "layers": None,
+    "iterations": None,
+    "slots": None,
+    "score": None,
+    "place": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one axis may be -1 and takes the devices the others leave.
+
+    Attributes:
+      data: replicas of the parameters, each with its part of the batch.
+      fsdp: parts of the batch among which parameters and optimizer state are sharded as well.
+      tensor: parts into which heads, MLP and vocabulary are cut.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for field in ("data", "fsdp", "tensor"):
+            size = getattr(self, field)
+            if size < 1 and size != -1:
+                raise SpiralError(f"mesh.{field} is {size}; allowed: 1 or more, or -1 for the devices left over")
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
+            raise SpiralError(f"mesh has several axes of -1 ({self}); only one can take the devices left over")
+
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
+        """Devices along (data, fsdp, tensor).
+
+        Raises:
+          SpiralError: the axes do not multiply to `num_devices`.
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        known = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes and num_devices % known == 0:
+            sizes[sizes.index(-1)] = num_devices // known
+        if math.prod(sizes) != num_devices:
+            raise SpiralError(
+                f"mesh.data {self.data} x mesh.fsdp {self.fsdp} x mesh.tensor {self.tensor} does not fit "
+                f"{num_devices} devices; the product must be {num_devices}"
+            )
+        return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes data, fsdp, tensor over all devices of all processes, or over `devices`."""
+    devices = jax.devices() if devices is None else devices
+    shape = config.shape(len(devices))
+    # Auto: the compiler propagates shardings between the constraints given here, as linen's logical axes expect.
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_size: int, accumulation: int) -> None:
+    """Whether batch and parameters can be cut evenly.
+
+    Args:
+      mesh_shape: devices along (data, fsdp, tensor).
+      model: the architecture.
+      batch_size: sequences per optimizer step over all devices.
+      accumulation: micro-batches per optimizer step.
+
+    Raises:
+      SpiralError: naming the field that is not divisible.
+    """
+    data, fsdp, tensor = mesh_shape
+    if batch_size % (data * fsdp * accumulation):
+        raise SpiralError(
+            f"train.batch_size is {batch_size}; it must be a multiple of mesh.data {data} x mesh.fsdp {fsdp} x "
+            f"train.accumulation {accumulation} = {data * fsdp * accumulation}"
+        )
+    if model.d_model % fsdp:
+        raise SpiralError(f"model.d_model is {model.d_model}; it must be a multiple of mesh.fsdp {fsdp}")
+    for field in ("num_heads", "vocab_size"):
+        if getattr(model, field) % tensor:
+            raise SpiralError(
+                f"model.{field} is {getattr(model, field)}; it must be a multiple of mesh.tensor {tensor}"
+            )
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes of an array whose axes have these logical names (None: not sharded).
+
+    Raises:
+      KeyError: a name without a rule.
+    """
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def constrain(mesh: Mesh, x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an activation to the mesh by the logical names of its axes."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))
+
+
+def constrainer(mesh: Mesh):
+    """`constrain` on one mesh: what `model.neox.Backend` takes."""
+    return functools.partial(constrain, mesh)
+
+
+def shardings_of(boxed_tree, mesh: Mesh):
+    """NamedSharding of every array in a tree whose parameters carry linen's logical axis names; others replicated."""
+
+    def sharding(x):
+        if isinstance(x, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, partition_spec(x.names))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(sharding, boxed_tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of tokens [B, L]."""
+    return NamedSharding(mesh, partition_spec(("batch", "length")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,248 @@
+"""Trains a model, or resumes the run in --workdir.
+
+python -m spiral_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
+python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.mesh.fsdp=-1
+
+Writes to --workdir: config.json, parameters.txt, environment.json, metrics.jsonl (a row per step), checkpoints/,
+cache/ (tokens of data.paths). The same command again resumes, or says that the run is finished.
+"""
+
+import functools
+import os
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from spiral_jax import command, metrics, summary
+from spiral_jax.checkpoint import Checkpoints
+from spiral_jax.config import RunConfig
+from spiral_jax.data.pipeline import epoch_of, train_batches
+from spiral_jax.data.prepare import PreparedData, prepare_stores
+from spiral_jax.data.windows import num_windows
+from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation.perplexity import score
+from spiral_jax.provenance import parameter_table, write_environment
+from spiral_jax.sharding import batch_sharding, make_mesh
+from spiral_jax.training.loop import Recorder, fit
+from spiral_jax.training.step import Program, make_program
+
+
+def define(values: flags.FlagValues) -> None:
+    command.define_config(values)
+    flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
+    flags.DEFINE_string("profile", "", "FIRST:LAST steps to trace into WORKDIR/profile", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    # Everything that can be refused is refused before anything is compiled.
+    config = command.config_of(values)
+    workdir = open_workdir(values.workdir)
+    profiled = parse_profile(values.profile)
+    metrics.check_extras(config.logging)
+    summary.check_extras(config.summary)
+    config.check_mesh(jax.device_count())
+    print(f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
+          f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
+          f"{jax.devices()[0].device_kind}; run directory {workdir}", flush=True)  # fmt: skip
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    start_step = checkpoints.latest_step() or 0
+    if start_step:
+        meta = checkpoints.load_meta(start_step)
+        config.check_resume(RunConfig.from_dict(meta["config"]), start_step)
+    data = prepare_stores(config.data, workdir / "cache")
+    check_data(config, data)
+    if start_step and meta["data"]["fingerprint"] != data.fingerprint:
+        raise SpiralError(f"data.paths: the training tokens are not those the run in {workdir} began with")
+
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, mesh)
+    if start_step:
+        state = checkpoints.restore(start_step, program.abstract_state)
+        print(f"resuming after step {start_step} of {config.train.steps}", flush=True)
+    else:
+        state = program.init(jax.random.key(config.seed))
+        config.save(workdir / "config.json")
+    (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
+    write_environment(workdir / "environment.json", mesh)
+
+    if start_step < config.train.steps:
+        train(config, workdir, program, state, data, checkpoints, start_step, profiled)
+    checkpoints.close()
+    finish(config, workdir, data)
+
+
+def train(config: RunConfig, workdir: Path, program: Program, state, data: PreparedData, checkpoints: Checkpoints,
+          start_step: int, profiled: range) -> None:  # fmt: skip
+    """Steps start_step + 1 .. train.steps."""
+    started = time.perf_counter()
+    train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    print(f"compiled in {metrics.duration(time.perf_counter() - started)}", flush=True)
+
+    writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step)
+    progress = metrics.Progress(config.train.steps, config.logging.seconds)
+    complete = functools.partial(complete_row, config, data)
+
+    def record(row):
+        row = complete(row)
+        if (
+            row["step"] % config.logging.every_steps == 0
+            or "validation_loss" in row
+            or row["step"] == config.train.steps
+        ):
+            writer.write(row)
+        progress.update(row)
+
+    def evaluate_due(step):
+        every = config.evaluation.every_steps
+        return data.validation is not None and ((every and step % every == 0) or step == config.train.steps)
+
+    def save(step, state):
+        saved_data = {"step": step, "fingerprint": data.fingerprint}
+        checkpoints.save(step, state, {"config": config.to_dict(), "data": saved_data})
+
+    host_batches = train_batches(
+        data.train,
+        sequence_length=config.train.sequence_length,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        read_threads=config.data.read_threads,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+    sharding = batch_sharding(program.mesh)
+    device_batches = (jax.make_array_from_process_local_data(sharding, batch["tokens"]) for batch in host_batches)
+    try:
+        with command.StopRequest() as stop, host_batches:
+            _, last_step = fit(
+                state,
+                train_step=train_step,
+                batches=device_batches,
+                first_step=start_step + 1,
+                last_step=config.train.steps,
+                recorder=Recorder(record),
+                evaluate=lambda state: evaluate(config, program, state.params, data),
+                evaluate_due=evaluate_due,
+                save=save,
+                save_due=lambda step: checkpoints.due(step, config.train.steps),
+                before_step=functools.partial(trace, workdir / "profile", profiled),
+                should_stop=stop,
+            )
+    finally:
+        writer.close()
+    checkpoints.wait()
+    if stop() and last_step < config.train.steps:
+        raise command.Interrupted(
+            f"stopped after step {last_step} of {config.train.steps}, saved; the same command resumes", stop.signal
+        )
+
+
+def complete_row(config: RunConfig, data: PreparedData, row: dict) -> dict:
+    """Adds what follows from a step's time: tokens, speed, MFU."""
+    tokens_per_second = config.train.tokens_per_step / row["step_time"]
+    row |= {
+        "tokens": row["step"] * config.train.tokens_per_step,
+        "tokens_per_second": tokens_per_second,
+        "epoch": epoch_of(
+            row["step"],
+            num_windows=num_windows(data.train, config.train.sequence_length),
+            batch_size=config.train.batch_size,
+        ),
+    }
+    peak = metrics.peak_flops(jax.devices()[0].device_kind, config.logging.peak_flops)
+    if peak is not None:
+        for name, causal in (("mfu", True), ("mfu_full_attention", False)):
+            flops = config.model.train_flops_per_token(config.train.sequence_length, causal=causal)
+            row[name] = flops * tokens_per_second / (peak * jax.device_count())
+    memory = jax.local_devices()[0].memory_stats()
+    if memory:
+        row["device_memory_bytes"] = memory["peak_bytes_in_use"]
+    return row
+
+
+def evaluate(config: RunConfig, program: Program, params, data: PreparedData) -> dict[str, float]:
+    """Loss on the validation store."""
+    sharding = batch_sharding(program.mesh)
+    result = score(
+        program.eval_step,
+        params,
+        data.validation,
+        utf8_bytes=data.validation.utf8_bytes,
+        separator_id=data.tokenizer.separator_id,
+        sequence_length=config.train.sequence_length,
+        batch_size=config.train.batch_size,
+        put=lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+        max_batches=config.evaluation.batches,
+    )
+    return {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+
+
+def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
+    """Says how the run ended and where everything is."""
+    rows = metrics.read_rows(workdir / "metrics.jsonl")
+    print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
+    evaluated = [row for row in rows if "validation_loss" in row]
+    if evaluated:
+        last = evaluated[-1]
+        print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
+              f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
+    if config.summary.sample_tokens and data.validation is not None:
+        text = summary.sample_continuation(workdir, config.summary, data.validation, data.tokenizer, config.seed)
+        (workdir / "sample.txt").write_text(text)
+        print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
+    if config.summary.plot:
+        print(f"loss curve   {summary.plot_loss(workdir)}")
+    print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
+    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}", flush=True)
+
+
+def trace(folder: Path, profiled: range, step: int) -> None:
+    """Starts the profiler before the first profiled step and stops it after the last."""
+    if profiled and step == profiled.start:
+        jax.profiler.start_trace(str(folder))
+    if profiled and step == profiled.stop:
+        jax.profiler.stop_trace()
+
+
+def check_data(config: RunConfig, data: PreparedData) -> None:
+    """Raises SpiralError if the data does not suit the model."""
+    num_windows(data.train, config.train.sequence_length)
+    for store in filter(None, (data.train, data.validation)):
+        store.check_tokenizer(data.tokenizer)
+        store.check_vocab_size(config.model.vocab_size)
+
+
+def open_workdir(flag: str | None) -> Path:
+    """The run's directory as an absolute path, created if need be.
+
+    Raises:
+      SpiralError: not given, or not writable.
+    """
+    if not flag:
+        raise SpiralError("--workdir is missing: the directory to keep the run in")
+    workdir = Path(flag).expanduser().resolve()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise SpiralError(f"--workdir {workdir} is not writable: {error.strerror}") from None
+    return workdir
+
+
+def parse_profile(flag: str) -> range:
+    """FIRST:LAST to the range of steps to trace."""
+    if not flag:
+        return range(0)
+    first, _, last = flag.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise SpiralError(f"--profile is {flag!r}; allowed: FIRST:LAST, two steps with 1 <= FIRST <= LAST")
+    return range(int(first), int(last) + 1)
+
+
+if __name__ == "__main__":
+    command.run("train", __doc__, define, main)

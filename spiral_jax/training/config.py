@@ -1,0 +1,96 @@
+"""What is trained for how long, and by which optimizer. The defaults are the papers' recipe (SPEC section 5)."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from spiral_jax.errors import require
+
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run's extent.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: sequences per optimizer step over all devices.
+      sequence_length: tokens per sequence, L.
+      accumulation: micro-batches a step's batch is cut into; gradients are summed in float32.
+      loss_block: positions of a sequence whose logits exist at one time.
+    """
+
+    steps: int = 120_818
+    batch_size: int = 512
+    sequence_length: int = 4096
+    accumulation: int = 1
+    loss_block: int = 512
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size", "sequence_length", "accumulation", "loss_block"):
+            require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+      peak_learning_rate: reached at the end of warm-up.
+      schedule: `cosine` falls to the final rate over all steps; `wsd` (warm-up, stable, decay) stays at the peak and
+        falls linearly over the last `decay_fraction` of the steps; `constant` stays at the peak.
+      warmup_steps: steps of linear warm-up; None for ceil(`warmup_fraction` of the steps).
+      warmup_fraction: see `warmup_steps`.
+      decay_fraction: part of the steps that `wsd` decays over.
+      final_fraction: the last step's learning rate over the peak (`cosine`, `wsd`).
+      beta1, beta2, epsilon: AdamW's.
+      weight_decay: decoupled, times the learning rate, on matrices and embeddings only.
+      clip_norm: largest global norm of the gradient; 0 turns clipping off.
+    """
+
+    peak_learning_rate: float = 6e-4
+    schedule: Schedule = "cosine"
+    warmup_steps: int | None = None
+    warmup_fraction: float = 0.01
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        schedules = get_args(Schedule)
+        require(self.schedule in schedules, "optimizer.schedule", self.schedule, ", ".join(schedules))
+        warmup = self.warmup_steps
+        require(warmup is None or warmup >= 0, "optimizer.warmup_steps", warmup, "0 or more")
+        for field in ("warmup_fraction", "decay_fraction", "final_fraction"):
+            value = getattr(self, field)
+            require(0 <= value <= 1, f"optimizer.{field}", value, "0 to 1")
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"optimizer.{field}", value, "0 or more and less than 1")
+        for field in ("peak_learning_rate", "epsilon"):
+            value = getattr(self, field)
+            require(value > 0 and math.isfinite(value), f"optimizer.{field}", value, "a positive number")
+        for field in ("weight_decay", "clip_norm"):
+            value = getattr(self, field)
+            require(value >= 0 and math.isfinite(value), f"optimizer.{field}", value, "0 or more")
+
+    def resolved_warmup(self, steps: int) -> int:
+        """W, steps of warm-up in a run of `steps`."""
+        return self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_fraction * steps)
+
+    def stable_until(self, steps: int) -> int:
+        """First step whose learning rate depends on how many steps follow, in a run of `steps`."""
+        if self.schedule == "constant":
+            return steps
+        if self.schedule == "wsd":
+            return steps - math.ceil(self.decay_fraction * steps)
+        return 0

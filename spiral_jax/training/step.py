@@ -1,0 +1,132 @@
+"""The training program of a run on a mesh: state, its shardings, the compiled steps."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from spiral_jax.config import RunConfig
+from spiral_jax.model.neox import Backend
+from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.sharding import batch_sharding, constrainer, replicated, shardings_of
+from spiral_jax.training.loss import window_nats
+from spiral_jax.training.optimizer import learning_rate, make_optimizer
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step reads and writes.
+
+    Attributes:
+      step: optimizer steps done, int32.
+      params: the model's parameters.
+      opt_state: optax state.
+      rng: key data, uint32 [2]; nothing of the recipe draws from it during training.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One run's functions on one mesh; `training.step.make_program` builds it for commands and compilers alike.
+
+    Attributes:
+      model: the module, tied to the mesh.
+      mesh: the devices.
+      init: (key) to a TrainState, born sharded. Jitted.
+      train_step: (state, windows_BxW) to (state, metrics); donates the state. Jitted.
+      eval_step: (params, windows_BxW, weights_BxL) to weighted nats per row [B]. Jitted.
+      abstract_state: TrainState of ShapeDtypeStructs that carry their shardings.
+      abstract_batch: windows [B, L + 1] likewise.
+    """
+
+    model: SpiralFormer
+    mesh: Mesh
+    init: Any
+    train_step: Any
+    eval_step: Any
+    abstract_state: TrainState
+    abstract_batch: jax.ShapeDtypeStruct
+
+
+def make_program(config: RunConfig, mesh: Mesh) -> Program:
+    """Builds, but does not compile, everything that runs on the devices."""
+    model = SpiralFormer(config.model, Backend(constrain=constrainer(mesh)))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = learning_rate(config.optimizer, config.train.steps)
+
+    def init_boxed(key) -> TrainState:
+        init_key, rng = jax.random.split(key)
+        # Batches are sharded over the mesh even here, so one sequence per device.
+        params = model.init(init_key, jnp.zeros((config.train.batch_size, 1), jnp.int32))["params"]
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(init_boxed, key)
+    shardings = shardings_of(boxed, mesh)
+    batch, everywhere = batch_sharding(mesh), replicated(mesh)
+    window_shape = (config.train.batch_size, config.train.sequence_length + 1)
+
+    def train_step(state: TrainState, windows_BxW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        (loss, metrics), grads = _gradients(config, model, shardings.params, state.params, windows_BxW)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "loss": loss,
+            "learning_rate": schedule(state.step),
+            "gradient_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    def eval_step(params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
+        nats_BxL, _ = window_nats(model, params, windows_BxW, config.train.loss_block)
+        return jnp.sum(nats_BxL * weights_BxL, axis=-1)
+
+    return Program(
+        model=model,
+        mesh=mesh,
+        init=jax.jit(lambda key: nn.unbox(init_boxed(key)), out_shardings=shardings),
+        train_step=jax.jit(
+            train_step, in_shardings=(shardings, batch), out_shardings=(shardings, everywhere), donate_argnums=0
+        ),
+        eval_step=jax.jit(eval_step, in_shardings=(shardings.params, batch, batch), out_shardings=everywhere),
+        abstract_state=jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nn.unbox(boxed), shardings
+        ),
+        abstract_batch=jax.ShapeDtypeStruct(window_shape, jnp.int32, sharding=batch),
+    )
+
+
+def _gradients(config: RunConfig, model: SpiralFormer, shardings, params, windows_BxW: jax.Array):
+    """((loss, metrics), gradients) of the batch's mean loss, over `accumulation` micro-batches one after the other."""
+
+    def loss_of(params, windows_BxW):
+        nats_BxL, metrics = window_nats(model, params, windows_BxW, config.train.loss_block)
+        return jnp.mean(nats_BxL), metrics
+
+    def gradient(params, windows_BxW):
+        value, grads = jax.value_and_grad(loss_of, has_aux=True)(params, windows_BxW)
+        return value, jax.lax.with_sharding_constraint(grads, shardings)
+
+    A = config.train.accumulation
+    if A == 1:
+        return gradient(params, windows_BxW)
+    # Row a of every device's share goes to micro-batch a, so that no row moves between devices.
+    windows_AxBxW = windows_BxW.reshape(-1, A, windows_BxW.shape[-1]).swapaxes(0, 1)
+
+    def add(total, windows_BxW):
+        windows_BxW = model.backend.constrain(windows_BxW, "batch", "length")
+        return jax.tree.map(jnp.add, total, gradient(params, windows_BxW)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, windows_AxBxW[0]))
+    total, _ = jax.lax.scan(add, zeros, windows_AxBxW)
+    return jax.tree.map(functools.partial(jnp.multiply, 1 / A), total)
