@@ -96,27 +96,37 @@ def config_of(values: flags.FlagValues) -> RunConfig:
     Raises:
       SpiralError: no `--config`, or a field that is not allowed.
     """
-    if values.config is None:
-        raise SpiralError("--config is missing; for example --config=experiments/quickstart.py")
-    return RunConfig.from_dict(values.config.to_dict())
+    try:
+        config = values.config
+        if config is None:
+            raise SpiralError(_NO_CONFIG)
+        return RunConfig.from_dict(config.to_dict())
+    except OSError as error:
+        # ml_collections keeps a failure to load the file until the configuration is asked for.
+        raise SpiralError(f"--config: {_one_line(error)}") from None
 
 
 def _parse(values: flags.FlagValues, verb: str) -> list[str]:
+    if any(arg.startswith("--config.") for arg in sys.argv) and not any(re.match("--config(=|$)", a) for a in sys.argv):
+        raise SpiralError(_NO_CONFIG)
     try:
         return values([verb, *sys.argv[1:]])[1:]
-    except SpiralError:
-        raise
     except flags.Error as error:
         raise SpiralError(_one_line(error)) from None
-    except AttributeError as error:
-        # ml_collections names the last part of an unknown --config.a.b only; say which flag it was.
-        name = str(error).strip("'\" ").split()[0].strip("'\"") if str(error) else ""
-        given = [arg.split("=")[0] for arg in sys.argv[1:] if re.match(rf"--config\.(.*\.)?{re.escape(name)}\b", arg)]
-        if not given:
+    except (AttributeError, KeyError) as error:
+        # The message names the part of the path that is unknown, quoted in several ways.
+        given = next(filter(None, map(_override, re.findall(r"\w+", str(error)))), None)
+        if given is None:
             raise
-        raise SpiralError(f"{given[0]} is not a field of the configuration; docs/config.md lists them all") from None
-    except (OSError, TypeError) as error:
-        raise SpiralError(f"--config: {_one_line(error)}") from None
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"; did you mean {near[1]}?" if near else "; docs/config.md lists them all"
+        raise SpiralError(f"{given} is not a field of the configuration{hint}") from None
+
+
+def _override(name: str) -> str | None:
+    """The --config.a.b on the command line that has `name` as a part."""
+    paths = (arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--config."))
+    return next((path for path in paths if name in path.split(".")), None)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,5 +1,17 @@
-"""A run's directory, read back."""
+"""A run's directory: what training leaves there, and how the other commands read it back.
 
+WORKDIR/
+  config.json        the configuration, every field
+  parameters.txt     one line per array
+  environment.json   command, git commit, versions and devices of every start
+  metrics.jsonl      a row per step
+  checkpoints/       parameters, optimizer state, configuration, data state
+  tokenizer/         what turned text into ids
+  data.json          where the token stores are
+  cache/             token stores made from data.paths
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +21,9 @@ import jax.numpy as jnp
 
 from spiral_jax.checkpoint import on_default_device, restore_for_inference
 from spiral_jax.config import RunConfig
+from spiral_jax.data.prepare import PreparedData
+from spiral_jax.data.store import TokenStore
+from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.spiralformer import SpiralFormer
 
@@ -28,9 +43,7 @@ def load(path: str | Path, *, step: int | None = None) -> tuple[SpiralFormer, An
     Raises:
       SpiralError: no run there, or no such checkpoint.
     """
-    workdir = Path(path).resolve()
-    if not workdir.is_dir():
-        raise SpiralError(f"{path}: no such directory")
+    workdir = run_directory(path)
     model = SpiralFormer(RunConfig.load(workdir / "config.json").model)
     params, _ = restore_for_inference(workdir, on_default_device(abstract_params(model)), step)
     return model, params
@@ -40,3 +53,53 @@ def abstract_params(model: SpiralFormer):
     """Shapes and dtypes of a model's parameters."""
     tokens_1x1 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return nn.unbox(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), tokens_1x1))["params"]
+
+
+def run_directory(path: str | Path | None) -> Path:
+    """The absolute path of a run's directory.
+
+    Raises:
+      SpiralError: not given, or not a directory.
+    """
+    if not path:
+        raise SpiralError("--workdir is missing: the directory of a run")
+    workdir = Path(path).expanduser().resolve()
+    if not workdir.is_dir():
+        raise SpiralError(f"{workdir}: no such directory")
+    return workdir
+
+
+def save_data(workdir: Path, data: PreparedData) -> None:
+    """Leaves the tokenizer and the stores' places in the run's directory."""
+    folder = workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    data.tokenizer.save(folder)
+    stores = {"train": data.train, "validation": data.validation}
+    places = {name: str(_relative(store.folder, workdir)) if store else None for name, store in stores.items()}
+    (workdir / "data.json").write_text(json.dumps(places, indent=2) + "\n")
+
+
+def tokenizer_of(workdir: Path) -> Tokenizer:
+    """The tokenizer a run was trained with."""
+    return load_tokenizer(workdir / "tokenizer")
+
+
+def validation_store_of(workdir: Path) -> TokenStore:
+    """The validation store of a run.
+
+    Raises:
+      SpiralError: the run had none, or it is gone.
+    """
+    try:
+        place = json.loads((workdir / "data.json").read_text())["validation"]
+    except (OSError, ValueError, KeyError):
+        raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
+    if place is None:
+        raise SpiralError(f"{workdir}: the run has no validation text; give --input")
+    return TokenStore.open(workdir / place)
+
+
+def _relative(folder: Path, workdir: Path) -> Path:
+    """Relative where the folder moves along with the run."""
+    folder = Path(folder).resolve()
+    return folder.relative_to(workdir) if folder.is_relative_to(workdir) else folder

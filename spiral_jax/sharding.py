@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
@@ -81,6 +81,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh of `num_devices` devices that need not be there: enough to ask what would lie where."""
+    return AbstractMesh(config.shape(num_devices), ("data", "fsdp", "tensor"))
+
+
 def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_size: int, accumulation: int) -> None:
     """Whether batch and parameters can be cut evenly.
 
@@ -127,7 +132,7 @@ def constrainer(mesh: Mesh):
     return functools.partial(constrain, mesh)
 
 
-def shardings_of(boxed_tree, mesh: Mesh):
+def shardings_of(boxed_tree, mesh: Mesh | AbstractMesh):
     """NamedSharding of every array in a tree whose parameters carry linen's logical axis names; others replicated."""
 
     def sharding(x):

@@ -3,8 +3,8 @@
 python -m spiral_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
 python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.mesh.fsdp=-1
 
-Writes to --workdir: config.json, parameters.txt, environment.json, metrics.jsonl (a row per step), checkpoints/,
-cache/ (tokens of data.paths). The same command again resumes, or says that the run is finished.
+What it leaves in --workdir is listed in spiral_jax/runs.py. The same command again resumes, or says that the run is
+finished.
 """
 
 import functools
@@ -24,6 +24,7 @@ from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.provenance import parameter_table, write_environment
+from spiral_jax.runs import save_data
 from spiral_jax.sharding import batch_sharding, make_mesh
 from spiral_jax.training.loop import Recorder, fit
 from spiral_jax.training.step import Program, make_program
@@ -64,6 +65,7 @@ def main(values: flags.FlagValues) -> None:
     else:
         state = program.init(jax.random.key(config.seed))
         config.save(workdir / "config.json")
+    save_data(workdir, data)
     (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
     write_environment(workdir / "environment.json", mesh)
 

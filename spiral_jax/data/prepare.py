@@ -68,7 +68,7 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
       SpiralError: Missing files, empty or undecodable text, tokenizer or store that do not fit, unwritable cache.
     """
     if config.store:
-        return _open_prepared(Path(config.store).expanduser(), config)
+        return open_prepared(Path(config.store).expanduser(), config)
     if not config.paths:
         raise SpiralError("data.paths: empty; allowed: files, folders or glob patterns (or set data.store)")
     train_documents, validation_documents = _choose_documents(config, report)
@@ -95,7 +95,7 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
             raise SpiralError(f"{folder}: cannot be written ({error.strerror or error})") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        prepared = _open_prepared(folder)
+        prepared = open_prepared(folder)
     report(f"data: wrote {folder}: {_describe(prepared)}")
     return prepared
 
@@ -171,14 +171,14 @@ def _exclusive(cache: Path, report: Report) -> Iterator[None]:
 def _reuse(folder: Path, source: str, *, expect_validation: bool) -> PreparedData | None:
     if not folder.is_dir():
         return None
-    prepared = _open_prepared(folder)
+    prepared = open_prepared(folder)
     stores = [prepared.train] + ([prepared.validation] if prepared.validation else [])
     if any(store.manifest.source != source for store in stores) or expect_validation != bool(prepared.validation):
         return None
     return prepared
 
 
-def _open_prepared(folder: Path, config: DataConfig | None = None) -> PreparedData:
+def open_prepared(folder: Path, config: DataConfig | None = None) -> PreparedData:
     """Opens a folder with train/, perhaps validation/, and a tokenizer; a file named in the config goes first."""
     if not folder.is_dir():
         raise SpiralError(f"data.store: no folder {folder}; allowed: a folder with a train/ token store")

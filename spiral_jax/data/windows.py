@@ -1,5 +1,6 @@
 """Training windows: how a stream of tokens is cut into sequences."""
 
+import dataclasses
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,21 @@ class TokenSource(Protocol):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns tokens start to stop - 1, int32 [stop - start]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensInMemory:
+    """A `TokenSource` of an array."""
+
+    name: str
+    tokens_N: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_N)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens_N[start:stop]
 
 
 def num_windows(source: TokenSource, sequence_length: int) -> int:

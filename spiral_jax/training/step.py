@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.config import RunConfig
 from spiral_jax.model.neox import Backend
@@ -63,16 +63,8 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     model = SpiralFormer(config.model, Backend(constrain=constrainer(mesh)))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
-
-    def init_boxed(key) -> TrainState:
-        init_key, rng = jax.random.split(key)
-        # Batches are sharded over the mesh even here, so one sequence per device.
-        params = model.init(init_key, jnp.zeros((config.train.batch_size, 1), jnp.int32))["params"]
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed = jax.eval_shape(init_boxed, key)
-    shardings = shardings_of(boxed, mesh)
+    state = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     batch, everywhere = batch_sharding(mesh), replicated(mesh)
     window_shape = (config.train.batch_size, config.train.sequence_length + 1)
 
@@ -94,16 +86,32 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     return Program(
         model=model,
         mesh=mesh,
-        init=jax.jit(lambda key: nn.unbox(init_boxed(key)), out_shardings=shardings),
+        init=jax.jit(lambda key: nn.unbox(_initial_state(config, key)), out_shardings=shardings),
         train_step=jax.jit(
             train_step, in_shardings=(shardings, batch), out_shardings=(shardings, everywhere), donate_argnums=0
         ),
         eval_step=jax.jit(eval_step, in_shardings=(shardings.params, batch, batch), out_shardings=everywhere),
-        abstract_state=jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nn.unbox(boxed), shardings
-        ),
+        abstract_state=state,
         abstract_batch=jax.ShapeDtypeStruct(window_shape, jnp.int32, sharding=batch),
     )
+
+
+def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The TrainState's shapes, dtypes and shardings on a mesh, which may be one that is not there."""
+    boxed = jax.eval_shape(functools.partial(_initial_state, config), jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings_of(boxed, mesh),
+    )
+
+
+def _initial_state(config: RunConfig, key: jax.Array) -> TrainState:
+    """Step 0, its parameters still boxed with the names of their axes."""
+    init_key, rng = jax.random.split(key)
+    params = SpiralFormer(config.model).init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
 
 
 def _gradients(config: RunConfig, model: SpiralFormer, shardings, params, windows_BxW: jax.Array):
