@@ -14,6 +14,8 @@ from spiral_jax.errors import SpiralError
 
 OK, FAILED, USAGE = 0, 1, 2
 
+_NO_CONFIG = "--config is missing; for example --config=experiments/quickstart.py"
+
 
 def run(
     verb: str, doc: str, define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagValues], None]
