@@ -66,9 +66,7 @@ def find_documents(
         raise SpiralError(f"{field}: {reason}; allowed: paths that leave at least one text file")
     with_text = [document for document in documents.values() if document.size]
     if not with_text:
-        raise SpiralError(
-            f"{field}: the {len(documents)} file(s) hold no text; allowed: at least one that is not empty"
-        )
+        raise SpiralError(f"{field}: no text in {', '.join(paths)}; allowed: files that are not all empty")
     return with_text
 
 

@@ -75,7 +75,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         metrics |= {
             "loss": loss,
             "learning_rate": schedule(state.step),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 

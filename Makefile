@@ -1,0 +1,44 @@
+# `make quickstart` and `make test` need Python >= 3.11 and a package index, and set up everything else themselves.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/quickstart
+ARGS ?=
+
+.PHONY: quickstart test test-slow lint format docs clean
+
+quickstart: $(VENV)/quickstart.stamp
+	$(RUN) -m spiral_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(VENV)/test.stamp
+	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/lint.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/lint.stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+docs: $(VENV)/quickstart.stamp
+	$(RUN) -m spiral_jax.reference > docs/config.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=, as in make test PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/quickstart.stamp: EXTRA := plot
+$(VENV)/test.stamp: EXTRA := test
+$(VENV)/lint.stamp: EXTRA := lint
+$(VENV)/%.stamp: setup.cfg pyproject.toml | $(VENV)/python.stamp
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]'
+	@touch $@

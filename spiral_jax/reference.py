@@ -1,0 +1,169 @@
+"""The configuration reference, generated from the dataclasses and their docstrings.
+
+python -m spiral_jax.reference > docs/config.md
+"""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+
+from spiral_jax.config import MUTABLE, RunConfig
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Generated: python -m spiral_jax.reference > docs/config.md -->
+
+Every field of a run, with its type, default and meaning. An experiment file sets what differs from the defaults; a
+command line sets what differs from the experiment:
+
+```
+python -m spiral_jax.train --config=experiments/quickstart.py --workdir=DIR \\
+  --config.train.steps=500 --config.model.topology=anchor '--config.model.chunks=(4, 2, 1)'
+```
+
+An unknown field, a value of the wrong type and a value that is not allowed stop the command with one line that names
+the field. `WORKDIR/config.json` holds what the run was first started with.
+"""
+
+# What RunConfig._check_steps does.
+_STEPS_RULE = """\
+`train.steps` may change where the steps already taken would have been the same:
+
+- It cannot go below the steps that are done.
+- With `optimizer.schedule` `cosine` it cannot change once a step is done: every learning rate depends on it.
+- With `wsd` and `constant` it may change while the learning rate is constant. The step that the run resumes from must
+  lie after warm-up and, with `wsd`, not after the start of the decay, counted with the old and with the new number.
+  (`optimizer.warmup_fraction` and `optimizer.decay_fraction` are fractions of `train.steps`.)
+
+Any other difference stops the command with the field, the saved value and the given value."""
+
+
+def markdown() -> str:
+    """The whole reference, as in docs/config.md.
+
+    Raises:
+      ValueError: a field that its class docstring does not document, or a documented name that is not a field.
+    """
+    hints = typing.get_type_hints(RunConfig)
+    rooms = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    sections = [_INTRODUCTION, _on_resume(), f"## Top level\n\n{table(RunConfig)}\n"]
+    for name, room in rooms.items():
+        sections.append(f"## {name}\n\n{_summary(room)}{_room_on_resume(name)}\n\n{table(room, f'{name}.')}\n")
+    return "\n".join(sections)
+
+
+def table(config_class: type, prefix: str = "") -> str:
+    """The fields of one dataclass as a Markdown table; fields that are dataclasses have tables of their own.
+
+    Args:
+      config_class: a dataclass in which every field has a default.
+      prefix: put before the fields' names.
+
+    Raises:
+      ValueError: as for `markdown`.
+    """
+    hints, meanings, defaults = typing.get_type_hints(config_class), _meanings(config_class), config_class()
+    unknown = sorted(meanings.keys() - {field.name for field in dataclasses.fields(config_class)})
+    if unknown:
+        raise ValueError(f"{config_class.__name__}.{unknown[0]} is documented, but not a field")
+    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            continue
+        if not meanings.get(field.name):
+            raise ValueError(
+                f"{config_class.__name__}.{field.name} has no meaning under Attributes: in its class docstring"
+            )
+        cells = (
+            _code(prefix + field.name),
+            _code(_type_name(hint)),
+            _code(_literal(getattr(defaults, field.name))),
+            _text(meanings[field.name]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _meanings(config_class: type) -> dict[str, str]:
+    """What the docstring's `Attributes:` section says of each field; `a, b: text` covers both."""
+    _, _, section = (inspect.getdoc(config_class) or "").partition("\nAttributes:\n")
+    meanings, names, entry_indent = {}, (), None
+    for line in section.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if not line.strip():
+            continue
+        if indent == 0:
+            break
+        entry_indent = entry_indent or indent
+        if indent == entry_indent:
+            entry = re.fullmatch(r"\s+(\w+(?:, \w+)*):\s*(.*)", line)
+            if entry is None:
+                raise ValueError(f"{config_class.__name__}: no `name: meaning` under Attributes: in {line.strip()!r}")
+            names = tuple(entry[1].split(", "))
+            meanings |= dict.fromkeys(names, entry[2])
+        else:
+            for name in names:
+                meanings[name] = f"{meanings[name]} {line.strip()}".strip()
+    return meanings
+
+
+def _summary(config_class: type) -> str:
+    """The docstring's first paragraph as one line."""
+    return " ".join(inspect.getdoc(config_class).partition("\n\n")[0].split())
+
+
+def _on_resume() -> str:
+    rooms = [f"`{entry}*`" for entry in MUTABLE if entry.endswith(".")]
+    fields = [f"`{entry}`" for entry in MUTABLE if not entry.endswith(".")]
+    return (
+        "## What may change on resume\n\n"
+        "The same `--workdir` again resumes its run. These fields may then differ from what the run was saved with:\n"
+        f"{', '.join(rooms + fields)}.\n"
+        "They say where and how a run runs and what is watched. Another mesh or accumulation gets the same batches and\n"
+        f"the same loss to rounding, not bit for bit.\n\n{_STEPS_RULE}\n"
+    )
+
+
+def _room_on_resume(room: str) -> str:
+    if f"{room}." in MUTABLE:
+        return " May change on resume."
+    fields = [f"`{entry}`" for entry in MUTABLE if entry.startswith(f"{room}.")]
+    sentence = f" {' and '.join(fields)} may change on resume." if fields else ""
+    return sentence + (" For `train.steps` see the rule above." if room == "train" else "")
+
+
+def _type_name(hint) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(_literal, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(hint)))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if typing.get_origin(hint) is None else str(hint)
+
+
+def _literal(value) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _code(text: str) -> str:
+    return f"`{_escape_pipes(text)}`"
+
+
+def _text(text: str) -> str:
+    """Prose in a cell: pipes would end it, and outside `code` angle brackets would be taken for HTML."""
+    parts = _escape_pipes(text).split("`")
+    parts[::2] = [part.replace("<", "&lt;").replace(">", "&gt;") for part in parts[::2]]
+    return "`".join(parts)
+
+
+def _escape_pipes(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
