@@ -22,6 +22,7 @@ def get_config():
     config = default_config()
     config.data.paths, config.data.exclude = python_sources()
     config.data.invalid_utf8 = "skip"
+    config.data.validation_fraction = 0.03
     config.data.tokenizer = "bpe"
     config.data.bpe_vocab_size = 4096
 
@@ -40,8 +41,7 @@ def get_config():
     config.optimizer.peak_learning_rate = 4e-3
     config.optimizer.warmup_fraction = 0.05
 
-    config.evaluation.every_steps = 250
-    config.evaluation.batches = 16
+    config.evaluation.every_steps = 500
     config.checkpoint.every_steps = 250
     config.summary.sample_tokens = 160
     config.summary.plot = True

@@ -123,8 +123,8 @@ def _on_resume() -> str:
         "## What may change on resume\n\n"
         "The same `--workdir` again resumes its run. These fields may then differ from what the run was saved with:\n"
         f"{', '.join(rooms + fields)}.\n"
-        "They say where and how a run runs and what is watched. Another mesh or accumulation gets the same batches and\n"
-        f"the same loss to rounding, not bit for bit.\n\n{_STEPS_RULE}\n"
+        "They say where and how a run runs and what is watched. With another mesh or accumulation the batches are the\n"
+        f"same and the loss is the same to rounding, not bit for bit.\n\n{_STEPS_RULE}\n"
     )
 
 

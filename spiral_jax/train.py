@@ -64,7 +64,7 @@ def main(values: flags.FlagValues) -> None:
         print(f"resuming after step {start_step} of {config.train.steps}", flush=True)
     else:
         state = program.init(jax.random.key(config.seed))
-        config.save(workdir / "config.json")
+    config.save(workdir / "config.json")
     save_data(workdir, data)
     (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
     write_environment(workdir / "environment.json", mesh)
@@ -88,11 +88,8 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
 
     def record(row):
         row = complete(row)
-        if (
-            row["step"] % config.logging.every_steps == 0
-            or "validation_loss" in row
-            or row["step"] == config.train.steps
-        ):
+        last = row["step"] == config.train.steps
+        if last or row["step"] % config.logging.every_steps == 0 or "validation_loss" in row:
             writer.write(row)
         progress.update(row)
 

@@ -86,8 +86,7 @@ def layer(config, weights, x_NxD):
     """x + Attn(LN1(x)) + MLP(LN2(x)) (section 1)."""
     eps = config["layer_norm_eps"]
     attn_NxD = attention(config, weights / "attention", layer_norm(weights / "input_layernorm", x_NxD, eps))
-    hidden_NxM = linear(weights / "mlp" / "dense_h_to_4h",
-                        layer_norm(weights / "post_attention_layernorm", x_NxD, eps))
+    hidden_NxM = linear(weights / "mlp" / "dense_h_to_4h", layer_norm(weights / "post_attention_layernorm", x_NxD, eps))
     return x_NxD + attn_NxD + linear(weights / "mlp" / "dense_4h_to_h", gelu(hidden_NxM))
 
 
@@ -113,7 +112,7 @@ def down_scale(config, step, entry, h_LxD):
             z_NxD[j] = h_LxD[members[0]]
         elif config["pooling"] == "self_aggregation":
             a = softmax(np.array([h_LxD[i] @ step["scorer.weight"][0] for i in members]))
-            for a_i, i in zip(a, members):
+            for a_i, i in zip(a, members, strict=True):
                 z_NxD[j] += a_i * h_LxD[i]
         elif config["pooling"] == "mean":
             for i in members:

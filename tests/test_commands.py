@@ -240,5 +240,5 @@ def test_verbs_are_listed_and_help_is_given():
 
 
 def test_importing_the_package_touches_no_device():
-    code = "import spiral_jax, spiral_jax.train, sys; from jax._src import xla_bridge; sys.exit(bool(xla_bridge._backends))"
+    code = "import sys, spiral_jax.train; from jax._src import xla_bridge; sys.exit(bool(xla_bridge._backends))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

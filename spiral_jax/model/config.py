@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Literal, NamedTuple, get_args
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 Topology = Literal["base", "residual", "anchor", "anchor_star", "mesh"]
 Pooling = Literal["self_aggregation", "mean"]
@@ -108,11 +109,9 @@ class ModelConfig:
                 f"model.rotary_fraction {self.rotary_fraction} of the head width {self.head_width} rotates "
                 f"{self.rotary_dims} dimensions; the number must be even"
             )
-        if self.rotary_base <= 0 or self.layer_norm_epsilon <= 0:
-            raise SpiralError(
-                f"model.rotary_base is {self.rotary_base} and model.layer_norm_epsilon {self.layer_norm_epsilon}; "
-                "both must be positive"
-            )
+        for field in ("rotary_base", "layer_norm_epsilon"):
+            value = getattr(self, field)
+            require(0 < value < math.inf, f"model.{field}", value, "a positive number")
         if self.memory_slots is not None and self.memory_slots < 1:
             raise SpiralError(f"model.memory_slots is {self.memory_slots}; it must be at least 1")
         self._check_schedule()

@@ -38,7 +38,9 @@ def down_scale(h_BxLxD: jax.Array, level: Level, scorer: dict | None) -> jax.Arr
         # The short first chunk is divided by G too: its missing members count as zeros.
         z_BxNxD = jnp.sum(h_BxNxGxD, axis=2, dtype=dtype) / G
     else:
-        score_BxNxG = jnp.einsum("bngd,d->bng", h_BxNxGxD, scorer["kernel"][:, 0].astype(dtype), precision=HIGHEST)
+        score_BxNxG = jnp.einsum(
+            "bngd,d->bng", h_BxNxGxD.astype(dtype), scorer["kernel"][:, 0].astype(dtype), precision=HIGHEST
+        )
         is_token_NxG = (jnp.arange(N * G) >= level.offset).reshape(N, G)
         weight_BxNxG = jax.nn.softmax(jnp.where(is_token_NxG, score_BxNxG, -jnp.inf), axis=-1)
         z_BxNxD = jnp.einsum("bng,bngd->bnd", weight_BxNxG, h_BxNxGxD.astype(dtype), precision=HIGHEST)

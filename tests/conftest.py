@@ -1,0 +1,105 @@
+"""The environment jax reads when imported (8 CPU devices, a compilation cache), and what tests of models share."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parent
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# ruff: isort: split
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import reference  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+from spiral_jax.convert.huggingface import config_to_huggingface, params_from_tensors  # noqa: E402
+from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
+
+# Code generation in less time; the operations are the same.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+class Golden(NamedTuple):
+    """One folder of tests/golden."""
+
+    config: dict
+    tensors: dict[str, np.ndarray]
+    tokens_BxL: np.ndarray
+    logits_BxLxV: np.ndarray
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a test that asks for `golden` once for every folder of tests/golden."""
+    if "golden" in metafunc.fixturenames:
+        names = sorted(path.parent.name for path in TESTS.glob("golden/*/config.json"))
+        metafunc.parametrize("golden", names, indirect=True)
+
+
+@pytest.fixture
+def golden(request) -> Golden:
+    folder = TESTS / "golden" / request.param
+    config = json.loads((folder / "config.json").read_text())
+    arrays = [np.load(folder / f"{name}.npy") for name in ("tokens", "logits")]
+    return Golden(config, load_file(folder / "model.safetensors"), *arrays)
+
+
+@pytest.fixture(scope="session")
+def x64():
+    """The context manager that computes in 64 bits, under whichever name this jax has it."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64
+    from jax.experimental import enable_x64
+
+    return enable_x64
+
+
+@pytest.fixture(scope="session")
+def quick() -> dict:
+    """`compiler_options` for `jax.jit` where a test runs a program once."""
+    return QUICK
+
+
+@pytest.fixture(scope="session")
+def forward(x64):
+    """(config, params, tokens_BxL) to logits [B, L, V], compiled once per config and shape.
+
+    Generated quickly, unless `optimize` asks for the program that a user runs.
+    """
+
+    @functools.cache
+    def compiled(config, optimize):
+        model = SpiralFormer(config)
+        return jax.jit(
+            lambda params, tokens_BxL: model.apply({"params": params}, tokens_BxL),
+            compiler_options=None if optimize else QUICK,
+        )
+
+    def run(config, params, tokens_BxL, optimize=False) -> np.ndarray:
+        with x64(config.dtype == "float64"):
+            return np.asarray(compiled(config, optimize)(params, tokens_BxL))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """(config, seed) to random weights: the reference's config, its float64 tensors, and our params in config.dtype."""
+
+    def make(config, seed=0, scale=1.0):
+        hf_config = config_to_huggingface(config, max_position_embeddings=64)
+        tensors = reference.random_tensors(hf_config, np.random.default_rng(seed), scale)
+        dtype = np.float64 if config.dtype == "float64" else np.float32
+        params = params_from_tensors(config, {name: tensor.astype(dtype) for name, tensor in tensors.items()})
+        return hf_config, tensors, params
+
+    return make
