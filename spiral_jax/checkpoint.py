@@ -25,7 +25,8 @@ class CheckpointConfig:
     Attributes:
       every_steps: steps between checkpoints; the last step is always saved.
       keep: newest checkpoints to keep.
-      keep_every_steps: checkpoints at multiples of this are kept for good; 0 for none.
+      keep_every_steps: checkpoints at multiples of this (itself a multiple of `every_steps`) are kept for good; 0
+        for none.
     """
 
     every_steps: int = 1000

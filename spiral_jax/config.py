@@ -36,7 +36,7 @@ class RunConfig:
     """Everything that decides a run.
 
     Attributes:
-      seed: initial parameters and the order of the data.
+      seed: of the initial parameters, the order of the data and the sample at the end.
     """
 
     seed: int = 0

@@ -32,7 +32,7 @@ class LoggingConfig:
     """What is written where.
 
     Attributes:
-      every_steps: steps between rows of metrics.jsonl.
+      every_steps: steps between rows of metrics.jsonl; evaluated steps and the last one always have one.
       seconds: time between lines on the terminal.
       tensorboard: also write TensorBoard events (extra `tensorboard`).
       wandb: W&B project to log to (extra `wandb`); empty for none.

@@ -18,7 +18,7 @@ class SummaryConfig:
     Attributes:
       sample_tokens: tokens to sample from the trained model; 0 for none. The parameters must fit one device.
       prompt_tokens: tokens of the validation text that are continued.
-      temperature: of the sample.
+      temperature: of the sample; 0 is greedy.
       plot: write loss_curve.png (extra `plot`).
     """
 

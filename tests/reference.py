@@ -248,7 +248,7 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     else:
         schedule = config["schedule"]
         T = len(schedule)
-        core = config["core_layers"] * (1 if config.get("shared_core", True) else T)
+        core = config["core_layers"] * (min(T, 1) if config.get("shared_core", True) else T)
         for part, count in (("prelude", config["prelude_layers"]), ("core", core), ("coda", config["coda_layers"])):
             for i in range(count):
                 block(f"{root}.{part}.{i}")

@@ -1,6 +1,7 @@
 """The configuration of the data room."""
 
 import dataclasses
+from typing import Literal
 
 from spiral_jax.errors import SpiralError
 
@@ -22,25 +23,28 @@ class DataConfig:
     """Where the text is, how it becomes tokens, and how the tokens are read.
 
     Attributes:
-      paths: Text files, folders (searched recursively) or glob patterns (`**` crosses folders). A file is a document.
+      paths: text files, folders (searched recursively) or glob patterns (`**` crosses folders); a file is a document.
+        Needed unless `store` is set.
       exclude: `fnmatch` patterns; a file whose full path matches one of them is left out.
-      validation_paths: Like `paths`, for validation. A file that is in both is used for validation only.
-      validation_fraction: Share of the files held out for validation when `validation_paths` is empty. Chosen by a
-        hash of the file's name relative to its root, so that adding files moves no other file.
-      invalid_utf8: What to do with a file that is not UTF-8: "error" stops, "skip" leaves it out and counts it.
-      tokenizer: "bytes", "bpe" (train a byte-level BPE on the training files), or a Hugging Face `tokenizer.json`.
-      bpe_vocab_size: Entries of the tokenizer trained for "bpe", the separator included.
-      store: A folder with ready-made `train/` and `validation/` token stores, used instead of `paths`.
-      separator: Text of the separator token of a `tokenizer.json`; "" looks for <|endoftext|>, then </s>.
-      read_threads: Threads that read training windows.
-      prefetch_batches: Batches read ahead of the training step.
+      validation_paths: like `paths`, for validation. A file that is in both is used for validation only.
+      validation_fraction: share of the files held out for validation when `validation_paths` is empty, chosen by a
+        hash of the file's name relative to its root, so that adding files moves no other file. Where that would take
+        no file or all of them, the last part of each file is held out instead.
+      invalid_utf8: what to do with a file that is not UTF-8: `error` stops, `skip` leaves it out and counts it.
+      tokenizer: `bytes`, `bpe` (train a byte-level BPE on the training files), or the path of a Hugging Face
+        `tokenizer.json`. With `store`, only a path counts, and must match; otherwise the store's own is used.
+      bpe_vocab_size: entries of the tokenizer trained for `bpe`, the separator included.
+      store: a folder with ready-made `train/` and `validation/` token stores, used instead of `paths`.
+      separator: text of the separator token of a `tokenizer.json`; empty to look for `<|endoftext|>`, then `</s>`.
+      read_threads: threads that read training windows.
+      prefetch_batches: batches read ahead of the training step.
     """
 
     paths: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     validation_paths: tuple[str, ...] = ()
     validation_fraction: float = 0.05
-    invalid_utf8: str = "error"
+    invalid_utf8: Literal["error", "skip"] = "error"
     tokenizer: str = "bytes"
     bpe_vocab_size: int = 4096
     store: str = ""

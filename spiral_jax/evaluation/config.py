@@ -10,7 +10,7 @@ class EvaluationConfig:
     """Evaluation on the validation store.
 
     Attributes:
-      every_steps: steps between evaluations; 0 for none while training.
+      every_steps: steps between evaluations; the last step is always evaluated. 0 for that one only.
       batches: batches of `train.batch_size` windows per evaluation, from the start of the store; 0 for all of it.
     """
 

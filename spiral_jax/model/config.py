@@ -45,15 +45,16 @@ class ModelConfig:
       offsets: offset w of each iteration; None for g // 2.
       shifts: right shift s of each iteration; None for g - 1, the least that keeps the model causal.
       shared_core: False gives every iteration layers of its own (Pythia+MeSH).
-      topology: how an iteration's update e(t) becomes the next state.
+      topology: how an iteration's update e(t) becomes the next state: alone (`base`), added to h(t) (`residual`), to
+        the prelude's output (`anchor`), to the embeddings (`anchor_star`), or through a memory of slots (`mesh`).
       memory_slots: MeSH slots S; None for T + 3. Only read by topology `mesh`.
-      pooling: how a chunk becomes one vector.
-      allocation: how a chunk's update is spread over its tokens.
+      pooling: how a chunk becomes one vector: a learned weighted mean (`self_aggregation`) or the `mean`.
+      allocation: how a chunk's update is spread over its tokens: in `learned` or `uniform` shares.
       update_scale: lambda of the up-scale: sqrt(g), g or 1.
       rotary_fraction: part of each head that is rotated.
       rotary_base: base of the rotary frequencies.
       layer_norm_epsilon: epsilon of every LayerNorm.
-      dtype: compute dtype. Parameters are float32 (float64 when computing in float64).
+      dtype: compute dtype. Parameters are float32 (float64 when computing in float64, which needs jax_enable_x64).
       remat: what the backward pass recomputes: `none` keeps all activations, `dots` keeps only the outputs of
         weight matmuls, `full` keeps only each layer's input.
       unroll: unrolls the scans over layers and iterations: faster steps on CPU, compile time grows with depth.

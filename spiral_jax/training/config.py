@@ -48,7 +48,7 @@ class OptimizerConfig:
       warmup_fraction: see `warmup_steps`.
       decay_fraction: part of the steps that `wsd` decays over.
       final_fraction: the last step's learning rate over the peak (`cosine`, `wsd`).
-      beta1, beta2, epsilon: AdamW's.
+      beta1, beta2, epsilon: AdamW's decay of the first and second moment, and the term that keeps it finite.
       weight_decay: decoupled, times the learning rate, on matrices and embeddings only.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
     """
