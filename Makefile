@@ -14,10 +14,10 @@ quickstart: $(VENV)/quickstart.stamp
 	$(CPU_ENV) $(RUN) -m spiral_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto $(ARGS)
 
 test-slow: $(VENV)/test.stamp
-	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+	$(RUN) -m pytest -n auto -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check .

@@ -34,15 +34,15 @@ def get_config():
     config.model.dtype = "float32"
     config.model.unroll = True
 
-    config.train.steps = 1000
+    config.train.steps = 800
     config.train.batch_size = 8
     config.train.sequence_length = 256
     config.train.loss_block = 128
     config.optimizer.peak_learning_rate = 4e-3
     config.optimizer.warmup_fraction = 0.05
 
-    config.evaluation.every_steps = 500
-    config.checkpoint.every_steps = 250
+    config.evaluation.every_steps = 400
+    config.checkpoint.every_steps = 200
     config.summary.sample_tokens = 160
     config.summary.plot = True
     return config

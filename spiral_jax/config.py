@@ -79,6 +79,8 @@ class RunConfig:
             raise SpiralError(f"{path}: no such file; a run directory has a config.json") from None
         except (OSError, ValueError) as error:
             raise SpiralError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise SpiralError(f"{path}: holds {values!r}; it must be a JSON object")
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class SpiralFormer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c)
+        self.embed = Embedding(c, self.backend)
         self.prelude = Stack(c, c.prelude_layers, self.backend)
         if c.shared_core:
             self.core = Stack(c, c.core_layers, self.backend)
@@ -178,6 +178,7 @@ class SpiralFormer(nn.Module):
 
 class Embedding(nn.Module):
     config: ModelConfig
+    backend: Backend
 
     @nn.compact
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
@@ -185,6 +186,9 @@ class Embedding(nn.Module):
         c = self.config
         init = nn.with_logical_partitioning(small_init(c), ("vocab", "embed"))
         embedding_VxD = self.param("embedding", init, (c.vocab_size, c.d_model), param_dtype(c))
+        # Looked up in a table sharded over its width, rows would come out in pieces, and the compiler would replicate
+        # the whole batch to put them together.
+        embedding_VxD = self.backend.constrain(embedding_VxD, "vocab", "activation_embed")
         return (jnp.take(embedding_VxD, tokens_BxL, axis=0) * c.d_model**0.5).astype(c.dtype)
 
 

@@ -1,0 +1,228 @@
+"""Saving on one mesh and restoring on another, what is kept, and checkpoints that do not fit."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import spiral_jax
+from spiral_jax.checkpoint import CheckpointConfig, Checkpoints, restore_for_inference
+from spiral_jax.config import RunConfig
+from spiral_jax.errors import SpiralError
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.runs import abstract_params
+from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.training.config import TrainConfig
+from spiral_jax.training.step import abstract_state
+
+# orbax leaves reads unfinished when one of them fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+CONFIG = RunConfig(
+    model=ModelConfig(vocab_size=64, d_model=32, num_heads=4, prelude_layers=1, core_layers=1, coda_layers=0,
+                      chunks=(2, 1), dtype="float32"),
+    train=TrainConfig(steps=10, batch_size=8, sequence_length=16),
+)  # fmt: skip
+META = {"config": CONFIG.to_dict(), "data": {"step": 4, "fingerprint": "abc"}}
+
+
+def abstract(mesh=(1, 1, 1), config=CONFIG):
+    """The state's shapes and shardings on a mesh of as many devices as it needs."""
+    return abstract_state(config, make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)]))
+
+
+def random_state(layout, seed=0):
+    """A state with every number of it random, laid out as `layout` says."""
+    rng = np.random.default_rng(seed)
+
+    def draw(x):
+        if np.issubdtype(x.dtype, np.integer):
+            return rng.integers(1000, size=x.shape).astype(x.dtype)
+        return rng.normal(size=x.shape).astype(x.dtype)
+
+    return jax.device_put(jax.tree.map(draw, layout), jax.tree.map(lambda x: x.sharding, layout))
+
+
+def assert_bitwise_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with one checkpoint, of step 4, written from a mixed mesh; and the state."""
+    workdir = tmp_path_factory.mktemp("saved")
+    state = random_state(abstract((2, 2, 2)))
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(4, state, META)
+    checkpoints.close()
+    CONFIG.save(workdir / "config.json")
+    return workdir, state
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
+def test_restores_onto_any_mesh(saved, mesh):
+    workdir, state = saved
+    layout = abstract(mesh)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    restored = checkpoints.restore(checkpoints.latest_step(), layout)
+    checkpoints.close()
+    assert_bitwise_equal(restored, state)
+    for x, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(layout), strict=True):
+        assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+
+
+def test_load_gives_model_and_parameters(saved):
+    workdir, state = saved
+    model, params = spiral_jax.load(workdir)
+    assert model.config == CONFIG.model
+    assert_bitwise_equal(params, state.params)
+    assert {x.sharding.num_devices for x in jax.tree.leaves(params)} == {1}
+    _, params = spiral_jax.load(str(workdir), step=4)
+    assert_bitwise_equal(params, state.params)
+
+
+def test_meta_comes_back(saved):
+    workdir, _ = saved
+    checkpoints = Checkpoints(workdir, read_only=True)
+    meta = checkpoints.load_meta(4)
+    checkpoints.close()
+    assert meta["data"] == META["data"]
+    assert RunConfig.from_dict(meta["config"]) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(d_model=64), dict(core_layers=2), dict(topology="base"), dict(chunks=(4, 1)), dict(vocab_size=128)],
+    ids=str,
+)
+def test_a_checkpoint_of_another_model_is_refused(saved, change):
+    workdir, _ = saved
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **change))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    with pytest.raises(SpiralError) as error:
+        checkpoints.restore(4, abstract(config=other))
+    checkpoints.close()
+    assert_names_the_checkpoint(error, workdir)
+
+
+def assert_names_the_checkpoint(error, workdir):
+    message = str(error.value)
+    assert str(workdir / "checkpoints" / "4") in message
+    assert "\n" not in message
+
+
+def test_parameters_of_another_model_are_refused(saved):
+    workdir, _ = saved
+    other = dataclasses.replace(CONFIG.model, d_model=64)
+    with pytest.raises(SpiralError) as error:
+        restore_for_inference(workdir, abstract_params(spiral_jax.load(workdir)[0].clone(config=other)))
+    assert_names_the_checkpoint(error, workdir)
+
+
+def test_no_such_step_is_refused(saved):
+    workdir, _ = saved
+    with pytest.raises(SpiralError, match=r"no checkpoint of step 7; there are \[4\]"):
+        spiral_jax.load(workdir, step=7)
+
+
+def test_load_without_a_run_is_one_line(tmp_path):
+    with pytest.raises(SpiralError, match=r"nowhere: no such directory$"):
+        spiral_jax.load(tmp_path / "nowhere")
+    with pytest.raises(SpiralError, match=r"config\.json"):
+        spiral_jax.load(tmp_path)
+    CONFIG.save(tmp_path / "config.json")
+    with pytest.raises(SpiralError, match="no checkpoints directory"):
+        spiral_jax.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(SpiralError, match="no checkpoint of step"):
+        spiral_jax.load(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+    """Saving is asynchronous; the next step overwrites the state's memory."""
+    layout = abstract((1, 8, 1))
+    state = random_state(layout)
+    expected = jax.tree.map(np.array, state)
+    next_step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, META)
+    for _ in range(3):
+        state = next_step(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    assert_bitwise_equal(checkpoints.restore(1, layout), expected)
+    checkpoints.close()
+
+
+def kept(workdir, steps, **fields) -> list[int]:
+    checkpoints = Checkpoints(workdir, CheckpointConfig(**fields))
+    state = random_state(abstract())
+    for step in steps:
+        checkpoints.save(step, state, META)
+    checkpoints.close()
+    reopened = Checkpoints(workdir, read_only=True)
+    found = reopened.steps()
+    assert reopened.latest_step() == max(found)
+    reopened.close()
+    return found
+
+
+def test_the_newest_are_kept(tmp_path):
+    assert kept(tmp_path, [1, 2, 3, 4], keep=2) == [3, 4]
+
+
+def test_multiples_of_the_interval_are_kept_for_good(tmp_path):
+    assert kept(tmp_path, [2, 3, 4, 5, 6, 7], keep=1, keep_every_steps=3) == [3, 6, 7]
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+    layout, checkpoints = abstract(), Checkpoints(tmp_path)
+    checkpoints.save(3, random_state(layout, seed=0), META)
+    checkpoints.save(3, random_state(layout, seed=1), META)
+    checkpoints.wait()
+    assert_bitwise_equal(checkpoints.restore(3, layout), random_state(layout, seed=0))
+    checkpoints.close()
+
+
+def test_when_a_checkpoint_is_due(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=4))
+    assert [step for step in range(1, 11) if checkpoints.due(step, last_step=10)] == [4, 8, 10]
+    assert checkpoints.latest_step() is None and checkpoints.steps() == []
+    checkpoints.close()
+
+
+def test_an_unfinished_save_is_no_checkpoint(saved, tmp_path):
+    """What a kill leaves behind is not taken for a checkpoint."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, random_state(abstract()), META)
+    checkpoints.close()
+    whole = tmp_path / "checkpoints" / "1"
+    whole.rename(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
+    reopened = Checkpoints(tmp_path, read_only=True)
+    assert reopened.latest_step() is None
+    reopened.close()
+
+
+@pytest.mark.parametrize("damage", ["array", "meta"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
+    layout, checkpoints = abstract(), Checkpoints(tmp_path)
+    checkpoints.save(4, random_state(layout), META)
+    checkpoints.wait()
+    folder = tmp_path / "checkpoints" / "4"
+    if damage == "meta":
+        (path,) = (path for path in (folder / "meta").iterdir() if path.name == "metadata")
+        path.write_text("{")
+    else:
+        for path in (folder / "params").rglob("*"):
+            if path.is_file() and "/d/" in str(path):
+                path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(SpiralError) as error:
+        checkpoints.load_meta(4) if damage == "meta" else checkpoints.restore(4, layout)
+    assert_names_the_checkpoint(error, tmp_path)
+    checkpoints.close()
