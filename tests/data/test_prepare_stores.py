@@ -222,7 +222,7 @@ def test_files_that_are_not_utf8_stop_or_are_skipped_and_counted(corpus, tmp_pat
 def test_no_text_at_all_is_an_error(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     config = DataConfig(paths=(str(tmp_path / "a.txt"),), invalid_utf8="skip")
-    with pytest.raises(SpiralError, match=r"data\.paths: the 1 file\(s\) hold no text"):
+    with pytest.raises(SpiralError, match=r"data\.paths: .*no text"):
         prepare_stores(config, tmp_path / "cache", report=silent)
     assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == [".lock"]
 
