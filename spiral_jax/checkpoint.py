@@ -129,7 +129,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # orbax says a great deal; its first words say which array or file it is about.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise SpiralError(f"{self.directory / str(step)}: the checkpoint cannot be restored: {reason}") from error
 
 
