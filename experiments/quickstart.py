@@ -12,13 +12,16 @@ import sysconfig
 from pathlib import Path
 
 from spiral_jax.config import default_config
+from spiral_jax.errors import SpiralError
 
 # A standard library installed without its tests is too little text; the packages beside us are added then.
 ENOUGH_BYTES = 20_000_000
 
 
-def get_config():
+def get_config(argument: str = ""):
     """The configuration; the machine is searched for sources here, so that config.json names what was read."""
+    if argument:
+        raise SpiralError(f"experiments/quickstart.py: takes no argument; given is {argument!r}")
     config = default_config()
     config.data.paths, config.data.exclude = python_sources()
     config.data.invalid_utf8 = "skip"

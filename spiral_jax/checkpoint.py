@@ -36,6 +36,8 @@ class CheckpointConfig:
     def __post_init__(self):
         for field, least in (("every_steps", 1), ("keep", 1), ("keep_every_steps", 0)):
             require(getattr(self, field) >= least, f"checkpoint.{field}", getattr(self, field), f"{least} or more")
+        kept, every = self.keep_every_steps, self.every_steps
+        require(kept % every == 0, "checkpoint.keep_every_steps", kept, f"multiples of checkpoint.every_steps {every}")
 
 
 class Checkpoints:

@@ -51,6 +51,9 @@ def run(
     except Interrupted as interrupt:
         print(str(interrupt), file=sys.stderr)
         sys.exit(128 + interrupt.signal)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader of our output left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,7 +117,12 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
     try:
         return values([verb, *sys.argv[1:]])[1:]
     except flags.Error as error:
-        raise SpiralError(_one_line(error)) from None
+        message = str(error)
+        if "Traceback" in message:  # of a config file's get_config, folded in by ml_collections
+            message = f"--config: {message.strip().splitlines()[-1]}"
+        raise SpiralError(_one_line(message)) from None
+    except (SyntaxError, ImportError) as error:
+        raise SpiralError(f"--config: {type(error).__name__}: {_one_line(error)}") from None
     except (AttributeError, KeyError) as error:
         # The message names the part of the path that is unknown, quoted in several ways.
         given = next(filter(None, map(_override, re.findall(r"\w+", str(error)))), None)
@@ -131,5 +139,5 @@ def _override(name: str) -> str | None:
     return next((path for path in paths if name in path.split(".")), None)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

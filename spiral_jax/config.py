@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from spiral_jax import atomic
 from spiral_jax.checkpoint import CheckpointConfig
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
@@ -53,6 +54,25 @@ class RunConfig:
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise SpiralError(f"seed is {self.seed}; it must lie in 0..{2**32 - 1}")
+        self._check_warmup()
+
+    def _check_warmup(self):
+        steps, optimizer = self.train.steps, self.optimizer
+        warmup = optimizer.warmup_steps
+        if warmup is not None and warmup > steps:
+            raise SpiralError(f"optimizer.warmup_steps is {warmup}; allowed: at most train.steps, {steps}")
+        if optimizer.schedule != "wsd":
+            return
+        if warmup is not None and warmup > optimizer.stable_until(steps):
+            raise SpiralError(
+                f"optimizer.warmup_steps is {warmup}; allowed: at most {optimizer.stable_until(steps)}, where "
+                "optimizer.decay_fraction begins the decay"
+            )
+        if warmup is None and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
+            raise SpiralError(
+                f"optimizer.warmup_fraction {optimizer.warmup_fraction} and optimizer.decay_fraction "
+                f"{optimizer.decay_fraction} overlap; allowed: at most 1 together"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -88,7 +108,8 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Writes `config.json`, whole or not at all."""
+        atomic.write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def check_mesh(self, num_devices: int) -> tuple[int, int, int]:
         """Devices along (data, fsdp, tensor).

@@ -25,7 +25,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.metrics import duration
 from spiral_jax.runs import run_directory, tokenizer_of, validation_store_of
-from spiral_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from spiral_jax.sharding import MeshConfig, make_mesh
 from spiral_jax.training.step import make_program
 
 
@@ -46,7 +46,6 @@ def main(values: flags.FlagValues) -> None:
 
     program = make_program(config, make_mesh(config.mesh))
     params, step = restore_for_inference(workdir, program.abstract_state.params, values.step)
-    sharding = batch_sharding(program.mesh)
     show = Progress() if not values.json else lambda done, total: None
     result = score(
         program.eval_step,
@@ -56,7 +55,7 @@ def main(values: flags.FlagValues) -> None:
         separator_id=tokenizer.separator_id,
         sequence_length=config.train.sequence_length,
         batch_size=config.train.batch_size,
-        put=lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+        put=program.put,
         stride=values.stride,
         progress=show,
     )
@@ -99,19 +98,22 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
     Raises:
       SpiralError: a batch size below 1.
     """
-    batch_size = config.train.batch_size if batch_size is None else batch_size
+    batch_size = config.train.batch_size // config.train.accumulation if batch_size is None else batch_size
     if batch_size < 1:
         raise SpiralError(f"--batch_size is {batch_size}; allowed: 1 or more")
-    devices = jax.device_count()
+
+    def on(mesh: MeshConfig) -> RunConfig:
+        data, fsdp, _ = mesh.shape(jax.device_count())
+        rows = -(-batch_size // (data * fsdp)) * data * fsdp
+        train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
+        changed = dataclasses.replace(config, mesh=mesh, train=train)
+        changed.check_mesh(jax.device_count())
+        return changed
+
     try:
-        config.mesh.shape(devices)
-        mesh = config.mesh
+        return on(config.mesh)
     except SpiralError:
-        mesh = MeshConfig()  # the run was trained on other devices: replicas fit any number
-    data, fsdp, _ = mesh.shape(devices)
-    batch_size = -(-batch_size // (data * fsdp)) * data * fsdp
-    train = dataclasses.replace(config.train, batch_size=batch_size, accumulation=1)
-    return dataclasses.replace(config, mesh=mesh, train=train)
+        return on(MeshConfig())  # the run was trained on other devices: replicas fit any number
 
 
 def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig) -> tuple[TokenSource, int]:
@@ -122,8 +124,10 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
     """
     path = Path(flag).expanduser()
     if flag and not path.is_dir():
-        (document,) = find_documents((flag,), field="--input")
-        text = read_text(document)
+        documents = find_documents((flag,), field="--input")
+        if len(documents) > 1:
+            raise SpiralError(f"--input {flag}: matches {len(documents)} files; allowed: one text file or token store")
+        text = read_text(documents[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:
             raise SpiralError(f"--input {flag}: the file is empty")

@@ -4,12 +4,12 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spiral_jax import atomic
 from spiral_jax.errors import SpiralError, require
 
 # Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind; longer names first.
@@ -87,7 +87,9 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values."""
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no NaN: a loss that is none is null.
+        row = {name: _finite(value) for name, value in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for write, _ in self._mirrors:
             write(row)
@@ -107,8 +109,10 @@ def check_extras(config: LoggingConfig) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Rows of a metrics.jsonl, none if it is missing; a last line cut short by a crash is left out."""
     rows = []
+    if not path.exists():
+        return rows
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
@@ -122,12 +126,15 @@ class Progress:
 
     def __init__(self, total_steps: int, seconds: float):
         self._total, self._seconds = total_steps, seconds
+        self._start: tuple[float, int] | None = None
         self._last_time: float | None = None
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Prints if it is time, or if the row holds an evaluation or ends the run."""
         now, step = time.monotonic(), row["step"]
         evaluated = "validation_loss" in row
+        if self._start is None:
+            self._start = now - row["step_time"], step - 1
         if (
             self._last_time is not None
             and now - self._last_time < self._seconds
@@ -135,7 +142,8 @@ class Progress:
             and step < self._total
         ):
             return
-        left = (self._total - step) * row["step_time"]
+        # By the clock since the start: evaluations and checkpoints take their time, too.
+        left = (self._total - step) * (now - self._start[0]) / (step - self._start[1])
         parts = [
             f"step {step:>{len(str(self._total))}}/{self._total}",
             f"loss {row['loss']:.4f}",
@@ -168,12 +176,13 @@ def _drop_rows_after(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _finite(value):
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _optional(module: str, extra: str, field: str):

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from spiral_jax import atomic
+
 PACKAGES = ("spiral_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -48,7 +50,7 @@ def write_environment(path: Path, mesh: Mesh) -> None:
             "mesh": dict(mesh.shape),
         }
     )
-    path.write_text(json.dumps(starts, indent=2) + "\n")
+    atomic.write_text(path, json.dumps(starts, indent=2) + "\n")
 
 
 def git_commit() -> str | None:

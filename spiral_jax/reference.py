@@ -25,12 +25,12 @@ python -m spiral_jax.train --config=experiments/quickstart.py --workdir=DIR \\
 ```
 
 An unknown field, a value of the wrong type and a value that is not allowed stop the command with one line that names
-the field. `WORKDIR/config.json` holds what the run was first started with.
+the field. `WORKDIR/config.json` holds what the run was last started with.
 """
 
 # What RunConfig._check_steps does.
 _STEPS_RULE = """\
-`train.steps` may change where the steps already taken would have been the same:
+`train.steps` may change where the learning rate is at its constant peak, under the old and the new number:
 
 - It cannot go below the steps that are done.
 - With `optimizer.schedule` `cosine` it cannot change once a step is done: every learning rate depends on it.

@@ -9,9 +9,16 @@ WORKDIR/
   tokenizer/         what turned text into ids
   data.json          where the token stores are
   cache/             token stores made from data.paths
+  sample.txt         a continuation by the trained model, if asked for
+  loss_curve.png     likewise
+  profile/           traces of --profile
+  tensorboard/       events, if asked for; wandb_id and wandb/ likewise
 """
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spiral_jax import atomic
 from spiral_jax.checkpoint import on_default_device, restore_for_inference
 from spiral_jax.config import RunConfig
 from spiral_jax.data.prepare import PreparedData
@@ -76,7 +84,36 @@ def save_data(workdir: Path, data: PreparedData) -> None:
     data.tokenizer.save(folder)
     stores = {"train": data.train, "validation": data.validation}
     places = {name: str(_relative(store.folder, workdir)) if store else None for name, store in stores.items()}
-    (workdir / "data.json").write_text(json.dumps(places, indent=2) + "\n")
+    atomic.write_text(workdir / "data.json", json.dumps(places, indent=2) + "\n")
+
+
+def open_data(workdir: Path, fingerprint: str) -> PreparedData | None:
+    """The stores a run was trained on, if they are where it left them; None if they are not those any more.
+
+    What the paths of the configuration hold today does not matter to a run that has its tokens.
+    """
+    try:
+        places = json.loads((workdir / "data.json").read_text())
+        stores = {name: TokenStore.open(workdir / place) if place else None for name, place in places.items()}
+        data = PreparedData(stores["train"], stores["validation"], tokenizer_of(workdir))
+    except (OSError, ValueError, KeyError, SpiralError):
+        return None
+    return data if data.fingerprint == fingerprint else None
+
+
+@contextlib.contextmanager
+def claim(workdir: Path) -> Iterator[None]:
+    """Holds a run's directory, so that two processes do not write one run.
+
+    Raises:
+      SpiralError: another process holds it.
+    """
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SpiralError(f"--workdir {workdir}: another process is training there") from None
+        yield
 
 
 def tokenizer_of(workdir: Path) -> Tokenizer:

@@ -68,7 +68,7 @@ def plot_loss(workdir: Path) -> Path:
     figure = _figure_class()(figsize=(8, 5), layout="constrained")
     rows = read_rows(workdir / "metrics.jsonl")
     steps = np.array([row["step"] for row in rows])
-    loss = np.array([row["loss"] for row in rows])
+    loss = np.array([row["loss"] for row in rows], dtype=float)
     axes = figure.add_subplot()
     axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="training, each step")
     window = max(1, len(loss) // 50)

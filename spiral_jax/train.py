@@ -24,7 +24,7 @@ from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.provenance import parameter_table, write_environment
-from spiral_jax.runs import save_data
+from spiral_jax.runs import claim, open_data, save_data
 from spiral_jax.sharding import batch_sharding, make_mesh
 from spiral_jax.training.loop import Recorder, fit
 from spiral_jax.training.step import Program, make_program
@@ -41,18 +41,28 @@ def main(values: flags.FlagValues) -> None:
     config = command.config_of(values)
     workdir = open_workdir(values.workdir)
     profiled = parse_profile(values.profile)
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise SpiralError("model.dtype is 'float64', which needs JAX_ENABLE_X64=1 in the environment")
     metrics.check_extras(config.logging)
     summary.check_extras(config.summary)
     config.check_mesh(jax.device_count())
     print(f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
           f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}; run directory {workdir}", flush=True)  # fmt: skip
+    with claim(workdir):
+        run(config, workdir, profiled)
+
+
+def run(config: RunConfig, workdir: Path, profiled: range) -> None:
+    """The run in `workdir`, from wherever it stands."""
     checkpoints = Checkpoints(workdir, config.checkpoint)
     start_step = checkpoints.latest_step() or 0
+    data = None
     if start_step:
         meta = checkpoints.load_meta(start_step)
         config.check_resume(RunConfig.from_dict(meta["config"]), start_step)
-    data = prepare_stores(config.data, workdir / "cache")
+        data = open_data(workdir, meta["data"]["fingerprint"])
+    data = data or prepare_stores(config.data, workdir / "cache")
     check_data(config, data)
     if start_step and meta["data"]["fingerprint"] != data.fingerprint:
         raise SpiralError(f"data.paths: the training tokens are not those the run in {workdir} began with")
@@ -80,9 +90,12 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
     """Steps start_step + 1 .. train.steps."""
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    # Now rather than when it is first due: what does not fit is known before anything is trained.
+    eval_step = None if data.validation is None else program.compile_eval_step(*eval_shape(config))
     print(f"compiled in {metrics.duration(time.perf_counter() - started)}", flush=True)
 
     writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step)
+    tracer = Tracer(workdir / "profile", profiled)
     progress = metrics.Progress(config.train.steps, config.logging.seconds)
     complete = functools.partial(complete_row, config, data)
 
@@ -123,14 +136,15 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
                 first_step=start_step + 1,
                 last_step=config.train.steps,
                 recorder=Recorder(record),
-                evaluate=lambda state: evaluate(config, program, state.params, data),
+                evaluate=lambda state: evaluate(config, program, eval_step, state.params, data),
                 evaluate_due=evaluate_due,
                 save=save,
                 save_due=lambda step: checkpoints.due(step, config.train.steps),
-                before_step=functools.partial(trace, workdir / "profile", profiled),
+                before_step=tracer,
                 should_stop=stop,
             )
     finally:
+        tracer.stop()
         writer.close()
     checkpoints.wait()
     if stop() and last_step < config.train.steps:
@@ -162,19 +176,24 @@ def complete_row(config: RunConfig, data: PreparedData, row: dict) -> dict:
     return row
 
 
-def evaluate(config: RunConfig, program: Program, params, data: PreparedData) -> dict[str, float]:
+def eval_shape(config: RunConfig) -> tuple[int, int]:
+    """Windows per evaluation call and their length: a micro-batch, as what fits in training fits in evaluation."""
+    return config.train.batch_size // config.train.accumulation, config.train.sequence_length
+
+
+def evaluate(config: RunConfig, program: Program, eval_step, params, data: PreparedData) -> dict[str, float]:
     """Loss on the validation store."""
-    sharding = batch_sharding(program.mesh)
+    batch_size, sequence_length = eval_shape(config)
     result = score(
-        program.eval_step,
+        eval_step,
         params,
         data.validation,
         utf8_bytes=data.validation.utf8_bytes,
         separator_id=data.tokenizer.separator_id,
-        sequence_length=config.train.sequence_length,
-        batch_size=config.train.batch_size,
-        put=lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-        max_batches=config.evaluation.batches,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        put=program.put,
+        max_batches=config.evaluation.batches * config.train.accumulation,
     )
     return {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
 
@@ -198,12 +217,26 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}", flush=True)
 
 
-def trace(folder: Path, profiled: range, step: int) -> None:
-    """Starts the profiler before the first profiled step and stops it after the last."""
-    if profiled and step == profiled.start:
-        jax.profiler.start_trace(str(folder))
-    if profiled and step == profiled.stop:
-        jax.profiler.stop_trace()
+class Tracer:
+    """Profiles a range of steps: from before the first to after the last, or to where the run ends."""
+
+    def __init__(self, folder: Path, profiled: range):
+        self._folder, self._profiled = folder, profiled
+        self._running = False
+
+    def __call__(self, step: int) -> None:
+        """Before a step is dispatched. When step n is, n - 2 is known to be done: its metrics were read."""
+        if step in self._profiled and not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        if step > self._profiled.stop:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            print(f"trace        {self._folder}", flush=True)
 
 
 def check_data(config: RunConfig, data: PreparedData) -> None:

@@ -178,7 +178,7 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def test_multiples_of_the_interval_are_kept_for_good(tmp_path):
-    assert kept(tmp_path, [2, 3, 4, 5, 6, 7], keep=1, keep_every_steps=3) == [3, 6, 7]
+    assert kept(tmp_path, [2, 3, 4, 5, 6, 7], keep=1, keep_every_steps=3, every_steps=1) == [3, 6, 7]
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from spiral_jax import command, describe, evaluate, train
+from spiral_jax.runs import claim
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -59,7 +60,7 @@ def call(verb, *arguments) -> tuple[int, str]:
 @pytest.fixture
 def compilations():
     """Durations of XLA compilations since the test began."""
-    seen = []
+    seen, control = [], []
 
     def listen(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
@@ -67,7 +68,11 @@ def compilations():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
+    # The listener does hear of compilations: an empty list means that there were none.
+    control, seen[:] = list(seen), []
+    jax.jit(lambda x: x + len(control))(1.0)
     jax.monitoring.clear_event_listeners()
+    assert seen
 
 
 BAD_TRAINING = {
@@ -88,6 +93,9 @@ BAD_TRAINING = {
     "vocabulary too small": ("--config.model.vocab_size=256", "model.vocab_size"),
     "text shorter than a window": ("--config.train.sequence_length=100000", "sequence"),
     "bad profile": ("--profile=9", "--profile"),
+    "float64 without x64": ("--config.model.dtype=float64", "JAX_ENABLE_X64"),
+    "warm-up longer than the run": ("--config.optimizer.warmup_steps=9", "optimizer.warmup_steps"),
+    "interval of kept checkpoints": ("--config.checkpoint.keep_every_steps=3", "checkpoint.keep_every_steps"),
 }
 
 
@@ -118,6 +126,8 @@ def test_missing_config_and_unknown_arguments(folder):
         ((f"--config={ROOT}/experiments/pile.py:7b,mesh",), "7b"),
         ((f"--config={ROOT}/experiments/pile.py:1b,spiral",), "spiral"),
         ((f"--config={folder}/tiny.py", "stray"), "stray"),
+        ((f"--config={ROOT}/experiments/quickstart.py:small",), "takes no argument"),
+        ((f"--config={ROOT}/README.md",), "SyntaxError"),
     ):
         status, errors = call(describe, *arguments)
         assert status == 2 and named in errors and errors.count("\n") == 1, errors
@@ -170,11 +180,41 @@ def test_a_finished_run_says_so_and_keeps_its_rows(folder, capsys):
     assert (folder / "run/metrics.jsonl").read_text() == rows
 
 
+def test_a_run_does_not_need_its_text_any_more(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(folder / "run"), str(run)], check=True)
+    text, elsewhere = folder / "text.txt", folder / "moved.txt"
+    text.rename(elsewhere)
+    try:
+        assert call(train, f"--config={folder}/tiny.py", f"--workdir={run}") == (0, "")
+    finally:
+        elsewhere.rename(text)
+    assert "finished: 4 steps" in capsys.readouterr().out
+
+
+def test_two_processes_cannot_train_in_one_directory(folder):
+    with claim(folder / "run"):
+        status, errors = call(train, f"--config={folder}/tiny.py", f"--workdir={folder}/run")
+    assert status == 2 and "another process" in errors and errors.count("\n") == 1
+
+
+def test_accumulation_evaluates_the_same_in_smaller_batches_and_a_profile_may_end_with_the_run(
+    folder, tmp_path, capsys
+):
+    arguments = (f"--config={folder}/tiny.py", f"--workdir={tmp_path}/run", "--config.train.batch_size=16")
+    assert call(train, *arguments, "--config.train.accumulation=2", "--profile=3:9") == (0, "")
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1:])
+    capsys.readouterr()
+    assert call(evaluate, f"--workdir={tmp_path}/run", "--batch_size=24", "--json") == (0, "")
+    assert row["validation_loss"] == pytest.approx(json.loads(capsys.readouterr().out)["loss"], rel=1e-6)
+
+
 def test_what_a_run_leaves_behind(folder):
     run = folder / "run"
     assert json.loads((run / "config.json").read_text())["model"]["d_model"] == 32
     table = (run / "parameters.txt").read_text()
-    assert "core/layers/qkv/kernel" in table and f"{36_862:,}" not in table
+    assert "core/layers/qkv/kernel" in table and table.splitlines()[-1].split() == ["total", "44,992"]
     (start, *_) = json.loads((run / "environment.json").read_text())
     assert start["packages"]["jax"] == jax.__version__ and start["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
 
@@ -199,6 +239,7 @@ def test_bad_evaluation_input(folder, tmp_path):
         ((f"--workdir={folder}/run", "--step=3"), "step 3"),
         ((f"--workdir={folder}/run", "--input=/no/file"), "/no/file"),
         ((f"--workdir={folder}/run", f"--input={folder}/empty.txt"), "empty.txt"),
+        ((f"--workdir={folder}/run", f"--input={folder}/*.*"), "matches 2 files"),
         ((f"--workdir={folder}/run", "--stride=17"), "--stride"),
         ((f"--workdir={folder}/run", "--batch_size=0"), "--batch_size"),
     ):

@@ -12,6 +12,7 @@ class EvaluationConfig:
     Attributes:
       every_steps: steps between evaluations; the last step is always evaluated. 0 for that one only.
       batches: batches of `train.batch_size` windows per evaluation, from the start of the store; 0 for all of it.
+        Bits per byte then take the store's mean bytes per token.
     """
 
     every_steps: int = 1000

@@ -30,9 +30,8 @@ def down_scale(h_BxLxD: jax.Array, level: Level, scorer: dict | None) -> jax.Arr
     """
     B, L, D = h_BxLxD.shape
     G, N = level.chunk, level.num_chunks(L)
-    kept = min(L, N * G - level.offset)
-    padding = ((0, 0), (level.offset, N * G - level.offset - kept), (0, 0))
-    h_BxNxGxD = jnp.pad(h_BxLxD[:, :kept], padding).reshape(B, N, G, D)
+    complete_BxMxD = h_BxLxD[:, : N * G - level.offset]
+    h_BxNxGxD = jnp.pad(complete_BxMxD, ((0, 0), (level.offset, 0), (0, 0))).reshape(B, N, G, D)
     dtype = at_least_float32(h_BxLxD.dtype)
     if scorer is None:
         # The short first chunk is divided by G too: its missing members count as zeros.

@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
@@ -56,6 +57,17 @@ class Program:
     eval_step: Any
     abstract_state: TrainState
     abstract_batch: jax.ShapeDtypeStruct
+
+    def put(self, rows: np.ndarray) -> jax.Array:
+        """A host array [B, ..] that every process has whole, as a batch on the devices."""
+        return jax.make_array_from_callback(rows.shape, self.abstract_batch.sharding, rows.__getitem__)
+
+    def compile_eval_step(self, batch_size: int, sequence_length: int):
+        """`eval_step` for batches of one shape."""
+        sharding = self.abstract_batch.sharding
+        windows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32, sharding=sharding)
+        weights = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.float32, sharding=sharding)
+        return self.eval_step.lower(self.abstract_state.params, windows, weights).compile()
 
 
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
