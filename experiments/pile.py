@@ -4,8 +4,8 @@
     python -m spiral_jax.describe --config=experiments/pile.py:160m,spiral_l
 
 SIZE is 160m, 410m, 1b or 1.4b; FAMILY is vanilla, vanilla_mesh, base, residual, anchor, anchor_star, mesh (the
-full-resolution loops), spiral_b or spiral_l. STORE holds a training and a validation token store of the
-deduplicated Pile in the GPT-NeoX tokenizer's ids.
+full-resolution loops), spiral_b or spiral_l. STORE is a folder with token stores `train/` and `validation/` of the
+deduplicated Pile in the GPT-NeoX tokenizer's ids, and that tokenizer (or give `--config.data.tokenizer=FILE`).
 
 Expect, after 120,818 steps of 512 x 4096 tokens, perplexities on the Pile near the papers' tables: at 160m 11.31 for
 vanilla, 11.29 for spiral_b and 10.94 for spiral_l; at 1.4b 7.44, 7.30 and 7.14. On 64 TPU v5p chips and up, give

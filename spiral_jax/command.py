@@ -35,8 +35,9 @@ def run(
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
     define(values)
     values.set_gnu_getopt()
-    # Libraries log every step of a save at INFO; what a user should see is printed by the commands.
-    logging.set_verbosity(logging.WARNING)
+    # orbax logs every step of a save, and warns when a checkpoint is opened for reading only; what a user should see
+    # is printed by the commands, and failures are raised.
+    logging.set_verbosity(logging.ERROR)
     try:
         rest = _parse(values, verb)
         if values.help:

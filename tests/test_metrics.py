@@ -1,6 +1,7 @@
 """metrics.jsonl and the line on the terminal; MFU against FLOPs counted by hand."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -190,3 +191,11 @@ def test_progress_prints_now_and_then(monkeypatch, capsys):
     assert "MFU 50.0%" in lines[0] and lines[0].endswith("ETA 3m18s")  # 99 steps of 2 s
     assert "2.2500 bits/byte" in lines[7]
     assert lines[-1].endswith("done")
+
+
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    """JSON has no NaN; a row with one must still be read by any program."""
+    writer = MetricsWriter(tmp_path, LoggingConfig())
+    writer.write({"step": 1, "loss": math.nan, "router_entropy": [[1.0, math.inf]]})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "router_entropy": [[1.0, null]]}\n'
