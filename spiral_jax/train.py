@@ -214,7 +214,8 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     if config.summary.plot:
         print(f"loss curve   {summary.plot_loss(workdir)}")
     print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
-    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}", flush=True)
+    other = "" if data.validation is not None else " --input=FILE"
+    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{other}", flush=True)
 
 
 class Tracer:
