@@ -31,7 +31,7 @@ def get_config(argument: str = ""):
 
     config.model.vocab_size = 4096
     config.model.d_model = 128
-    config.model.num_heads = 4
+    config.model.num_heads = 2
     config.model.prelude_layers, config.model.core_layers, config.model.coda_layers = 1, 2, 1
     config.model.chunks = (8, 4, 2, 1)
     config.model.dtype = "float32"
