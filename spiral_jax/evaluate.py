@@ -34,7 +34,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", "", "text file or token store; default: the run's validation text", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest", flag_values=values)
     flags.DEFINE_integer("stride", None, "advance of the windows; default: the sequence length", flag_values=values)
-    flags.DEFINE_integer("batch_size", None, "windows at a time; default: train.batch_size", flag_values=values)
+    flags.DEFINE_integer("batch_size", None, "windows at a time; default: a micro-batch", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
 
 

@@ -212,5 +212,5 @@ def _wandb_id(workdir: Path) -> str:
     """The same run in W&B whenever the directory is resumed."""
     path = workdir / "wandb_id"
     if not path.exists():
-        path.write_text(f"{workdir.name}-{int(time.time())}")
+        atomic.write_text(path, f"{workdir.name}-{int(time.time())}")
     return path.read_text()

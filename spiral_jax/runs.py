@@ -93,9 +93,8 @@ def open_data(workdir: Path, fingerprint: str) -> PreparedData | None:
     What the paths of the configuration hold today does not matter to a run that has its tokens.
     """
     try:
-        places = json.loads((workdir / "data.json").read_text())
-        stores = {name: TokenStore.open(workdir / place) if place else None for name, place in places.items()}
-        data = PreparedData(stores["train"], stores["validation"], tokenizer_of(workdir))
+        stores = {name: TokenStore.open(place) if place else None for name, place in _places(workdir).items()}
+        data = PreparedData(**stores, tokenizer=tokenizer_of(workdir))
     except (OSError, ValueError, KeyError, SpiralError):
         return None
     return data if data.fingerprint == fingerprint else None
@@ -127,13 +126,19 @@ def validation_store_of(workdir: Path) -> TokenStore:
     Raises:
       SpiralError: the run had none, or it is gone.
     """
-    try:
-        place = json.loads((workdir / "data.json").read_text())["validation"]
-    except (OSError, ValueError, KeyError):
-        raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
+    place = _places(workdir)["validation"]
     if place is None:
         raise SpiralError(f"{workdir}: the run has no validation text; give --input")
-    return TokenStore.open(workdir / place)
+    return TokenStore.open(place)
+
+
+def _places(workdir: Path) -> dict[str, Path | None]:
+    """Where `data.json` says the train and validation stores are."""
+    try:
+        places = json.loads((workdir / "data.json").read_text())
+        return {name: workdir / places[name] if places[name] else None for name in ("train", "validation")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
 
 
 def _relative(folder: Path, workdir: Path) -> Path:

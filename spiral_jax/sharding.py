@@ -1,7 +1,6 @@
 """The device mesh and what lies where on it: logical axis names of arrays to mesh axes."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -123,13 +122,8 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def constrain(mesh: Mesh, x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation to the mesh by the logical names of its axes."""
+    """Pins an activation to the mesh by the logical names of its axes; `model.neox.Backend` takes it with its mesh."""
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))
-
-
-def constrainer(mesh: Mesh):
-    """`constrain` on one mesh: what `model.neox.Backend` takes."""
-    return functools.partial(constrain, mesh)
 
 
 def shardings_of(boxed_tree, mesh: Mesh | AbstractMesh):

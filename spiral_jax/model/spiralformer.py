@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from spiral_jax.model.config import Level, ModelConfig
 from spiral_jax.model.neox import ACTIVATIONS, Backend, Stack, layer_norm, param_dtype, small_init
-from spiral_jax.model.resolution import down_scale, up_scale
+from spiral_jax.model.resolution import at_least_float32, down_scale, up_scale
 from spiral_jax.model.topology import Memory, empty_memory, next_state, route
 
 
@@ -205,8 +205,8 @@ class Head(nn.Module):
 
 def unembed(h_BxLxD: jax.Array, kernel_DxV: jax.Array) -> jax.Array:
     """Logits [B, L, V]: inputs in the compute dtype, sums and result at least float32."""
-    dtype = jnp.promote_types(h_BxLxD.dtype, jnp.float32)
-    return jnp.einsum("bld,dv->blv", h_BxLxD, kernel_DxV.astype(h_BxLxD.dtype), preferred_element_type=dtype)
+    kernel_DxV, dtype = kernel_DxV.astype(h_BxLxD.dtype), at_least_float32(h_BxLxD.dtype)
+    return jnp.einsum("bld,dv->blv", h_BxLxD, kernel_DxV, preferred_element_type=dtype)
 
 
 def slice_of(tree, index):

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from spiral_jax.config import RunConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import batch_sharding, constrainer, replicated, shardings_of
+from spiral_jax.sharding import batch_sharding, constrain, replicated, shardings_of
 from spiral_jax.training.loss import window_nats
 from spiral_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -72,7 +72,7 @@ class Program:
 
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """Builds, but does not compile, everything that runs on the devices."""
-    model = SpiralFormer(config.model, Backend(constrain=constrainer(mesh)))
+    model = SpiralFormer(config.model, Backend(constrain=functools.partial(constrain, mesh)))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = abstract_state(config, mesh)
