@@ -1,11 +1,14 @@
 """The papers' pretraining runs: four sizes of nine families on the Pile (SPEC section 5).
 
-    python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.data.store=STORE
+    python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.data.stores=PILE
     python -m spiral_jax.describe --config=experiments/pile.py:160m,spiral_l
 
 SIZE is 160m, 410m, 1b or 1.4b; FAMILY is vanilla, vanilla_mesh, base, residual, anchor, anchor_star, mesh (the
-full-resolution loops), spiral_b or spiral_l. STORE is a folder with token stores `train/` and `validation/` of the
-deduplicated Pile in the GPT-NeoX tokenizer's ids, and that tokenizer (or give `--config.data.tokenizer=FILE`).
+full-resolution loops), spiral_b or spiral_l. PILE is where the deduplicated Pile is in the GPT-NeoX tokenizer's ids, a
+path or a URL (`gs://...`): a folder written by `python -m spiral_jax.prepare`, or one with EleutherAI's published
+`document.idx` and `document-000NN-of-00020.bin` as they are, and the tokenizer as `tokenizer.json`; for validation
+losses, also a token store `validation/` (prepare one from the Pile's `val.jsonl.zst`, or name it with
+`--config.data.validation_store`). The 207B tokens are 1.2 epochs of the run; each epoch has its own order.
 
 Expect, after 120,818 steps of 512 x 4096 tokens, perplexities on the Pile near the papers' tables: at 160m 11.31 for
 vanilla, 11.29 for spiral_b and 10.94 for spiral_l; at 1.4b 7.44, 7.30 and 7.14. On 64 TPU v5p chips and up, give

@@ -24,7 +24,7 @@ def get_config(argument: str = ""):
         raise SpiralError(f"experiments/quickstart.py: takes no argument; given is {argument!r}")
     config = default_config()
     config.data.paths, config.data.exclude = python_sources()
-    config.data.invalid_utf8 = "skip"
+    config.data.invalid = "skip"
     config.data.validation_fraction = 0.03
     config.data.tokenizer = "bpe"
     config.data.bpe_vocab_size = 4096

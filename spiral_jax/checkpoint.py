@@ -1,21 +1,24 @@
 """Saving and restoring runs. The only file that imports orbax.
 
 A checkpoint holds three items: `params`; `training` (optimizer state, step, RNG); `meta` (JSON: configuration and
-data state). Parameters are an item of their own so that scoring and sampling read nothing else. Saves are
-asynchronous and atomic: a step's directory appears under its final name when all of it is written.
+data state). Parameters are an item of their own so that scoring and sampling read nothing else. Step 0
+is of imported parameters and has no `training`. Saves are asynchronous and atomic: a step's directory appears under
+its final name when all of it is written.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from spiral_jax.errors import SpiralError, require
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,20 @@ class Checkpoints:
             ),
         )
 
+    def save_start(self, params, meta: Mapping[str, Any]) -> None:
+        """Saves parameters that come from elsewhere as step 0, and waits. Nothing is trained: no optimizer state.
+
+        Args:
+          params: NumPy or JAX arrays.
+          meta: as for `save`.
+        """
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "meta": ocp.args.JsonSave({"format": FORMAT, **meta}),
+        }
+        self._manager.save(0, args=ocp.args.Composite(**items))
+        self.wait()
+
     def load_meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a checkpoint."""
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
@@ -145,6 +162,23 @@ def restore_for_inference(workdir: Path, abstract_params, step: int | None = Non
     Raises:
       SpiralError: the run has no such checkpoint.
     """
+    with _reading(workdir, step) as (checkpoints, step):
+        return checkpoints.restore_params(step, abstract_params), step
+
+
+def read_meta(workdir: Path, step: int | None = None) -> tuple[dict[str, Any], int]:
+    """What was saved beside the parameters that `restore_for_inference` restores, and the step.
+
+    Raises:
+      SpiralError: the run has no such checkpoint, or one of another version.
+    """
+    with _reading(workdir, step) as (checkpoints, step):
+        return checkpoints.load_meta(step), step
+
+
+@contextlib.contextmanager
+def _reading(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, int]]:
+    """A run's checkpoints, and which of them is meant."""
     if not (workdir / "checkpoints").is_dir():
         raise SpiralError(f"{workdir}: no checkpoints directory; is it a run's --workdir?")
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -154,12 +188,11 @@ def restore_for_inference(workdir: Path, abstract_params, step: int | None = Non
             step = steps[-1]
         if step not in steps:
             raise SpiralError(f"{checkpoints.directory}: no checkpoint of step {step}; there are {steps or 'none'}")
-        return checkpoints.restore_params(step, abstract_params), step
+        yield checkpoints, step
     finally:
         checkpoints.close()
 
 
-def on_default_device(abstract_tree):
-    """The same shapes, laid out on the default device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_tree)
+def on_host(abstract_tree):
+    """The same shapes as NumPy arrays, which is what orbax then restores, whatever mesh they were saved from."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract_tree)  # takes no memory

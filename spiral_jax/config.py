@@ -18,6 +18,8 @@ from ml_collections import config_dict
 
 from spiral_jax import atomic
 from spiral_jax.checkpoint import CheckpointConfig
+from spiral_jax.convert.layout import architecture
+from spiral_jax.convert.upcycle import UpcycleConfig
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.config import EvaluationConfig
@@ -28,8 +30,24 @@ from spiral_jax.summary import SummaryConfig
 from spiral_jax.training.config import OptimizerConfig, TrainConfig
 
 # What may differ between the run in a directory and the command that resumes it: where and how it runs and what is
-# watched, not what is computed. `train.steps` has a rule of its own (`check_resume`).
-MUTABLE = ("mesh.", "checkpoint.", "evaluation.", "logging.", "summary.", "train.accumulation")
+# watched, not what is computed. `train.steps` and the mixture have rules of their own (`check_resume`).
+MUTABLE = (
+    "mesh.",
+    "checkpoint.",
+    "evaluation.",
+    "logging.",
+    "summary.",
+    "train.accumulation",
+    # Where the tokens are; that they are the same ones is checked by their fingerprints.
+    "data.stores",
+    "data.validation_store",
+    "data.workers",
+    "data.retry_seconds",
+    "data.cache_dir",
+    "data.cache_gigabytes",
+    "data.read_threads",
+    "data.prefetch_batches",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +61,7 @@ class RunConfig:
     seed: int = 0
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    upcycle: UpcycleConfig = UpcycleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -127,6 +146,9 @@ class RunConfig:
         Raises:
           SpiralError: naming the field that differs, its saved and its given value.
         """
+        if step == 0:
+            self._check_start(saved.model)
+            return
         before, now = _flatten(saved.to_dict()), _flatten(self.to_dict())
         for field in sorted(before.keys() | now.keys()):
             was, given = before.get(field), now.get(field)
@@ -135,15 +157,27 @@ class RunConfig:
             if field == "train.steps":
                 self._check_steps(saved, step)
                 continue
+            if field in ("data.weights", "data.stage_starts"):
+                self._check_stages(saved, step)
+                continue
             raise SpiralError(f"{field} cannot change on resume: the run was saved with {was!r}, given is {given!r}")
+
+    def _check_start(self, imported: ModelConfig) -> None:
+        """At step 0 parameters were imported and nothing is trained: all but the architecture is free."""
+        if self.upcycle.source:
+            raise SpiralError(
+                f"upcycle.source is {self.upcycle.source!r}; allowed: nothing, as the run has imported parameters"
+            )
+        before, now = architecture(imported), architecture(self.model)
+        for field, was in before.items():
+            if now.get(field) != was:
+                raise SpiralError(f"model.{field} is {now.get(field)!r}; allowed: {was!r}, as in the imported model")
 
     def _check_steps(self, saved: "RunConfig", step: int) -> None:
         was, given = saved.train.steps, self.train.steps
         message = f"train.steps cannot change from {was} to {given} on resume"
         if given < step:
             raise SpiralError(f"{message}: {step} steps are done already")
-        if step == 0:
-            return
         if self.optimizer.schedule == "cosine":
             raise SpiralError(
                 f"{message}: the cosine schedule depends on it from the first step; allowed with wsd, constant"
@@ -155,6 +189,14 @@ class RunConfig:
                     f"{message} after step {step}: with {steps} steps the learning rate is constant from step {low} "
                     f"to {high} only"
                 )
+
+    def _check_stages(self, saved: "RunConfig", step: int) -> None:
+        was, given = saved.data.stages_before(step), self.data.stages_before(step)
+        if was != given:
+            raise SpiralError(
+                f"data.weights and data.stage_starts cannot change on resume for the {step} steps that are done: "
+                f"the run was saved with {was} (first step, weights), given is {given}"
+            )
 
 
 def default_config() -> ml_collections.ConfigDict:

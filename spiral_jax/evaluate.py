@@ -1,8 +1,16 @@
-"""Scores a run: exact loss, perplexity and bits per byte. Every token is predicted once, after a separator.
+"""Scores a run: exact loss, perplexity and bits per byte, or tasks of the LM Evaluation Harness.
+
+Without --tasks, every token of a text is predicted once, after a separator:
 
 python -m spiral_jax.evaluate --workdir=runs/quickstart                 on the run's own validation text
-python -m spiral_jax.evaluate --workdir=runs/quickstart --input=FILE    on a UTF-8 text file, or on a token store
+python -m spiral_jax.evaluate --workdir=runs/quickstart --input=FILE    on a UTF-8 text file, or a token store
 python -m spiral_jax.evaluate --workdir=DIR --stride=64 --json          overlapping windows; JSON on stdout
+
+With --tasks (extra lm_eval) the harness asks and this model answers. `paper` stands for the papers' nine tasks; data
+comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax/evaluation/tasks names:
+
+python -m spiral_jax.evaluate --workdir=DIR --tasks=paper --num_fewshot=5
+python -m spiral_jax.evaluate --workdir=DIR --tasks=lambada_openai,piqa,wikitext --tasks_data=FILES --limit=100
 """
 
 import dataclasses
@@ -17,12 +25,15 @@ from absl import flags
 from spiral_jax import command
 from spiral_jax.checkpoint import restore_for_inference
 from spiral_jax.config import RunConfig
-from spiral_jax.data.files import find_documents, read_text
+from spiral_jax.data.prepared import storage_of
+from spiral_jax.data.storage import is_url
 from spiral_jax.data.store import TokenStore
+from spiral_jax.data.text.files import find_documents, read_text
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
+from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.metrics import duration
 from spiral_jax.runs import run_directory, tokenizer_of, validation_store_of
 from spiral_jax.sharding import MeshConfig, make_mesh
@@ -36,10 +47,24 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("stride", None, "advance of the windows; default: the sequence length", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "windows at a time; default: a micro-batch", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
+    flags.DEFINE_list("tasks", [], "tasks of the LM Evaluation Harness, or paper", flag_values=values)
+    flags.DEFINE_integer("num_fewshot", 0, "solved examples before each question of --tasks", flag_values=values)
+    flags.DEFINE_integer("limit", 0, "documents of each of --tasks; 0 for all", flag_values=values)
+    flags.DEFINE_string("tasks_data", "", "folder with the data of --tasks; default: the hub", flag_values=values)
+    flags.DEFINE_string("output", "", "JSON file for --tasks; default: one in WORKDIR/lm_eval", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
+    check_flags(values)
     workdir = run_directory(values.workdir)
+    if values.tasks:
+        evaluate_tasks(values, workdir)
+    else:
+        evaluate_text(values, workdir)
+
+
+def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
+    """Perplexity."""
     config = on_these_devices(RunConfig.load(workdir / "config.json"), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
@@ -75,6 +100,47 @@ def main(values: flags.FlagValues) -> None:
     print(f"loss {result.loss:.4f} nats per token")
     print(f"perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.4f}")
+
+
+def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
+    """Tasks of the LM Evaluation Harness."""
+    config = on_these_devices(RunConfig.load(workdir / "config.json"), values.batch_size)
+    tokenizer = tokenizer_of(workdir)
+    opened = open_tasks(
+        values.tasks,
+        tasks_data=values.tasks_data,
+        num_fewshot=values.num_fewshot,
+        limit=values.limit,
+        max_length=config.train.sequence_length,
+    )
+    program = make_program(config, make_mesh(config.mesh))
+    params, step = restore_for_inference(workdir, program.abstract_state.params, values.step)
+    about = {"model_args": {"workdir": str(workdir), "step": step}}
+    results = TaskEvaluation(opened, config, program, tokenizer)(params, about=about)
+
+    from spiral_jax.evaluation import harness
+
+    name = f"step_{step:08d}_{values.num_fewshot}shot_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
+    path = Path(values.output).expanduser() if values.output else workdir / "lm_eval" / name
+    harness.save(results, path)
+    if values.json:
+        print(harness.as_json(results))
+        return
+    print(f"{workdir}, checkpoint of step {step}, {values.num_fewshot}-shot"
+          + (f", the first {values.limit} documents of each task" if values.limit else ""))  # fmt: skip
+    print(f"{harness.as_text(results)}\nresults      {path}")
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Raises SpiralError where flags contradict each other or are out of range."""
+    for name in ("num_fewshot", "limit"):
+        if values[name].value < 0:
+            raise SpiralError(f"--{name}: found {values[name].value}; allowed: 0 or more")
+    with_tasks, without_tasks = ("num_fewshot", "limit", "tasks_data", "output"), ("input", "stride")
+    for name in without_tasks if values.tasks else with_tasks:
+        if values[name].value not in ("", 0, None):
+            other = "without" if values.tasks else "with"
+            raise SpiralError(f"--{name}: found {values[name].value}; allowed: only {other} --tasks")
 
 
 class Progress:
@@ -123,7 +189,7 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
       SpiralError: no such input, empty or undecodable text, a store of another tokenizer.
     """
     path = Path(flag).expanduser()
-    if flag and not path.is_dir():
+    if flag and not is_url(flag) and not path.is_dir():
         documents = find_documents((flag,), field="--input")
         if len(documents) > 1:
             raise SpiralError(f"--input {flag}: matches {len(documents)} files; allowed: one text file or token store")
@@ -132,7 +198,8 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
         if not tokens_N.size:
             raise SpiralError(f"--input {flag}: the file is empty")
         return TokensInMemory(flag, tokens_N), len(text.encode())
-    store = TokenStore.open(path) if flag else validation_store_of(workdir)
+    storage = storage_of(config.data)
+    store = TokenStore.open(flag if is_url(flag) else path, storage) if flag else validation_store_of(workdir, storage)
     store.check_tokenizer(tokenizer)
     store.check_vocab_size(config.model.vocab_size)
     return store, store.utf8_bytes

@@ -28,8 +28,8 @@ An unknown field, a value of the wrong type and a value that is not allowed stop
 the field. `WORKDIR/config.json` holds what the run was last started with.
 """
 
-# What RunConfig._check_steps does.
-_STEPS_RULE = """\
+# What RunConfig._check_steps and _check_stages do, and runs.check_same_data.
+_RULES = """\
 `train.steps` may change where the learning rate is at its constant peak, under the old and the new number:
 
 - It cannot go below the steps that are done.
@@ -37,6 +37,10 @@ _STEPS_RULE = """\
 - With `wsd` and `constant` it may change while the learning rate is constant. The step that the run resumes from must
   lie after warm-up and, with `wsd`, not after the start of the decay, counted with the old and with the new number.
   (`optimizer.warmup_fraction` and `optimizer.decay_fraction` are fractions of `train.steps`.)
+
+`data.stores` may name the same tokens elsewhere; their fingerprints are compared. `data.weights` and
+`data.stage_starts` may change for the steps that are not done yet, and then with further stores at the end of
+`data.stores`.
 
 Any other difference stops the command with the field, the saved value and the given value."""
 
@@ -124,7 +128,7 @@ def _on_resume() -> str:
         "The same `--workdir` again resumes its run. These fields may then differ from what the run was saved with:\n"
         f"{', '.join(rooms + fields)}.\n"
         "They say where and how a run runs and what is watched. With another mesh or accumulation the batches are the\n"
-        f"same and the loss is the same to rounding, not bit for bit.\n\n{_STEPS_RULE}\n"
+        f"same and the loss is the same to rounding, not bit for bit.\n\n{_RULES}\n"
     )
 
 
@@ -132,8 +136,9 @@ def _room_on_resume(room: str) -> str:
     if f"{room}." in MUTABLE:
         return " May change on resume."
     fields = [f"`{entry}`" for entry in MUTABLE if entry.startswith(f"{room}.")]
-    sentence = f" {' and '.join(fields)} may change on resume." if fields else ""
-    return sentence + (" For `train.steps` see the rule above." if room == "train" else "")
+    sentence = f" {', '.join(fields)} may change on resume." if fields else ""
+    rules = {"train": " For `train.steps` see the rule above.", "data": " For the mixture see the rule above."}
+    return sentence + rules.get(room, "")
 
 
 def _type_name(hint) -> str:

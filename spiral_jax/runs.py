@@ -16,9 +16,10 @@ WORKDIR/
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,56 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax import atomic
-from spiral_jax.checkpoint import on_default_device, restore_for_inference
+from spiral_jax.checkpoint import on_host, restore_for_inference
 from spiral_jax.config import RunConfig
-from spiral_jax.data.prepare import PreparedData
+from spiral_jax.convert.folder import is_huggingface, read_config, read_params
+from spiral_jax.data.config import DataConfig
+from spiral_jax.data.prepared import PreparedData
+from spiral_jax.data.storage import LOCAL, Storage, is_url
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
+from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
 
 
-def load(path: str | Path, *, step: int | None = None) -> tuple[SpiralFormer, Any]:
-    """The model and parameters of a run directory, on the default device.
+def load(path: str | Path, *, step: int | None = None, dtype: str | None = None) -> tuple[SpiralFormer, Any]:
+    """The model and parameters of a run, or of an exported or Hugging Face folder, on the default device.
 
     `model.apply({"params": params}, tokens_BxL)` gives float32 logits [B, L, V].
 
     Args:
-      path: a run's --workdir.
-      step: which checkpoint; None for the newest.
+      path: a run's --workdir, a folder that `python -m spiral_jax.export` wrote, or one of any GPT-NeoX.
+      step: which checkpoint of a run; None for the newest.
+      dtype: what to compute in: `float32`, `bfloat16` or `float64` (which needs jax_enable_x64); None for what the run
+        computes in, and float32 for the other folders.
 
     Returns:
       (model, params).
 
     Raises:
-      SpiralError: no run there, or no such checkpoint.
+      SpiralError: nothing of the kind there, no such checkpoint, or weights that do not fit their architecture.
     """
-    workdir = run_directory(path)
-    model = SpiralFormer(RunConfig.load(workdir / "config.json").model)
-    params, _ = restore_for_inference(workdir, on_default_device(abstract_params(model)), step)
-    return model, params
+    config, params = read_model(path, step=step, dtype=dtype)
+    ok = config.dtype != "float64" or jax.config.jax_enable_x64
+    require(ok, "model.dtype", config.dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
+    return SpiralFormer(config), jax.device_put(params, jax.local_devices()[0])
+
+
+def read_model(
+    path: str | Path, *, step: int | None = None, dtype: str | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """As `load`, but the architecture, and the parameters as NumPy arrays: nothing is put on a device."""
+    folder = run_directory(path)
+    if is_huggingface(folder):
+        require(step is None, "step", step, f"none, as {folder} is no run")
+        config, _ = read_config(folder, dtype or "float32")
+        return config, read_params(folder, config)
+    config = RunConfig.load(folder / "config.json").model
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    params, _ = restore_for_inference(folder, on_host(abstract_params(SpiralFormer(config))), step)
+    return config, params
 
 
 def abstract_params(model: SpiralFormer):
@@ -82,22 +105,45 @@ def save_data(workdir: Path, data: PreparedData) -> None:
     folder = workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
     data.tokenizer.save(folder)
-    stores = {"train": data.train, "validation": data.validation}
-    places = {name: str(_relative(store.folder, workdir)) if store else None for name, store in stores.items()}
+    places = {
+        "train": [_relative(source.name, workdir) for source in data.train],
+        "validation": _relative(data.validation.name, workdir) if data.validation else None,
+    }
     atomic.write_text(workdir / "data.json", json.dumps(places, indent=2) + "\n")
 
 
-def open_data(workdir: Path, fingerprint: str) -> PreparedData | None:
-    """The stores a run was trained on, if they are where it left them; None if they are not those any more.
+def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
+    """The stores made of a run's `data.paths`, if they are where it left them; None if they are not those any more.
 
     What the paths of the configuration hold today does not matter to a run that has its tokens.
     """
     try:
-        stores = {name: TokenStore.open(place) if place else None for name, place in _places(workdir).items()}
-        data = PreparedData(**stores, tokenizer=tokenizer_of(workdir))
-    except (OSError, ValueError, KeyError, SpiralError):
+        places = _places(workdir)
+        train = tuple(TokenStore.open(place) for place in places["train"])
+        validation = TokenStore.open(places["validation"]) if places["validation"] else None
+        data = PreparedData(train, validation, tokenizer_of(workdir))
+    except SpiralError:
         return None
-    return data if data.fingerprint == fingerprint else None
+    return data if list(data.fingerprints) == list(fingerprints) else None
+
+
+def check_same_data(config: DataConfig, data: PreparedData, fingerprints: Sequence[str], workdir: Path) -> None:
+    """Whether a run goes on with the tokens it began with, wherever they are now.
+
+    Raises:
+      SpiralError: naming the store that is another one.
+    """
+    sources = list(data.train)
+    if config.weights:
+        sources = sources[: len(fingerprints)]  # a store that was added can only come into later stages
+    for source, fingerprint in zip(sources, fingerprints, strict=False):
+        if source.fingerprint != fingerprint:
+            raise SpiralError(f"{source.name}: its tokens are not those the run in {workdir} began with")
+    if len(sources) != len(fingerprints):
+        raise SpiralError(
+            f"data.stores: found {len(sources)}, but the run in {workdir} began with {len(fingerprints)}; "
+            "allowed: the same ones, or more with data.weights"
+        )
 
 
 @contextlib.contextmanager
@@ -120,7 +166,7 @@ def tokenizer_of(workdir: Path) -> Tokenizer:
     return load_tokenizer(workdir / "tokenizer")
 
 
-def validation_store_of(workdir: Path) -> TokenStore:
+def validation_store_of(workdir: Path, storage: Storage = LOCAL) -> TokenStore:
     """The validation store of a run.
 
     Raises:
@@ -129,19 +175,26 @@ def validation_store_of(workdir: Path) -> TokenStore:
     place = _places(workdir)["validation"]
     if place is None:
         raise SpiralError(f"{workdir}: the run has no validation text; give --input")
-    return TokenStore.open(place)
+    return TokenStore.open(place, storage)
 
 
-def _places(workdir: Path) -> dict[str, Path | None]:
-    """Where `data.json` says the train and validation stores are."""
+def _places(workdir: Path) -> dict[str, Any]:
+    """Where `data.json` says the `train` stores (a list) and the `validation` store (or None) are."""
+
+    def absolute(place: str) -> str:
+        return place if is_url(place) else str(workdir / place)
+
     try:
         places = json.loads((workdir / "data.json").read_text())
-        return {name: workdir / places[name] if places[name] else None for name in ("train", "validation")}
+        validation = absolute(places["validation"]) if places["validation"] else None
+        return {"train": [absolute(place) for place in places["train"]], "validation": validation}
     except (OSError, ValueError, KeyError, TypeError):
         raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
 
 
-def _relative(folder: Path, workdir: Path) -> Path:
+def _relative(place: str, workdir: Path) -> str:
     """Relative where the folder moves along with the run."""
-    folder = Path(folder).resolve()
-    return folder.relative_to(workdir) if folder.is_relative_to(workdir) else folder
+    if is_url(place):
+        return place
+    folder = Path(place).resolve()
+    return str(folder.relative_to(workdir) if folder.is_relative_to(workdir) else folder)

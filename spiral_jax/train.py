@@ -18,13 +18,16 @@ from absl import flags
 from spiral_jax import command, metrics, summary
 from spiral_jax.checkpoint import Checkpoints
 from spiral_jax.config import RunConfig
-from spiral_jax.data.pipeline import epoch_of, train_batches
-from spiral_jax.data.prepare import PreparedData, prepare_stores
+from spiral_jax.convert.upcycle import place, upcycled
+from spiral_jax.data.pipeline import WindowOrder, train_batches
+from spiral_jax.data.prepared import PreparedData, open_stores
+from spiral_jax.data.text.prepare import prepare_stores
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
+from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, open_tasks_of_run
 from spiral_jax.provenance import parameter_table, write_environment
-from spiral_jax.runs import claim, open_data, save_data
+from spiral_jax.runs import check_same_data, claim, open_data, read_model, save_data, tokenizer_of
 from spiral_jax.sharding import batch_sharding, make_mesh
 from spiral_jax.training.loop import Recorder, fit
 from spiral_jax.training.step import Program, make_program
@@ -56,16 +59,26 @@ def main(values: flags.FlagValues) -> None:
 def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     """The run in `workdir`, from wherever it stands."""
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    start_step = checkpoints.latest_step() or 0
-    data = None
-    if start_step:
-        meta = checkpoints.load_meta(start_step)
-        config.check_resume(RunConfig.from_dict(meta["config"]), start_step)
-        data = open_data(workdir, meta["data"]["fingerprint"])
-    data = data or prepare_stores(config.data, workdir / "cache")
+    saved_step = checkpoints.latest_step()  # 0: imported parameters, not trained here yet
+    start_step = saved_step or 0
+    fingerprints = None
+    if saved_step is not None:
+        meta = checkpoints.load_meta(saved_step)
+        config.check_resume(RunConfig.from_dict(meta["config"]), saved_step)
+        fingerprints = meta["data"]["fingerprints"]
+    if config.data.stores:
+        data = open_stores(config.data)
+    else:
+        data = (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
     check_data(config, data)
-    if start_step and meta["data"]["fingerprint"] != data.fingerprint:
-        raise SpiralError(f"data.paths: the training tokens are not those the run in {workdir} began with")
+    if fingerprints:
+        check_same_data(config.data, data, fingerprints, workdir)
+    order = window_order(config, data)
+    tasks = open_tasks_of_run(config)
+
+    given = None
+    if saved_step is None and config.upcycle.source:
+        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source))
 
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh)
@@ -74,19 +87,27 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
         print(f"resuming after step {start_step} of {config.train.steps}", flush=True)
     else:
         state = program.init(jax.random.key(config.seed))
+        if saved_step is not None:
+            state = state.replace(params=checkpoints.restore_params(0, program.abstract_state.params))
+            print("starting from the imported parameters", flush=True)
+            if tokenizer_of(workdir).fingerprint != data.tokenizer.fingerprint:
+                print("note: the data is in another tokenizer's ids than the one imported with them", flush=True)
+        elif given is not None:
+            state = state.replace(params=state.params | place(given, program.abstract_state.params))
+            print(f"starting from the layers of {config.upcycle.source}", flush=True)
     config.save(workdir / "config.json")
     save_data(workdir, data)
     (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
     write_environment(workdir / "environment.json", mesh)
 
     if start_step < config.train.steps:
-        train(config, workdir, program, state, data, checkpoints, start_step, profiled)
+        train(config, workdir, program, state, data, order, checkpoints, start_step, profiled, tasks)
     checkpoints.close()
     finish(config, workdir, data)
 
 
-def train(config: RunConfig, workdir: Path, program: Program, state, data: PreparedData, checkpoints: Checkpoints,
-          start_step: int, profiled: range) -> None:  # fmt: skip
+def train(config: RunConfig, workdir: Path, program: Program, state, data: PreparedData, order: WindowOrder,
+          checkpoints: Checkpoints, start_step: int, profiled: range, tasks: OpenTasks | None) -> None:  # fmt: skip
     """Steps start_step + 1 .. train.steps."""
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
@@ -97,28 +118,46 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
     writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step)
     tracer = Tracer(workdir / "profile", profiled)
     progress = metrics.Progress(config.train.steps, config.logging.seconds)
-    complete = functools.partial(complete_row, config, data)
+    complete = functools.partial(complete_row, config, order)
 
     def record(row):
         row = complete(row)
         last = row["step"] == config.train.steps
-        if last or row["step"] % config.logging.every_steps == 0 or "validation_loss" in row:
+        if last or row["step"] % config.logging.every_steps == 0 or evaluate_due(row["step"]):
             writer.write(row)
         progress.update(row)
 
-    def evaluate_due(step):
+    def validation_due(step):
         every = config.evaluation.every_steps
         return data.validation is not None and ((every and step % every == 0) or step == config.train.steps)
 
+    task_evaluation = None if tasks is None else TaskEvaluation(tasks, config, program, data.tokenizer)
+
+    def tasks_due(step):
+        return task_evaluation is not None and config.evaluation.tasks_due(step, config.train.steps)
+
+    def evaluate_due(step):
+        return validation_due(step) or tasks_due(step)
+
+    def evaluate_state(state):
+        step, values = int(state.step), {}
+        if validation_due(step):
+            values |= evaluate(config, program, eval_step, state.params, data)
+        if tasks_due(step):
+            found = task_evaluation.metrics(state.params)
+            print("  ".join([f"tasks after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items())]), flush=True)
+            values |= found
+        return values
+
     def save(step, state):
-        saved_data = {"step": step, "fingerprint": data.fingerprint}
+        saved_data = {"step": step, "fingerprints": list(data.fingerprints)}
         checkpoints.save(step, state, {"config": config.to_dict(), "data": saved_data})
 
     host_batches = train_batches(
         data.train,
+        order,
         sequence_length=config.train.sequence_length,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
+        vocab_size=config.model.vocab_size,
         start_step=start_step,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -136,7 +175,7 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
                 first_step=start_step + 1,
                 last_step=config.train.steps,
                 recorder=Recorder(record),
-                evaluate=lambda state: evaluate(config, program, eval_step, state.params, data),
+                evaluate=evaluate_state,
                 evaluate_due=evaluate_due,
                 save=save,
                 save_due=lambda step: checkpoints.due(step, config.train.steps),
@@ -153,18 +192,17 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
         )
 
 
-def complete_row(config: RunConfig, data: PreparedData, row: dict) -> dict:
-    """Adds what follows from a step's time: tokens, speed, MFU."""
+def complete_row(config: RunConfig, order: WindowOrder, row: dict) -> dict:
+    """Adds what follows from a step's number and time: tokens, epochs, speed, MFU."""
     tokens_per_second = config.train.tokens_per_step / row["step_time"]
     row |= {
         "tokens": row["step"] * config.train.tokens_per_step,
         "tokens_per_second": tokens_per_second,
-        "epoch": epoch_of(
-            row["step"],
-            num_windows=num_windows(data.train, config.train.sequence_length),
-            batch_size=config.train.batch_size,
-        ),
+        "epoch": order.epoch(row["step"]),
     }
+    epochs_of_stores = order.epochs_of_sources(row["step"])
+    if epochs_of_stores is not None:
+        row["epochs_of_stores"] = epochs_of_stores
     peak = metrics.peak_flops(jax.devices()[0].device_kind, config.logging.peak_flops)
     if peak is not None:
         for name, causal in (("mfu", True), ("mfu_full_attention", False)):
@@ -242,10 +280,27 @@ class Tracer:
 
 def check_data(config: RunConfig, data: PreparedData) -> None:
     """Raises SpiralError if the data does not suit the model."""
-    num_windows(data.train, config.train.sequence_length)
-    for store in filter(None, (data.train, data.validation)):
-        store.check_tokenizer(data.tokenizer)
-        store.check_vocab_size(config.model.vocab_size)
+    needed = data.tokenizer.vocab_size
+    if config.model.vocab_size < needed:
+        raise SpiralError(
+            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer of {data.train[0].name} has "
+            f"{needed} ids; allowed: at least {needed}"
+        )
+
+
+def window_order(config: RunConfig, data: PreparedData) -> WindowOrder:
+    """Which window of which source the run takes when.
+
+    Raises:
+      SpiralError: a source shorter than a window, or weights that cannot be kept exactly.
+    """
+    return WindowOrder(
+        [num_windows(source, config.train.sequence_length) for source in data.train],
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        weights=config.data.weights,
+        stage_starts=config.data.stage_starts,
+    )
 
 
 def open_workdir(flag: str | None) -> Path:

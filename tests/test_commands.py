@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from verbs import call
 
-from spiral_jax import command, describe, evaluate, train
+from spiral_jax import describe, evaluate, train
 from spiral_jax.runs import claim
 
 ROOT = Path(__file__).parent.parent
@@ -38,23 +39,6 @@ def folder(tmp_path_factory):
     (folder / "empty.txt").write_text("")
     assert call(train, f"--config={folder}/tiny.py", f"--workdir={folder}/run") == (0, "")
     return folder
-
-
-def call(verb, *arguments) -> tuple[int, str]:
-    """Runs a verb in this process: its exit status and its stderr."""
-    import contextlib
-    import io
-
-    before, sys.argv = sys.argv, [verb.__name__, *arguments]
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            command.run(verb.__name__.rpartition(".")[2], verb.__doc__, verb.define, verb.main)
-    except SystemExit as stop:
-        return stop.code or 0, errors.getvalue()
-    finally:
-        sys.argv = before
-    return 0, errors.getvalue()
 
 
 @pytest.fixture
@@ -87,11 +71,16 @@ BAD_TRAINING = {
     "batch not divisible by the mesh": ("--config.train.batch_size=7", "train.batch_size"),
     "mesh does not fit": ("--config.mesh.fsdp=3", "mesh.fsdp"),
     "missing data": ("--config.data.paths=/no/such/file.txt", "/no/such/file.txt"),
-    "missing store": ("--config.data.store=/no/such/store", "/no/such/store"),
+    "missing store": ("--config.data.stores=/no/such/store", "/no/such/store"),
     "missing tokenizer": ("--config.data.tokenizer=/no/tokenizer.json", "/no/tokenizer.json"),
     "empty text": ("--config.data.paths={folder}/empty.txt", "empty.txt"),
     "vocabulary too small": ("--config.model.vocab_size=256", "model.vocab_size"),
     "text shorter than a window": ("--config.train.sequence_length=100000", "sequence"),
+    "weights without stores": ("--config.data.weights=((1.0,),)", "data.weights"),
+    "weights that cannot be kept": (
+        ("--config.data.stores=('{store}','{store}')", "--config.data.weights=((0.1234567,0.7654321),)"),
+        "data.weights",
+    ),
     "bad profile": ("--profile=9", "--profile"),
     "float64 without x64": ("--config.model.dtype=float64", "JAX_ENABLE_X64"),
     "warm-up longer than the run": ("--config.optimizer.warmup_steps=9", "optimizer.warmup_steps"),
@@ -101,8 +90,10 @@ BAD_TRAINING = {
 
 @pytest.mark.parametrize("override, named", BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
 def test_bad_training_input_is_one_line_before_anything_is_compiled(folder, compilations, tmp_path, override, named):
-    override = override.format(folder=folder)
-    status, errors = call(train, f"--config={folder}/tiny.py", f"--workdir={tmp_path}/run", override)
+    store = next((folder / "run/cache").glob("*/train")).parent
+    overrides = (override,) if isinstance(override, str) else override
+    overrides = [override.format(folder=folder, store=store) for override in overrides]
+    status, errors = call(train, f"--config={folder}/tiny.py", f"--workdir={tmp_path}/run", *overrides)
     assert status == 2
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     assert named in errors
@@ -165,7 +156,7 @@ def test_damaged_store_is_refused(folder, tmp_path, compilations, damage):
         train_bpe(["some text"], 260).save(tmp_path)
         override = f"--config.data.tokenizer={tmp_path}/tokenizer.json"
     status, errors = call(
-        train, f"--config={folder}/tiny.py", f"--workdir={tmp_path}/run", f"--config.data.store={copy}", override
+        train, f"--config={folder}/tiny.py", f"--workdir={tmp_path}/run", f"--config.data.stores={copy}", override
     )
     assert status == 2 and errors.count("\n") == 1, errors
     assert ("tokenizer" if damage == "other tokenizer" else "tokens.bin") in errors

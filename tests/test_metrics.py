@@ -2,15 +2,13 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 from spiral_jax import train
 from spiral_jax.config import RunConfig
-from spiral_jax.data.windows import TokensInMemory
+from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.errors import SpiralError
 from spiral_jax.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, peak_flops, read_rows
 from spiral_jax.model.config import ModelConfig
@@ -121,12 +119,12 @@ CONFIG = RunConfig(
                       chunks=(2, 1), dtype="float32"),
     train=TrainConfig(steps=10, batch_size=8, sequence_length=16),
 )  # fmt: skip
-DATA = SimpleNamespace(train=TokensInMemory("text", np.zeros(40 * 16 + 1, np.int32)))
+ORDER = WindowOrder([40], batch_size=8, seed=0)
 
 
-def completed(peak=None, **values) -> dict:
+def completed(peak=None, order=ORDER, **values) -> dict:
     config = RunConfig(model=CONFIG.model, train=CONFIG.train, logging=LoggingConfig(peak_flops=peak))
-    return train.complete_row(config, DATA, {"step": 5, "step_time": 0.25, "loss": 1.0, **values})
+    return train.complete_row(config, order, {"step": 5, "step_time": 0.25, "loss": 1.0, **values})
 
 
 def test_mfu_against_flops_counted_by_hand():
@@ -152,7 +150,13 @@ def test_tokens_and_speed():
     row = completed()
     assert row["tokens"] == 5 * 8 * 16
     assert row["tokens_per_second"] == 8 * 16 / 0.25
-    assert row["epoch"] == 5 * 8 / 40  # 40 windows of 16
+    assert row["epoch"] == 5 * 8 / 40 and "epochs_of_stores" not in row
+
+
+def test_epochs_of_each_store_of_a_mixture():
+    order = WindowOrder([40, 5], batch_size=8, seed=0, weights=((0.75, 0.25),))
+    row = completed(order=order)
+    assert row["epoch"] == 5 * 8 / 45 and row["epochs_of_stores"] == [30 / 40, 10 / 5]
 
 
 # The line on the terminal.

@@ -220,6 +220,12 @@ def test_a_broken_config_json_is_one_line(tmp_path, content):
         ("logging__peak_flops", 1e12),
         ("summary__sample_tokens", 4),
         ("train__accumulation", 4),
+        ("data__read_threads", 7),
+        ("data__prefetch_batches", 7),
+        ("data__workers", 7),
+        ("data__retry_seconds", 7.0),
+        ("data__stores", ("gs://moved",)),
+        ("data__validation_store", "gs://moved"),
     ],
 )
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
@@ -252,6 +258,36 @@ def test_what_is_computed_may_not(field, value):
     before = dict(leaves(saved.to_dict()))[field.replace("__", ".")]
     assert message.startswith(field.replace("__", ".")) and "\n" not in message
     assert repr(before) in message and repr(value) in message
+
+
+def mixed(weights, starts, stores=("a", "b")) -> RunConfig:
+    return config_of(data__stores=stores, data__weights=weights, data__stage_starts=starts)
+
+
+def test_stages_to_come_may_change_and_bring_stores():
+    saved = mixed(((0.7, 0.3), (0.5, 0.5)), (0, 80))
+    for weights, starts in (
+        (((0.7, 0.3),), (0,)),
+        (((0.7, 0.3), (0.1, 0.9)), (0, 60)),
+        (((0.7, 0.3), (0.1, 0.9)), (0, 50)),  # 50 steps are done: the next one may be of another mixture
+        (((0.7, 0.3, 0.0), (0.1, 0.1, 0.8)), (0, 60)),
+    ):
+        mixed(weights, starts, ("a", "b", "c")[: len(weights[0])]).check_resume(saved, 50)
+
+
+@pytest.mark.parametrize(
+    "weights, starts",
+    [
+        (((0.6, 0.4), (0.5, 0.5)), (0, 80)),
+        (((0.7, 0.3), (0.5, 0.5)), (0, 49)),
+        (((0.7, 0.2, 0.1), (0.5, 0.5, 0.0)), (0, 80)),
+        ((), (0,)),
+    ],
+)
+def test_stages_that_were_used_may_not_change(weights, starts):
+    saved = mixed(((0.7, 0.3), (0.5, 0.5)), (0, 80))
+    with pytest.raises(SpiralError, match=r"data\.weights and .* cannot change on resume for the 50 steps"):
+        mixed(weights, starts, ("a", "b", "c")[: len(weights[0])] if weights else ("a", "b")).check_resume(saved, 50)
 
 
 def test_saved_as_json_is_the_same_configuration():

@@ -1,6 +1,8 @@
 """The configuration of the data room."""
 
 import dataclasses
+import itertools
+import math
 from typing import Literal
 
 from spiral_jax.errors import SpiralError
@@ -20,58 +22,121 @@ def _is_int(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the text is, how it becomes tokens, and how the tokens are read.
+    """Where the data is, how text becomes tokens, and how the tokens are read.
 
     Attributes:
-      paths: text files, folders (searched recursively) or glob patterns (`**` crosses folders); a file is a document.
-        Needed unless `store` is set.
+      paths: text to train on: files, folders (searched recursively) or glob patterns (`**` crosses folders). A text
+        file is a document; of `.jsonl` and `.parquet` files each record is one. `.gz` and `.zst` are unpacked (extras
+        `zstd`, `parquet`). Needed unless `stores` is set.
       exclude: `fnmatch` patterns; a file whose full path matches one of them is left out.
+      format: what the files of `paths` are: `auto` goes by their names; `text`, `jsonl` or `parquet` for all of them.
+      text_field: field of a jsonl record, or column of a parquet file, that holds the text.
       validation_paths: like `paths`, for validation. A file that is in both is used for validation only.
-      validation_fraction: share of the files held out for validation when `validation_paths` is empty, chosen by a
-        hash of the file's name relative to its root, so that adding files moves no other file. Where that would take
-        no file or all of them, the last part of each file is held out instead.
-      invalid_utf8: what to do with a file that is not UTF-8: `error` stops, `skip` leaves it out and counts it.
-      tokenizer: `bytes`, `bpe` (train a byte-level BPE on the training files), or the path of a Hugging Face
-        `tokenizer.json`. With `store`, only a path counts, and must match; otherwise the store's own is used.
+      validation_fraction: share of the documents held out for validation when `validation_paths` is empty, chosen by a
+        hash, so that adding others moves none: of a text file's name relative to its root, of a record's text. Where
+        that would take no file or all of them, the last part of each text file is held out instead.
+      invalid: what to do with what is no text (not UTF-8, a broken line of jsonl, a record without the field):
+        `error` stops, `skip` leaves it out and counts it.
+      tokenizer: `bytes`, `bpe` (train a byte-level BPE on the training text), or the path of a Hugging Face
+        `tokenizer.json`. With `stores`, only a path counts, and must match; otherwise the store's own is used.
       bpe_vocab_size: entries of the tokenizer trained for `bpe`, the separator included.
-      store: a folder with ready-made `train/` and `validation/` token stores, used instead of `paths`.
       separator: text of the separator token of a `tokenizer.json`; empty to look for `<|endoftext|>`, then `</s>`.
-      read_threads: threads that read training windows.
+      workers: processes that tokenise; 0 for as many as there are cores. The result does not depend on it.
+      stores: tokens to train on, used instead of `paths`: folders made by `python -m spiral_jax.prepare`, or Megatron
+        datasets (the `.idx` file, or the folder with it, its `.bin` files and `tokenizer.json`); paths or fsspec URLs
+        (`gs://...`; extra `remote`).
+      weights: share of each store in the training windows, a row per stage, as in `((0.7, 0.3),)`; empty to take every
+        window of every store once per epoch.
+      stage_starts: the step each row of `weights` holds from; the first is 0.
+      validation_store: token store to validate on; empty for the `validation/` of the first of `stores` that has one.
+      retry_seconds: how long a failing remote read is tried again before the run stops.
+      cache_dir: folder to keep remote tokens in for the next epoch; empty for none.
+      cache_gigabytes: bound of that folder, in units of 1e9 bytes. It fills up and then stays as it is.
+      read_threads: threads that read training batches.
       prefetch_batches: batches read ahead of the training step.
     """
 
     paths: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    text_field: str = "text"
     validation_paths: tuple[str, ...] = ()
     validation_fraction: float = 0.05
-    invalid_utf8: Literal["error", "skip"] = "error"
+    invalid: Literal["error", "skip"] = "error"
     tokenizer: str = "bytes"
     bpe_vocab_size: int = 4096
-    store: str = ""
     separator: str = ""
+    workers: int = 0
+    stores: tuple[str, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    stage_starts: tuple[int, ...] = (0,)
+    validation_store: str = ""
+    retry_seconds: float = 300.0
+    cache_dir: str = ""
+    cache_gigabytes: float = 0.0
     read_threads: int = 2
     prefetch_batches: int = 4
 
     def __post_init__(self):
-        for field in ("paths", "exclude", "validation_paths"):
+        for field in ("paths", "exclude", "validation_paths", "stores"):
             value = getattr(self, field)
             is_tuple_of_text = isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
             _require(is_tuple_of_text, field, value, "a tuple of non-empty strings")
         fraction = self.validation_fraction
         is_fraction = (_is_int(fraction) or isinstance(fraction, float)) and 0 <= fraction < 1
         _require(is_fraction, "validation_fraction", fraction, "a number from 0 up to, but not including, 1")
-        _require(self.invalid_utf8 in ("error", "skip"), "invalid_utf8", self.invalid_utf8, '"error" or "skip"')
+        formats = ("auto", "text", "jsonl", "parquet")
+        _require(self.format in formats, "format", self.format, ", ".join(formats))
+        _require(isinstance(self.text_field, str) and self.text_field != "", "text_field", self.text_field, "a name")
+        _require(self.invalid in ("error", "skip"), "invalid", self.invalid, '"error" or "skip"')
         is_tokenizer = isinstance(self.tokenizer, str) and self.tokenizer != ""
         _require(is_tokenizer, "tokenizer", self.tokenizer, '"bytes", "bpe" or the path of a tokenizer.json')
         is_vocabulary = _is_int(self.bpe_vocab_size) and self.bpe_vocab_size >= _SMALLEST_BPE_VOCABULARY
         _require(is_vocabulary, "bpe_vocab_size", self.bpe_vocab_size, f"an integer >= {_SMALLEST_BPE_VOCABULARY}")
-        _require(isinstance(self.store, str), "store", self.store, "the path of a folder, or an empty string")
         _require(isinstance(self.separator, str), "separator", self.separator, "the text of a token, or nothing")
         if self.separator and self.tokenizer in ("bytes", "bpe"):
             raise SpiralError(
                 f"data.separator: found {self.separator!r}, allowed: only with data.tokenizer=<tokenizer.json>; "
                 f'"{self.tokenizer}" has its own separator'
             )
-        for field in ("read_threads", "prefetch_batches"):
+        for field in ("validation_store", "cache_dir"):
+            _require(isinstance(getattr(self, field), str), field, getattr(self, field), "a path, or an empty string")
+        for field, least in (("read_threads", 1), ("prefetch_batches", 1), ("workers", 0)):
             value = getattr(self, field)
-            _require(_is_int(value) and value >= 1, field, value, "an integer >= 1")
+            _require(_is_int(value) and value >= least, field, value, f"an integer >= {least}")
+        for field in ("retry_seconds", "cache_gigabytes"):
+            value = getattr(self, field)
+            _require((_is_int(value) or isinstance(value, float)) and value >= 0, field, value, "a number >= 0")
+        _require(not self.cache_gigabytes or self.cache_dir, "cache_gigabytes", self.cache_gigabytes,
+                 "0, or data.cache_dir set as well")  # fmt: skip
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        starts = self.stage_starts
+        if not self.weights:
+            _require(starts == (0,), "stage_starts", starts, "(0,), as data.weights is empty")
+            return
+        for row in self.weights:
+            _require(
+                len(row) == len(self.stores), "weights", row, f"a weight for each of {len(self.stores)} data.stores"
+            )
+            _require(
+                all(weight >= 0 for weight in row) and 0 < sum(row) < math.inf,
+                "weights",
+                row,
+                "weights >= 0, not all 0",
+            )
+        rising = starts[:1] == (0,) and all(a < b for a, b in itertools.pairwise(starts))
+        _require(rising and len(starts) == len(self.weights), "stage_starts", starts,
+                 f"{len(self.weights)} rising steps, one per row of data.weights, the first 0")  # fmt: skip
+
+    def stages_before(self, step: int) -> list[tuple[int, tuple[float, ...]]]:
+        """Returns (first step, weights) of each stage that has begun before a step.
+
+        Stores without a share at the end of a row do not count: one may be added for a later stage.
+        """
+        stages = []
+        for start, row in zip(self.stage_starts, self.weights, strict=False):
+            used = max(index for index, weight in enumerate(row) if weight) + 1
+            stages += [(start, row[:used])] if start < step else []
+        return stages

@@ -1,32 +1,81 @@
-"""Training batches: windows shuffled over the whole source, sliced per process, read ahead in threads.
+"""Training batches: windows shuffled over each whole source, mixed, sliced per process, read ahead in threads.
 
 The order of the stages is what makes training independent of the number of hosts: shuffle first, over all windows,
 then slice. The stream is a pure function of the seed and the position in it, so its whole state is the step number.
 """
 
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
-from spiral_jax.data.windows import TokenSource, num_windows, window
+from spiral_jax.data.mixture import Mixture
+from spiral_jax.data.windows import TokenSource, read_windows, window_start
 from spiral_jax.errors import SpiralError
 
 
-class _Windows:
-    """The windows of a source, in the random-access form that grain reads from."""
+class WindowOrder:
+    """Which window comes n-th in a run: random access to an endless stream.
 
-    def __init__(self, source: TokenSource, sequence_length: int):
-        self._source = source
-        self._sequence_length = sequence_length
-        self._num_windows = num_windows(source, sequence_length)
+    Without weights an epoch takes every window of every source once, in an order of its own. With weights the sources
+    are mixed in these shares; each goes through epochs of its own.
+    """
+
+    def __init__(
+        self,
+        windows_per_source: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[Sequence[float]] = (),
+        stage_starts: Sequence[int] = (0,),
+    ):
+        """Fixes the order.
+
+        Args:
+          windows_per_source: How many windows there are.
+          batch_size: Windows per step over all processes.
+          seed: Any integer.
+          weights: A row per stage with the share of each source; none to take all windows once per epoch.
+          stage_starts: Step at which each stage begins.
+
+        Raises:
+          SpiralError: Weights that cannot be kept exactly.
+        """
+        self.windows_per_source = tuple(windows_per_source)
+        self.batch_size = batch_size
+        self._mixture = Mixture(weights, [step * batch_size for step in stage_starts]) if weights else None
+        # Of each source with weights; of all of them one after the other without.
+        lengths = self.windows_per_source if weights else (sum(self.windows_per_source),)
+        self._shuffled = [
+            grain.MapDataset.range(length).shuffle(seed=_shuffle_seed(seed, stream)).repeat()
+            for stream, length in enumerate(lengths)
+        ]
+        self._first_window = np.cumsum([0, *self.windows_per_source])
 
     def __len__(self) -> int:
-        return self._num_windows
+        return sys.maxsize
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"tokens": window(self._source, index, self._sequence_length)}
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Returns (source, index of the window in it)."""
+        if self._mixture is not None:
+            source, earlier = self._mixture[position]
+            return source, int(self._shuffled[source][earlier])
+        window = int(self._shuffled[0][position])
+        source = int(np.searchsorted(self._first_window, window, "right")) - 1
+        return source, window - int(self._first_window[source])
+
+    def epoch(self, step: int) -> float:
+        """Returns the windows taken before a step as a share of all windows: 1.5 is the middle of the second epoch."""
+        return step * self.batch_size / sum(self.windows_per_source)
+
+    def epochs_of_sources(self, step: int) -> list[float] | None:
+        """Returns the same for each source, where weights make them differ; None without weights."""
+        if self._mixture is None:
+            return None
+        return (self._mixture.counts(step * self.batch_size) / np.array(self.windows_per_source)).tolist()
 
 
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
@@ -64,11 +113,11 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
 
 
 def train_batches(
-    source: TokenSource,
+    sources: Sequence[TokenSource],
+    order: WindowOrder,
     *,
     sequence_length: int,
-    batch_size: int,
-    seed: int,
+    vocab_size: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -77,14 +126,14 @@ def train_batches(
 ) -> TrainBatches:
     """Makes the stream of this process's training batches.
 
-    Every epoch takes each window once, in an order of its own; batches run on across the end of an epoch. The batch
-    of a step, over all processes together, is the same set of windows for any `process_count`.
+    Batches run on across the end of an epoch. The batch of a step, over all processes together, is the same set of
+    windows for any `process_count`. A thread reads whole batches, all windows of one at once.
 
     Args:
-      source: The tokens.
+      sources: The tokens.
+      order: Which window of which source comes when; B windows per step over all processes.
       sequence_length: Predictions per window, L.
-      batch_size: Windows per step over all processes, B.
-      seed: Any integer; decides the order.
+      vocab_size: Ids the model has an embedding for; any other one stops the stream.
       start_step: Step of the first batch. Earlier batches are not read.
       process_index: Which slice of the global batch to return.
       process_count: Number of slices, P.
@@ -95,8 +144,9 @@ def train_batches(
       An endless iterator of `{"tokens": int32 [B / P, L + 1]}`.
 
     Raises:
-      SpiralError: The batch does not divide among the processes, or the source is shorter than one window.
+      SpiralError: The batch does not divide among the processes.
     """
+    batch_size = order.batch_size
     if batch_size < 1 or batch_size % process_count:
         raise SpiralError(
             f"train.batch_size: found {batch_size}, allowed: positive multiples of the {process_count} processes"
@@ -110,22 +160,34 @@ def train_batches(
         num_threads=min(read_threads, prefetch_batches), prefetch_buffer_size=prefetch_batches
     )
     batches = (
-        grain.MapDataset.source(_Windows(source, sequence_length))
-        .shuffle(seed=_shuffle_seed(seed))
-        .repeat()
+        grain.MapDataset.source(order)
         .slice(slice(process_index, None, process_count))
         .batch(batch_size // process_count, drop_remainder=True)
         .slice(slice(start_step, None))
+        .map(lambda places: {"tokens": _read_batch(sources, *places, sequence_length, vocab_size)})
         .to_iter_dataset(read_options)
     )
     return TrainBatches(iter(batches), start_step)
 
 
-def epoch_of(step: int, *, num_windows: int, batch_size: int) -> float:
-    """Returns how many epochs lie before a step, as a fraction: 1.5 is the middle of the second epoch."""
-    return step * batch_size / num_windows
+def _read_batch(
+    sources: Sequence[TokenSource], source_B: np.ndarray, window_B: np.ndarray, sequence_length: int, vocab_size: int
+) -> np.ndarray:
+    tokens_BxW = np.empty((len(source_B), sequence_length + 1), np.int32)
+    for index in np.unique(source_B):
+        rows_R = np.flatnonzero(source_B == index)
+        tokens_BxW[rows_R] = read_windows(sources[index], window_B[rows_R], sequence_length)
+    # A negative id counts as a large one.
+    if tokens_BxW.view(np.uint32).max() >= vocab_size:
+        row, column = np.argwhere(tokens_BxW.view(np.uint32) >= vocab_size)[0]
+        source = sources[source_B[row]]
+        place = source.locate(window_start(source, window_B[row], sequence_length) + int(column))
+        found = tokens_BxW[row, column]
+        raise SpiralError(f"{place}: id {found}, allowed: 0 to {vocab_size - 1} (model.vocab_size - 1)")
+    return tokens_BxW
 
 
-def _shuffle_seed(seed: int) -> int:
+def _shuffle_seed(seed: int, stream: int) -> int:
     # grain shuffles epoch e of seed s with s + e: unhashed, seed 1 would begin with the second epoch of seed 0.
-    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    name = str(seed) if stream == 0 else f"{seed}/{stream}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from spiral_jax.data.storage import LOCAL, Storage, join
 from spiral_jax.errors import SpiralError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -133,7 +134,7 @@ class HuggingFaceTokenizer(Tokenizer):
         Raises:
           SpiralError: The file is missing or is not a tokenizer.json, or has no separator token.
         """
-        return cls(_read_file(Path(path)), separator=separator, name=str(path))
+        return cls(_read_file(path), separator=separator, name=str(path))
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -181,11 +182,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(bpe.to_str(), separator=END_OF_TEXT, name="the trained BPE")
 
 
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+def has_tokenizer(folder: str | os.PathLike, storage: Storage = LOCAL) -> bool:
+    """Whether a folder (or URL) has something for `load_tokenizer`."""
+    return any(storage.exists(join(folder, name)) for name in (_INFO_FILE, _HUGGING_FACE_FILE))
+
+
+def load_tokenizer(folder: str | os.PathLike, storage: Storage = LOCAL, *, separator: str = "") -> Tokenizer:
     """Loads what `Tokenizer.save` wrote, or the `tokenizer.json` of a plain Hugging Face folder.
 
     Args:
-      folder: Where the tokenizer's files are.
+      folder: Where the tokenizer's files are, a path or URL.
+      storage: How to open files.
+      separator: Of a plain `tokenizer.json`, text of the separator token; "" looks for <|endoftext|>, then </s>.
 
     Returns:
       The tokenizer.
@@ -193,11 +201,15 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     Raises:
       SpiralError: The files are missing, damaged, or were changed since they were saved.
     """
-    info_path = Path(folder, _INFO_FILE)
-    if not info_path.exists() and Path(folder, _HUGGING_FACE_FILE).exists():
-        return HuggingFaceTokenizer.from_file(Path(folder, _HUGGING_FACE_FILE))
+    info_path, json_path = join(folder, _INFO_FILE), join(folder, _HUGGING_FACE_FILE)
+
+    def hugging_face(separator: str) -> HuggingFaceTokenizer:
+        return HuggingFaceTokenizer(_read_file(json_path, storage), separator=separator, name=json_path)
+
+    if not storage.exists(info_path) and storage.exists(json_path):
+        return hugging_face(separator)
     try:
-        info = json.loads(_read_file(info_path))
+        info = json.loads(_read_file(info_path, storage))
         if (info["format"], info["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"{info['format']} version {info['version']}")
         kind, saved_fingerprint = info["kind"], info["fingerprint"]
@@ -209,7 +221,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     if kind == "bytes":
         tokenizer = ByteTokenizer()
     elif kind == "huggingface":
-        tokenizer = HuggingFaceTokenizer.from_file(Path(folder, _HUGGING_FACE_FILE), separator=separator)
+        tokenizer = hugging_face(separator)
     else:
         raise SpiralError(f"{info_path}: kind {kind!r}, allowed: bytes, huggingface")
     if tokenizer.fingerprint != saved_fingerprint:
@@ -228,13 +240,11 @@ def _utf8(text: str) -> bytes:
         raise SpiralError(f"text: character {error.start} is {found!r}, allowed: text that has a UTF-8 form") from error
 
 
-def _read_file(path: Path) -> str:
+def _read_file(place: str | os.PathLike, storage: Storage = LOCAL) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpiralError(f"{path}: the tokenizer cannot be read ({error.strerror})") from error
+        return storage.read_file(place).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SpiralError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from error
+        raise SpiralError(f"{place}: not a tokenizer file (byte {error.start} is not UTF-8)") from error
 
 
 def _write_info(folder: Path, info: dict) -> None:

@@ -1,41 +1,55 @@
 """Training windows: how a stream of tokens is cut into sequences."""
 
-import dataclasses
-from typing import Protocol
+import abc
+from collections.abc import Sequence
 
 import numpy as np
 
 from spiral_jax.errors import SpiralError
 
 
-class TokenSource(Protocol):
-    """All that the pipeline asks of data: a named stream of tokens with random access from many threads."""
+class TokenSource(abc.ABC):
+    """All that training asks of data: a named stream of tokens with random access from many threads.
 
-    @property
-    def name(self) -> str:
-        """What to call the source in errors."""
+    Attributes:
+      name: What to call the source in messages: its folder or URL.
+      num_tokens: Length of the stream.
+      fingerprint: Changes when the tokens do; what a checkpoint records.
+      sequence_tokens: Where the stream is nothing but sequences of one length that do not continue each other, that
+        length; None otherwise.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """Length of the stream."""
+    name: str
+    num_tokens: int
+    fingerprint: str = ""
+    sequence_tokens: int | None = None
+
+    @abc.abstractmethod
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Returns tokens start to stop - 1 of each (start, stop), int32 [stop - start], the caller's own.
+
+        A remote source has all the ranges in flight at once.
+        """
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns tokens start to stop - 1, int32 [stop - start]."""
+        return self.read_many([(start, stop)])[0]
+
+    def locate(self, position: int) -> str:
+        """Says where a token is, for messages: file, document and offset, as far as the source knows."""
+        return f"{self.name}: token {position}"
 
 
-@dataclasses.dataclass(frozen=True)
-class TokensInMemory:
-    """A `TokenSource` of an array."""
+class TokensInMemory(TokenSource):
+    """The tokens of an array."""
 
-    name: str
-    tokens_N: np.ndarray
+    def __init__(self, name: str, tokens_N: np.ndarray):
+        self.name = name
+        self.num_tokens = len(tokens_N)
+        self.tokens_N = tokens_N
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens_N)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens_N[start:stop]
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        return [self.tokens_N[start:stop].astype(np.int32) for start, stop in ranges]
 
 
 def num_windows(source: TokenSource, sequence_length: int) -> int:
@@ -43,7 +57,8 @@ def num_windows(source: TokenSource, sequence_length: int) -> int:
 
     Windows have `sequence_length + 1` tokens and start every `sequence_length` tokens. Neighbours thus share one
     token, and each token but the very first is predicted in exactly one window (a rest too short for a window
-    is left out).
+    is left out). Only where the source is made of sequences of just `sequence_length + 1` tokens (the preshuffled
+    Pile has 2049), each of them is a window.
 
     Args:
       source: The tokens.
@@ -57,7 +72,8 @@ def num_windows(source: TokenSource, sequence_length: int) -> int:
     """
     if sequence_length < 1:
         raise SpiralError(f"train.sequence_length: found {sequence_length}, allowed: at least 1")
-    windows = (source.num_tokens - 1) // sequence_length
+    stride = _stride(source, sequence_length)
+    windows = (source.num_tokens - (sequence_length + 1)) // stride + 1
     if windows < 1:
         raise SpiralError(
             f"train.sequence_length: {sequence_length} needs {sequence_length + 1} tokens for a window, "
@@ -66,16 +82,25 @@ def num_windows(source: TokenSource, sequence_length: int) -> int:
     return windows
 
 
-def window(source: TokenSource, index: int, sequence_length: int) -> np.ndarray:
-    """Reads one window.
+def read_windows(source: TokenSource, indices_B: Sequence[int], sequence_length: int) -> np.ndarray:
+    """Reads windows, all of them at once.
 
     Args:
       source: The tokens.
-      index: 0 to `num_windows(source, sequence_length) - 1`.
-      sequence_length: Predictions per window.
+      indices_B: Each from 0 to `num_windows(source, sequence_length) - 1`.
+      sequence_length: Predictions per window, L.
 
     Returns:
-      Tokens, int32 [sequence_length + 1]: inputs are all but the last, targets all but the first.
+      Tokens, int32 [B, L + 1]: inputs are all but the last, targets all but the first.
     """
-    start = index * sequence_length
-    return source.read(start, start + sequence_length + 1)
+    starts = [window_start(source, index, sequence_length) for index in indices_B]
+    return np.stack(source.read_many([(start, start + sequence_length + 1) for start in starts]))
+
+
+def window_start(source: TokenSource, index: int, sequence_length: int) -> int:
+    """Returns the position of a window's first token."""
+    return int(index) * _stride(source, sequence_length)
+
+
+def _stride(source: TokenSource, sequence_length: int) -> int:
+    return sequence_length + (source.sequence_tokens == sequence_length + 1)

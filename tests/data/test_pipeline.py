@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from spiral_jax.data.pipeline import epoch_of, train_batches
-from spiral_jax.data.windows import num_windows
+from spiral_jax.data.pipeline import WindowOrder, train_batches
+from spiral_jax.data.windows import TokensInMemory, TokenSource, num_windows
 from spiral_jax.errors import SpiralError
 
 LENGTH = 4
@@ -14,7 +14,7 @@ WINDOWS = 62  # not a multiple of the batch: epochs end inside a batch
 BATCH = 8
 
 
-class Counting:
+class Counting(TokenSource):
     """Token i is i, so the first token of a window tells which window it is. Counts reads; fails where told to."""
 
     name = "counting"
@@ -24,22 +24,28 @@ class Counting:
         self.fail_in_window = fail_in_window
         self.windows_read = []
 
-    def read(self, start, stop):
-        self.windows_read.append(start // LENGTH)
-        if self.fail_in_window == start // LENGTH:
-            raise SpiralError(f"counting: window {self.fail_in_window} cannot be read")
-        return np.arange(start, stop, dtype=np.int32)
+    def read_many(self, ranges):
+        for start, _ in ranges:
+            self.windows_read.append(start // LENGTH)
+            if self.fail_in_window == start // LENGTH:
+                raise SpiralError(f"counting: window {self.fail_in_window} cannot be read")
+        return [np.arange(start, stop, dtype=np.int32) for start, stop in ranges]
+
+
+def stream(source=None, *, batch_size=BATCH, seed=0, **kwargs):
+    source = source or Counting()
+    order = WindowOrder([num_windows(source, LENGTH)], batch_size=batch_size, seed=seed)
+    return train_batches([source], order, sequence_length=LENGTH, vocab_size=2**31, **kwargs)
 
 
 def batches(num_steps, source=None, **kwargs):
     """The window numbers of each step's batch, [num_steps][B / P]."""
-    arguments = {"sequence_length": LENGTH, "batch_size": BATCH, "seed": 0} | kwargs
     found = []
-    with train_batches(source or Counting(), **arguments) as iterator:
+    with stream(source, **kwargs) as iterator:
         for batch in itertools.islice(iterator, num_steps):
             tokens_BxL = batch["tokens"]
             assert set(batch) == {"tokens"} and tokens_BxL.dtype == np.int32
-            assert tokens_BxL.shape == (arguments["batch_size"] // arguments.get("process_count", 1), LENGTH + 1)
+            assert tokens_BxL.shape == (BATCH // kwargs.get("process_count", 1), LENGTH + 1)
             np.testing.assert_array_equal(tokens_BxL, tokens_BxL[:, :1] + np.arange(LENGTH + 1))
             found.append((tokens_BxL[:, 0] // LENGTH).tolist())
     return found
@@ -106,7 +112,7 @@ def test_a_single_window_and_a_batch_of_several_epochs():
 
 def test_batches_are_read_ahead_of_the_first_request_but_not_without_end():
     source = Counting()
-    with train_batches(source, sequence_length=LENGTH, batch_size=BATCH, seed=0, prefetch_batches=3):
+    with stream(source, prefetch_batches=3):
         wait_until(lambda: len(source.windows_read) == 3 * BATCH)
         time.sleep(0.05)
         assert len(source.windows_read) == 3 * BATCH
@@ -115,7 +121,7 @@ def test_batches_are_read_ahead_of_the_first_request_but_not_without_end():
 def test_an_error_in_a_thread_reaches_the_consumer_and_nothing_comes_after():
     reads = list(itertools.chain(*batches(5)))
     failing = reads[2 * BATCH + 3]  # in the third batch
-    with train_batches(Counting(fail_in_window=failing), sequence_length=LENGTH, batch_size=BATCH, seed=0) as iterator:
+    with stream(Counting(fail_in_window=failing)) as iterator:
         next(iterator)
         next(iterator)
         with pytest.raises(SpiralError, match=f"window {failing} cannot be read"):
@@ -127,7 +133,7 @@ def test_an_error_in_a_thread_reaches_the_consumer_and_nothing_comes_after():
 
 def test_closing_ends_the_threads():
     before = set(threading.enumerate())
-    iterator = train_batches(Counting(), sequence_length=LENGTH, batch_size=BATCH, seed=0, read_threads=3)
+    iterator = stream(read_threads=3)
     next(iterator)
     assert iterator.step == 1
     started = set(threading.enumerate()) - before
@@ -140,22 +146,14 @@ def test_closing_ends_the_threads():
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
     for batch_size, process_count in ((8, 3), (0, 1), (-4, 2)):
         with pytest.raises(SpiralError, match=rf"train\.batch_size: found {batch_size}, allowed: .* {process_count} "):
-            train_batches(
-                Counting(), sequence_length=LENGTH, batch_size=batch_size, seed=0, process_count=process_count
-            )
+            stream(batch_size=batch_size, process_count=process_count)
 
 
-def test_a_source_shorter_than_a_window_is_refused_at_once():
-    with pytest.raises(SpiralError, match=r"train\.sequence_length"):
-        train_batches(Counting(LENGTH), sequence_length=LENGTH, batch_size=BATCH, seed=0)
-
-
-def test_epoch_of_counts_windows():
-    windows = num_windows(Counting(), LENGTH)
-    assert windows == WINDOWS
-    assert epoch_of(0, num_windows=windows, batch_size=BATCH) == 0
-    assert epoch_of(31, num_windows=windows, batch_size=BATCH) == 4
-    assert epoch_of(1, num_windows=32, batch_size=BATCH) == 0.25
+def test_the_epoch_of_a_step_counts_windows():
+    order = WindowOrder([30, 32], batch_size=BATCH, seed=0)
+    assert [order.epoch(step) for step in (0, 31, 62)] == [0, 4, 8]
+    assert WindowOrder([32], batch_size=BATCH, seed=0).epoch(1) == 0.25
+    assert order.epochs_of_sources(31) is None
 
 
 def wait_until(condition):
@@ -163,3 +161,92 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# Several sources.
+
+LENGTHS = (30, 7, 19)  # windows of each
+
+
+class Numbered(TokenSource):
+    """Token i of source s is 1000 s + i."""
+
+    def __init__(self, number):
+        self.name, self.number, self.num_tokens = f"numbered{number}", number, LENGTHS[number] * LENGTH + 1
+
+    def read_many(self, ranges):
+        return [1000 * self.number + np.arange(start, stop, dtype=np.int32) for start, stop in ranges]
+
+
+def mixed_batches(num_steps, *, start_step=0, weights=(), stage_starts=(0,), seed=0, **process):
+    """(source, window) of each row of each step's batch."""
+    order = WindowOrder(LENGTHS, batch_size=BATCH, seed=seed, weights=weights, stage_starts=stage_starts)
+    sources = [Numbered(number) for number in range(3)]
+    options = {"sequence_length": LENGTH, "vocab_size": 3000, "start_step": start_step, **process}
+    with train_batches(sources, order, **options) as iterator:
+        firsts = [batch["tokens"][:, 0].tolist() for batch in itertools.islice(iterator, num_steps)]
+    return [[(first // 1000, first % 1000 // LENGTH) for first in batch] for batch in firsts]
+
+
+MIXTURES = {
+    "by size": {},
+    "weighted": {"weights": ((0.5, 0.3, 0.2),)},
+    "staged": {"weights": ((0.5, 0.3, 0.2), (0.1, 0.0, 0.9), (1, 1, 1)), "stage_starts": (0, 7, 12)},
+}
+
+
+def test_without_weights_an_epoch_takes_every_window_of_every_source_once():
+    windows = list(itertools.chain(*mixed_batches(3 * sum(LENGTHS) // BATCH)))
+    everything = [(source, window) for source, length in enumerate(LENGTHS) for window in range(length)]
+    epochs = [windows[e * sum(LENGTHS) : (e + 1) * sum(LENGTHS)] for e in range(3)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("mixture", ["weighted", "staged"])
+def test_with_weights_each_source_goes_through_epochs_of_its_own(mixture):
+    windows = list(itertools.chain(*mixed_batches(40, **MIXTURES[mixture])))
+    orders = set()
+    for source, length in enumerate(LENGTHS):
+        taken = [window for s, window in windows if s == source]
+        epochs = [taken[e : e + length] for e in range(0, len(taken) - length + 1, length)]
+        assert len(epochs) >= 2 and all(sorted(epoch) == list(range(length)) for epoch in epochs)
+        orders |= {(source, *epoch) for epoch in epochs}
+    order = WindowOrder(LENGTHS, batch_size=BATCH, seed=0, **MIXTURES[mixture])
+    counts = np.bincount([source for source, _ in windows])
+    assert order.epochs_of_sources(40) == (counts / LENGTHS).tolist()
+    assert order.epoch(40) == 40 * BATCH / sum(LENGTHS)
+    if mixture == "weighted":
+        assert np.abs(counts - 40 * BATCH * np.array([0.5, 0.3, 0.2])).max() < 1
+    else:
+        assert not any(source == 1 for source, _ in windows[7 * BATCH : 12 * BATCH])
+        assert sum(source == 2 for source, _ in windows[7 * BATCH : 12 * BATCH]) == 36
+
+
+@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
+def test_a_mixture_resumes_at_every_step_and_for_any_number_of_processes(mixture):
+    straight = mixed_batches(16, **mixture)
+    for start_step in range(16):
+        assert mixed_batches(16 - start_step, start_step=start_step, **mixture) == straight[start_step:]
+    halves = [mixed_batches(16, process_index=index, process_count=2, **mixture) for index in range(2)]
+    for step in range(16):
+        assert sorted(halves[0][step] + halves[1][step]) == sorted(straight[step])
+
+
+def test_sources_of_one_length_are_not_shuffled_alike():
+    order = WindowOrder([50, 50], batch_size=1, seed=0, weights=((1, 1),))
+    taken = [order[n] for n in range(100)]
+    first, second = ([window for s, window in taken if s == source] for source in (0, 1))
+    assert sorted(first) == sorted(second) and sum(a == b for a, b in zip(first, second, strict=True)) < 10
+
+
+@pytest.mark.parametrize("bad", [-1, 2999, 2**31 - 1])
+def test_an_id_outside_the_vocabulary_stops_the_stream_and_is_located(bad):
+    tokens_N = np.arange(LENGTH * 20 + 1, dtype=np.int32)
+    tokens_N[50] = bad
+    source = TokensInMemory("memory", tokens_N)
+    order = WindowOrder([20], batch_size=4, seed=0)
+    with train_batches([source], order, sequence_length=LENGTH, vocab_size=2999) as iterator:
+        with pytest.raises(SpiralError, match=rf"memory: token 50: id {bad}, allowed: 0 to 2998"):
+            for _ in range(5):
+                next(iterator)

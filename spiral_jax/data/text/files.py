@@ -1,35 +1,37 @@
-"""Text files as documents: which ones, in which order, and what is in them."""
+"""Input files: which ones, in which order, and which of them are held out."""
 
 import dataclasses
 import fnmatch
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from spiral_jax.data.text.cuts import character_cut
+from spiral_jax.data.text.unpack import compression_of, unpack
 from spiral_jax.errors import SpiralError
 
 
 @dataclasses.dataclass(frozen=True)
 class TextDocument:
-    """A file, or the part of a file between two fractions of its length.
+    """A file, or a part of a text file.
 
     Attributes:
       name: Path relative to the root it was found under, with forward slashes: the same on every machine.
       path: Where the file is on this machine.
       size: Bytes of the file when it was found.
       modified_ns: When the file was last modified.
-      begin: Fraction of the text at which the document begins; the cut is moved to the end of a line.
-      end: Fraction of the text at which the document ends, likewise.
+      begin: Byte of the text (unpacked) at which the document begins.
+      end: Byte of the text at which it ends; None for the end of the file.
     """
 
     name: str
     path: Path
     size: int
     modified_ns: int
-    begin: float = 0.0
-    end: float = 1.0
+    begin: int = 0
+    end: int | None = None
 
 
 def find_documents(
@@ -125,65 +127,75 @@ def split_documents(
     instead, because a user's one book should have a validation loss, too.
 
     Args:
-      documents: What there is.
+      documents: What there is, all of it text.
       validation_fraction: Share of the documents to hold out; 0 holds out nothing.
 
     Returns:
       Training documents and validation documents.
     """
-    if not validation_fraction:
-        return list(documents), []
-    held_out = [_uniform_hash(document.name) < validation_fraction for document in documents]
-    if any(held_out) and not all(held_out):
-        train = [document for document, held in zip(documents, held_out, strict=True) if not held]
-        return train, [document for document, held in zip(documents, held_out, strict=True) if held]
-    cut = 1.0 - validation_fraction
-    train = [dataclasses.replace(document, end=cut) for document in documents]
-    return train, [dataclasses.replace(document, begin=cut) for document in documents]
+    train, validation = hold_out(documents, validation_fraction)
+    if not validation_fraction or (train and validation):
+        return train, validation
+    train, validation = [], []
+    for document in documents:
+        cut = _tail_cut(document, validation_fraction)
+        train.append(dataclasses.replace(document, end=cut))
+        validation.append(dataclasses.replace(document, begin=cut))
+    return train, validation
 
 
-def _uniform_hash(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32
+def hold_out(
+    documents: Sequence[TextDocument], validation_fraction: float
+) -> tuple[list[TextDocument], list[TextDocument]]:
+    """Training and validation documents by a hash of their names, be it that all fall on one side."""
+    held_out = [
+        uniform_hash(document.name.encode("utf-8", "surrogateescape")) < validation_fraction for document in documents
+    ]
+    train = [document for document, held in zip(documents, held_out, strict=True) if not held]
+    return train, [document for document, held in zip(documents, held_out, strict=True) if held]
+
+
+def uniform_hash(content: bytes) -> float:
+    """A number in [0, 1) that depends on nothing but the content."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big") / 2**32
+
+
+def _tail_cut(document: TextDocument, validation_fraction: float) -> int:
+    """Where the held-out end of a text begins: after the end of a line if there is one, but not after the last."""
+    size = sum(map(len, _blocks(document))) if compression_of(document.name) else document.size
+    position = int(size * (1.0 - validation_fraction))
+    begin, following = 0, b""
+    for block in _blocks(document):
+        first = max(position - begin, 0)
+        newline = block.find(b"\n", first, max(size - 1 - begin, 0))
+        if newline >= 0:
+            return begin + newline + 1
+        following += block[first : first + 4 - len(following)]
+        begin += len(block)
+    return position + character_cut(following, 0)
+
+
+def _blocks(document: TextDocument) -> Iterator[bytes]:
+    return (block for block, _ in unpack(str(document.path), compression_of(document.name)))
 
 
 def read_text(document: TextDocument) -> str:
-    """Reads a document with its line ends as they are.
+    """Reads a text document with its line ends as they are.
 
     Args:
-      document: What to read.
+      document: What to read; unpacked if its name says so.
 
     Returns:
       The text; encoded as UTF-8 it is the file's bytes (or a part of them).
 
     Raises:
-      InvalidUtf8Error: The file is not UTF-8.
-      SpiralError: The file cannot be read.
+      SpiralError: The file is not UTF-8, or cannot be read.
     """
+    content = b"".join(_blocks(document))
     try:
-        content = document.path.read_bytes()  # not open(newline=None), which would turn \r\n into \n
-    except OSError as error:
-        raise SpiralError(f"{document.path}: cannot be read ({error.strerror})") from error
-    try:
-        text = content.decode("utf-8")
+        content.decode("utf-8")  # all of it, whichever part is asked for
+        return content[document.begin : document.end].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidUtf8Error(
-            f"{document.path}: byte {error.start} is not UTF-8 ({error.reason}); "
-            'allowed: UTF-8 text, data.invalid_utf8="skip", or a pattern in data.exclude'
+        raise SpiralError(
+            f"{document.path}: byte {error.start} is not UTF-8 ({error.reason}); allowed: UTF-8 text"
         ) from error
-    return text[_cut(text, document.begin) : _cut(text, document.end)]
-
-
-class InvalidUtf8Error(SpiralError):
-    """A file that is not UTF-8: its own type, because `data.invalid_utf8` may say to skip it."""
-
-
-def _cut(text: str, fraction: float) -> int:
-    if fraction <= 0:
-        return 0
-    if fraction >= 1:
-        return len(text)
-    position = int(len(text) * fraction)
-    line_end = text.find("\n", position, len(text) - 1)  # not the last one: both parts are to hold something
-    return position if line_end < 0 else line_end + 1

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from spiral_jax.data.files import InvalidUtf8Error, find_documents, read_text, split_documents
+from spiral_jax.data.text.files import find_documents, read_text, split_documents
 from spiral_jax.errors import SpiralError
 
 
@@ -89,7 +89,7 @@ def test_text_is_the_bytes_of_the_file(tmp_path, content):
 def test_invalid_utf8_names_file_and_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     [document] = find_documents([str(tmp_path)])
-    with pytest.raises(InvalidUtf8Error, match=r"latin\.txt: byte 3 is not UTF-8"):
+    with pytest.raises(SpiralError, match=r"latin\.txt: byte 3 is not UTF-8"):
         read_text(document)
 
 

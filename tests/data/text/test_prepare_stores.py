@@ -1,10 +1,9 @@
 import fcntl
+import functools
+import json
 import os
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.data import prepare
 from spiral_jax.data.config import DataConfig
-from spiral_jax.data.prepare import prepare_stores
-from spiral_jax.data.store import StoreWriter, TokenStore
-from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
+from spiral_jax.data.text import build, prepare, sample, units
+from spiral_jax.data.text.prepare import prepare_stores
+from spiral_jax.data.tokenizers import train_bpe
 from spiral_jax.errors import SpiralError
+from spiral_jax.progress import Progress
 
 REPOSITORY = pathlib.Path(spiral_jax.__file__).parents[1]
 NEOX = REPOSITORY / "../shared/data/tokenizer/20B_tokenizer.json"
@@ -52,16 +51,16 @@ def config_for(corpus, **kwargs):
 )
 def test_the_stores_hold_every_file_once_and_exactly(corpus, tmp_path, tokenizer):
     prepared = prepare_stores(config_for(corpus, tokenizer=tokenizer), tmp_path / "cache", report=silent)
-    train = texts_of(prepared.train, prepared.tokenizer)
+    train = texts_of(prepared.train[0], prepared.tokenizer)
     validation = texts_of(prepared.validation, prepared.tokenizer)
     files = [path.read_bytes().decode() for path in corpus.rglob("*.txt")]
     assert sorted(train + validation) == sorted(text for text in files if text)
     assert validation and len(train) > len(validation)
-    for store, texts in ((prepared.train, train), (prepared.validation, validation)):
+    for store, texts in ((prepared.train[0], train), (prepared.validation, validation)):
         store.verify()
         store.check_tokenizer(prepared.tokenizer)
         assert store.utf8_bytes == sum(len(text.encode()) for text in texts)
-        separators = np.flatnonzero(store.tokens_N == prepared.tokenizer.separator_id)
+        separators = np.flatnonzero(store.read(0, store.num_tokens) == prepared.tokenizer.separator_id)
         assert separators.tolist() == [offset - 1 for offset in store.document_offsets_M[1:].tolist()]
 
 
@@ -74,7 +73,7 @@ def test_where_and_when_does_not_matter(corpus, tmp_path, tokenizer):
         (elsewhere / name).write_bytes((corpus / name).read_bytes())
     one = prepare_stores(config_for(corpus, tokenizer=tokenizer), tmp_path / "cache1", report=silent)
     other = prepare_stores(config_for(elsewhere, tokenizer=tokenizer), tmp_path / "cache2", report=silent)
-    assert one.fingerprint == other.fingerprint
+    assert one.fingerprints == other.fingerprints
     assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
     assert one.validation.manifest.tokens_sha256 == other.validation.manifest.tokens_sha256
 
@@ -82,11 +81,11 @@ def test_where_and_when_does_not_matter(corpus, tmp_path, tokenizer):
 def test_a_second_run_uses_the_stores_of_the_first(corpus, tmp_path, monkeypatch):
     config = config_for(corpus, tokenizer="bpe")
     first = prepare_stores(config, tmp_path / "cache", report=silent)
-    monkeypatch.setattr(prepare, "StoreWriter", None)
+    monkeypatch.setattr(prepare, "build", None)
     monkeypatch.setattr(prepare, "train_bpe", None)
     lines = []
     second = prepare_stores(config, tmp_path / "cache", report=lines.append)
-    assert second.fingerprint == first.fingerprint
+    assert second.fingerprints == first.fingerprints
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert len(lines) == 1 and "using" in lines[0]
 
@@ -110,17 +109,17 @@ def test_a_change_of_the_source_makes_other_stores(corpus, tmp_path, change):
         config = config_for(corpus, tokenizer="bpe", bpe_vocab_size=300)
     second = prepare_stores(config, tmp_path / "cache", report=silent)
     fresh = prepare_stores(config, tmp_path / "fresh", report=silent)
-    assert first.train.folder != second.train.folder
-    for mine, theirs in ((second.train, fresh.train), (second.validation, fresh.validation)):
+    assert first.train[0].folder != second.train[0].folder
+    for mine, theirs in ((second.train[0], fresh.train[0]), (second.validation, fresh.validation)):
         assert mine.manifest.tokens_sha256 == theirs.manifest.tokens_sha256
-    first.train.verify()  # a run that goes on with the old stores is not disturbed
+    first.train[0].verify()  # a run that goes on with the old stores is not disturbed
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no manifest", "no tokenizer", "no validation"])
 def test_a_damaged_cache_is_prepared_again(corpus, tmp_path, damage):
     config = config_for(corpus, tokenizer="bpe")
     first = prepare_stores(config, tmp_path / "cache", report=silent)
-    fingerprint, folder = first.fingerprint, first.train.folder.parent
+    fingerprint, folder = first.fingerprints, pathlib.Path(first.train[0].folder).parent
     if damage == "truncated":
         os.truncate(folder / "train/tokens.bin", 100)
     elif damage == "no manifest":
@@ -130,34 +129,15 @@ def test_a_damaged_cache_is_prepared_again(corpus, tmp_path, damage):
     else:
         shutil.rmtree(folder / "validation")
     second = prepare_stores(config, tmp_path / "cache", report=silent)
-    assert second.fingerprint == fingerprint
-    second.train.verify()
+    assert second.fingerprints == fingerprint
+    second.train[0].verify()
     second.validation.verify()
 
 
-def test_killed_in_the_middle_the_next_run_succeeds(corpus, tmp_path):
-    program = (
-        "import sys, time; from spiral_jax.data import prepare; from spiral_jax.data.config import DataConfig\n"
-        "class Slow(prepare.StoreWriter):\n"
-        "    def add(self, *args, **kwargs):\n"
-        "        super().add(*args, **kwargs)\n"
-        "        if self.num_documents == 3 and self._folder.name == 'validation':\n"
-        "            print('now', flush=True); time.sleep(60)\n"
-        "prepare.StoreWriter = Slow\n"
-        "prepare.prepare_stores(DataConfig(paths=(sys.argv[1],), validation_fraction=0.2), sys.argv[2])\n"
-    )
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", program, str(corpus), str(cache)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGKILL)
-    assert [name for name in os.listdir(cache) if not name.startswith(".")] == []
-    assert (cache / ".partial/train/tokens.bin").exists()  # it was in the middle, train complete
-    prepared = prepare_stores(config_for(corpus), cache, report=silent)
-    prepared.train.verify()
-    prepared.validation.verify()
-    assert sorted(os.listdir(cache)) == [".lock", prepared.train.folder.parent.name]
+def test_what_a_killed_run_left_of_other_inputs_is_removed(corpus, tmp_path):
+    (tmp_path / "cache/.0123456789abcdef.partial/parts").mkdir(parents=True)
+    prepared = prepare_stores(config_for(corpus), tmp_path / "cache", report=silent)
+    assert sorted(os.listdir(tmp_path / "cache")) == [".lock", pathlib.Path(prepared.train[0].folder).parent.name]
 
 
 def test_processes_that_share_a_cache_wait_for_each_other(corpus, tmp_path):
@@ -183,7 +163,7 @@ def test_processes_that_share_a_cache_wait_for_each_other(corpus, tmp_path):
 def test_validation_files_are_never_trained_on(corpus, tmp_path):
     config = config_for(corpus, validation_paths=(str(corpus / "part1"),))
     prepared = prepare_stores(config, tmp_path / "cache", report=silent)
-    for store, folders in ((prepared.train, ("part0", "part2")), (prepared.validation, ("part1",))):
+    for store, folders in ((prepared.train[0], ("part0", "part2")), (prepared.validation, ("part1",))):
         files = [path.read_bytes().decode() for folder in folders for path in (corpus / folder).glob("*.txt")]
         assert sorted(texts_of(store, prepared.tokenizer)) == sorted(text for text in files if text)
     with pytest.raises(SpiralError, match=r"data\.paths: all 48 files are in data\.validation_paths"):
@@ -194,7 +174,7 @@ def test_a_single_file_is_split_by_its_lines(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"line {i}\n" for i in range(200)))
     lines = []
     prepared = prepare_stores(DataConfig(paths=(str(tmp_path / "book.txt"),)), tmp_path / "cache", report=lines.append)
-    text = texts_of(prepared.train, prepared.tokenizer)[0] + texts_of(prepared.validation, prepared.tokenizer)[0]
+    text = texts_of(prepared.train[0], prepared.tokenizer)[0] + texts_of(prepared.validation, prepared.tokenizer)[0]
     assert text == (tmp_path / "book.txt").read_text()
     assert any("the last 5.0% of each" in line for line in lines)
 
@@ -211,17 +191,17 @@ def test_files_that_are_not_utf8_stop_or_are_skipped_and_counted(corpus, tmp_pat
     for tokenizer in ("bytes", "bpe"):
         with pytest.raises(SpiralError, match=r"part0/bad\.txt: byte 2 is not UTF-8"):
             prepare_stores(config_for(corpus, tokenizer=tokenizer), tmp_path / "cache", report=silent)
-    assert os.listdir(tmp_path / "cache") == [".lock"]
+    assert all(name.startswith(".") for name in os.listdir(tmp_path / "cache"))
     lines = []
-    prepared = prepare_stores(config_for(corpus, invalid_utf8="skip"), tmp_path / "cache", report=lines.append)
+    prepared = prepare_stores(config_for(corpus, invalid="skip"), tmp_path / "cache", report=lines.append)
     assert any("skipped 1 file(s)" in line for line in lines)
-    assert prepared.train.num_documents + prepared.validation.num_documents == 48
+    assert prepared.train[0].num_documents + prepared.validation.num_documents == 48
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff"])
 def test_no_text_at_all_is_an_error(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    config = DataConfig(paths=(str(tmp_path / "a.txt"),), invalid_utf8="skip")
+    config = DataConfig(paths=(str(tmp_path / "a.txt"),), invalid="skip")
     with pytest.raises(SpiralError, match=r"data\.paths: .*no text"):
         prepare_stores(config, tmp_path / "cache", report=silent)
     assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == [".lock"]
@@ -230,8 +210,8 @@ def test_no_text_at_all_is_an_error(tmp_path, content):
 def test_validation_files_that_are_all_skipped_are_an_error(tmp_path):
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
-    fields = {"paths": (str(tmp_path / "good.txt"),), "invalid_utf8": "skip"}
-    with pytest.raises(SpiralError, match=r"data\.validation_paths: the 1 file\(s\) hold no text \(1 skipped"):
+    fields = {"paths": (str(tmp_path / "good.txt"),), "invalid": "skip"}
+    with pytest.raises(SpiralError, match=r"data\.validation_paths: no text for validation \(1 skipped"):
         config = DataConfig(validation_paths=(str(tmp_path / "bad.txt"),), **fields)
         prepare_stores(config, tmp_path / "cache", report=silent)
 
@@ -244,7 +224,6 @@ def test_validation_files_that_are_all_skipped_are_an_error(tmp_path):
         ({"validation_paths": ("/no/such/*.txt",)}, r"data\.validation_paths: /no/such/\*\.txt: .* no file"),
         ({"exclude": ("*",)}, r"data\.exclude leaves out all"),
         ({"tokenizer": "/no/such.json"}, r'data\.tokenizer: no file /no/such\.json; allowed: "bytes", "bpe"'),
-        ({"store": "/no/such/store"}, r"data\.store: no folder /no/such/store"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(corpus, tmp_path, fields, message):
@@ -260,57 +239,30 @@ def test_an_unwritable_cache_is_named(corpus, tmp_path):
         prepare_stores(config_for(corpus), tmp_path / "file/cache", report=silent)
 
 
-def test_ready_made_stores_are_opened_with_their_tokenizer(corpus, tmp_path):
-    made = prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
-    folder = made.train.folder.parent
-    opened = prepare_stores(DataConfig(store=str(folder)), tmp_path / "unused", report=silent)
-    assert opened.fingerprint == made.fingerprint and opened.validation.num_tokens == made.validation.num_tokens
-    assert opened.tokenizer.fingerprint == made.tokenizer.fingerprint
-    assert not (tmp_path / "unused").exists()
-    shutil.rmtree(folder / "validation")
-    assert prepare_stores(DataConfig(store=str(folder)), tmp_path / "unused", report=silent).validation is None
-
-
-def test_a_ready_made_store_does_not_go_with_another_tokenizer(corpus, tmp_path):
-    made = prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
-    folder = made.train.folder.parent
-    (tmp_path / "other").mkdir()
-    train_bpe(["another text"], 300).save(tmp_path / "other")
-    config = DataConfig(store=str(folder), tokenizer=str(tmp_path / "other/tokenizer.json"))
-    with pytest.raises(SpiralError, match=r"data\.tokenizer: fingerprint"):
-        prepare_stores(config, tmp_path / "unused", report=silent)
-    (folder / "tokenizer_info.json").unlink()
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(SpiralError, match=r"allowed: a tokenizer in the store, or data\.tokenizer=FILE"):
-        prepare_stores(DataConfig(store=str(folder)), tmp_path / "unused", report=silent)
-
-
-def test_a_ready_made_store_of_bytes_needs_no_tokenizer_file(tmp_path):
-    with StoreWriter(tmp_path / "store/train", ByteTokenizer()) as writer:
-        writer.add(np.frombuffer(b"text", np.uint8), utf8_bytes=4)
-    prepared = prepare_stores(DataConfig(store=str(tmp_path / "store")), tmp_path / "unused", report=silent)
-    assert texts_of(prepared.train, prepared.tokenizer) == ["text"]
-    os.truncate(tmp_path / "store/train/tokens.bin", 8)
-    with pytest.raises(SpiralError, match=r"train/tokens\.bin: has 8 bytes"):
-        prepare_stores(DataConfig(store=str(tmp_path / "store")), tmp_path / "unused", report=silent)
-
-
 def test_progress_says_how_long_it_will_take(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_SECONDS_PER_REPORT", 0)
-    monkeypatch.setattr(prepare, "_BYTES_PER_ENCODE", 500)
+    monkeypatch.setattr(units, "_SMALLEST_UNIT", 300)
+    monkeypatch.setattr(build, "Progress", functools.partial(Progress, seconds=0))
     lines = []
-    prepared = prepare_stores(config_for(corpus), tmp_path / "cache", report=lines.append)
+    prepare_stores(config_for(corpus), tmp_path / "cache", report=lines.append)
     progress = [line for line in lines if "tokenising" in line]
     assert len(progress) > 5 and all("s left" in line for line in progress)
-    assert " 0 s left" in progress[-1]
-    assert TokenStore.open(prepared.train.folder).num_documents == prepared.train.num_documents
+    assert "(100%)" in progress[-1] and " 0 s left" in progress[-1]
 
 
-def test_the_sample_for_a_bpe_is_bounded_and_comes_from_all_over(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_BPE_SAMPLE_BYTES", 1000)
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_the_sample_for_a_bpe_is_bounded_and_comes_from_all_over(corpus, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sample, "SAMPLE_BYTES", 1000)
+    if kind == "jsonl":
+        for path in corpus.rglob("*.txt"):
+            lines = path.read_bytes().decode().splitlines(keepends=True)
+            path.with_suffix(".jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+            path.unlink()
     seen = []
     monkeypatch.setattr(prepare, "train_bpe", lambda texts, size: seen.extend(texts) or train_bpe(texts, size))
-    prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
+    prepared = prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
     assert 900 < sum(len(text) for text in seen) <= 1000
-    parts = {int(text.split()[1]) % 3 for text in seen}
-    assert len(parts) > 1
+    if kind == "text":
+        parts = {int(text.split()[1]) % 3 for text in seen}
+        assert len(parts) > 1
+    held_out = set(texts_of(prepared.validation, prepared.tokenizer))
+    assert held_out and not held_out & set(seen)

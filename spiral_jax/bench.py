@@ -1,0 +1,131 @@
+"""Times the loader or the tokenizer on this machine.
+
+python -m spiral_jax.bench --subject=loader                         batches from a synthetic store
+python -m spiral_jax.bench --subject=loader --store=STORE           from a store of yours, a path or URL
+python -m spiral_jax.bench --subject=loader --remote                over HTTP, with latency, errors and a comparison
+python -m spiral_jax.bench --subject=tokenizer --input=FILE --tokenizer=tokenizer.json
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from spiral_jax import __version__, command
+from spiral_jax.data.storage import is_url
+from spiral_jax.errors import SpiralError
+
+_PACKAGES = ("numpy", "grain", "tokenizers", "fsspec", "aiohttp")
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_enum("subject", "loader", ["loader", "tokenizer"], "what to time", flag_values=values)
+    flags.DEFINE_string("store", "", "token store or Megatron dataset; default: a synthetic one", flag_values=values)
+    flags.DEFINE_bool("remote", False, "read the store over HTTP from this machine", flag_values=values)
+    flags.DEFINE_float("latency_ms", 50.0, "--remote: time before each answer", 0.0, flag_values=values)
+    flags.DEFINE_float("error_rate", 0.02, "--remote: share of requests that fail", 0.0, 0.9, flag_values=values)
+    flags.DEFINE_integer("sequence_length", 4096, "predictions per window", 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 64, "windows per step", 1, flag_values=values)
+    flags.DEFINE_integer("read_threads", None, "default: 2 per core", 1, flag_values=values)
+    flags.DEFINE_integer("prefetch_batches", None, "default: 2 per thread", 1, flag_values=values)
+    flags.DEFINE_float("seconds", 10.0, "length of a repeat of the loader", 0.0, flag_values=values)
+    flags.DEFINE_integer("repeats", 3, "the median of as many is printed", 1, flag_values=values)
+    flags.DEFINE_multi_string("input", [], "tokenizer: file to tokenise; may be repeated", flag_values=values)
+    flags.DEFINE_string("tokenizer", "", "tokenizer: the tokenizer.json", flag_values=values)
+    flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    report = _time_loader(values) if values.subject == "loader" else _time_tokenizer(values)
+    report = {"subject": values.subject, **report, "machine": machine()}
+    print(json.dumps(report, indent=2) if values.json else as_text(report))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpus = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", cpus)
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "processor": model[1] if model else platform.processor() or platform.machine(),
+        "cores": _cores(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "spiral_jax": __version__,
+        **packages,
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as lines; of several repeats the median, and the range in brackets."""
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict) and value.keys() == {"median", "min", "max"}:
+            value = f"{_number(value['median'])}  ({_number(value['min'])} to {_number(value['max'])})"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{name} {_number(item)}" for name, item in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(_number, value))
+        lines.append(f"{key.replace('_', ' '):<24} {_number(value)}")
+    return "\n".join(lines)
+
+
+def _time_loader(values: flags.FlagValues) -> dict[str, Any]:
+    from spiral_jax.benchmarks import loader
+
+    if values.remote and is_url(values.store):
+        raise SpiralError(f"--store: {values.store} with --remote; allowed: a path, which --remote serves itself")
+    threads = values.read_threads or 2 * _cores()
+    settings = loader.LoaderSettings(
+        sequence_length=values.sequence_length,
+        batch_size=values.batch_size,
+        read_threads=threads,
+        prefetch_batches=values.prefetch_batches or 2 * threads,
+        seconds=values.seconds,
+        repeats=values.repeats,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.expanduser(values.store)
+        if not store:
+            store = str(Path(folder, "synthetic"))
+            loader.write_synthetic_store(Path(store))
+        if not values.remote:
+            return loader.measure(store, settings)
+        return loader.measure_remote(store, settings, latency_ms=values.latency_ms, error_rate=values.error_rate)
+
+
+def _time_tokenizer(values: flags.FlagValues) -> dict[str, Any]:
+    if not values.input or not values.tokenizer:
+        raise SpiralError("--subject=tokenizer needs --input=FILE and --tokenizer=tokenizer.json")
+    for path in (*values.input, values.tokenizer):
+        if not os.path.isfile(os.path.expanduser(path)):
+            raise SpiralError(f"{path}: no such file; allowed: files for --input and --tokenizer")
+    from spiral_jax.benchmarks import tokenizing
+
+    inputs = [os.path.expanduser(path) for path in values.input]
+    return tokenizing.measure(inputs, os.path.expanduser(values.tokenizer), values.repeats)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _number(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    command.run("bench", __doc__, define, main)

@@ -1,0 +1,89 @@
+"""How fast text becomes a store, beside what the tokenizers library does with the same documents."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from spiral_jax.data.config import DataConfig
+from spiral_jax.data.text.files import find_documents
+from spiral_jax.data.text.pool import num_workers, worker_command
+from spiral_jax.data.text.prepare import prepare_folder
+
+# The library alone, in a process of its own: it counts the threads of its pool once.
+_LIBRARY = """
+import sys, time, tokenizers
+tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])
+tokenizer.encode_special_tokens = True
+texts = [open(path, encoding="utf-8", newline="").read() for path in sys.argv[2:]]
+begin = time.perf_counter()
+encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+print(time.perf_counter() - begin, sum(len(encoding) for encoding in encodings))
+"""
+
+
+def measure(texts_paths: Sequence[str | os.PathLike], tokenizer_file: str | os.PathLike, repeats: int = 3) -> dict:
+    """Times both on the cores that this process may use, one after the other, several times.
+
+    The library encodes the whole documents, read before the clock starts, in one call; we make a store of them, from
+    finding the files to the store under its name.
+
+    Args:
+      texts_paths: Text files, folders or patterns.
+      tokenizer_file: A `tokenizer.json`.
+      repeats: How often.
+
+    Returns:
+      Medians: seconds and bytes per second of both, their ratio, and the seconds a worker needs to start, which are
+      within ours.
+
+    Raises:
+      SpiralError: Text or tokenizer that cannot be read.
+    """
+    documents = find_documents([str(path) for path in texts_paths], field="--input")
+    num_bytes = sum(document.size for document in documents)
+    config = DataConfig(
+        paths=tuple(str(document.path) for document in documents),
+        format="text",
+        tokenizer=str(tokenizer_file),
+        validation_fraction=0.0,
+    )
+    ours, library, starts = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for repeat in range(repeats):
+            library.append(_time_library(documents, tokenizer_file))
+            begin = time.perf_counter()
+            prepare_folder(config, Path(scratch, str(repeat)), report=lambda line: None)
+            ours.append(time.perf_counter() - begin)
+            starts.append(_time_start(Path(scratch, str(repeat))))
+    seconds, library_seconds = statistics.median(ours), statistics.median(library)
+    return {
+        "bytes": num_bytes,
+        "documents": len(documents),
+        "workers": num_workers(0),
+        "seconds": seconds,
+        "bytes_per_second": num_bytes / seconds,
+        "library_seconds": library_seconds,
+        "library_bytes_per_second": num_bytes / library_seconds,
+        "share_of_library_speed": library_seconds / seconds,
+        "worker_start_seconds": statistics.median(starts),
+    }
+
+
+def _time_library(documents, tokenizer_file: str | os.PathLike) -> float:
+    paths = [str(document.path) for document in documents]
+    command = [sys.executable, "-c", _LIBRARY, str(tokenizer_file), *paths]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
+
+
+def _time_start(tokenizer_folder: Path) -> float:
+    """Seconds until a worker could begin: the interpreter, the modules, the tokenizer."""
+    command, environment = worker_command()
+    program = "import sys, spiral_jax.data.text.worker as worker; worker.load_tokenizer(sys.argv[1])"
+    begin = time.perf_counter()
+    subprocess.run([*command[:2], "-c", program, str(tokenizer_folder)], check=True, env=environment)
+    return time.perf_counter() - begin

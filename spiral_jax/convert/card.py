@@ -1,0 +1,121 @@
+"""The model card of an export: what the model is, what it was trained on, how to load it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import spiral_jax
+from spiral_jax.config import RunConfig
+from spiral_jax.convert.layout import is_vanilla
+from spiral_jax.metrics import read_rows
+
+_TEXT = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- spiral_jax
+---
+
+# {notation}, {topology}
+
+A language model trained with spiral_jax. {kind}
+
+| | |
+|---|---|
+| architecture | `{notation}`, topology {topology}, width {d_model}, {num_heads} heads, vocabulary {vocab_size:,} |
+| parameters | {total:,} ({non_embedding:,} non-embedding) |
+| weights | {dtype} |
+| trained for | {steps:,} of {all_steps:,} steps of {batch_size} x {sequence_length} tokens: {tokens:,} tokens |
+| last training loss | {training_loss} |
+| last validation loss | {validation_loss} |
+| data (fingerprints of the token stores) | {fingerprints} |
+| tokenizer fingerprint | `{tokenizer}` |
+| trained with | {versions} |
+| exported with | spiral_jax {version} |
+
+Losses are nats per token. The full configuration of the run is in `export.json`.
+
+## Loading it
+
+With `transformers` (FOLDER is this folder):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+With spiral_jax, in JAX; or as a run that `train` goes on with and `evaluate` scores:
+
+```python
+import spiral_jax
+
+model, params = spiral_jax.load("FOLDER")
+```
+```
+python -m spiral_jax.import_hf --input=FOLDER --workdir=RUN
+```
+
+The tokenizer puts no separator before a text. Training documents are each followed by one, and `evaluate` scores a
+text as what follows a separator, id {separator_id}.
+"""
+_VANILLA = "It is a plain GPT-NeoX: `transformers` needs no other code for it."
+_SPIRAL = "Its code for `transformers` is in `modeling_spiralformer.py`, beside this file."
+
+
+def model_card(workdir: Path, config: RunConfig, step: int, *, fingerprints: list[str], tokenizer, dtype: str) -> str:
+    """The card as Markdown, the same for the same checkpoint.
+
+    Args:
+      workdir: of the run.
+      config: the run's, as saved with the checkpoint.
+      step: of the checkpoint.
+      fingerprints: of the training tokens.
+      tokenizer: the run's.
+      dtype: of the exported tensors.
+    """
+    model, train = config.model, config.train
+    rows = [row for row in read_rows(workdir / "metrics.jsonl") if row["step"] <= step]
+    vanilla = is_vanilla(model)
+    return _TEXT.format(
+        notation=model.notation,
+        topology=model.topology,
+        kind=_VANILLA if vanilla else _SPIRAL,
+        d_model=model.d_model,
+        num_heads=model.num_heads,
+        vocab_size=model.vocab_size,
+        total=model.total_parameters,
+        non_embedding=model.non_embedding_parameters,
+        dtype=dtype,
+        steps=step,
+        all_steps=train.steps,
+        batch_size=train.batch_size,
+        sequence_length=train.sequence_length,
+        tokens=step * train.tokens_per_step,
+        training_loss=_last(rows, "loss"),
+        validation_loss=_last(rows, "validation_loss"),
+        fingerprints=", ".join(f"`{fingerprint}`" for fingerprint in fingerprints) or "none: not trained here",
+        tokenizer=tokenizer.fingerprint,
+        separator_id=tokenizer.separator_id,
+        versions=_versions(workdir),
+        version=spiral_jax.__version__,
+        trust="" if vanilla else ", trust_remote_code=True",
+    )
+
+
+def _last(rows: list[Mapping[str, Any]], name: str) -> str:
+    values = [f"{row[name]:.4f} (step {row['step']:,})" for row in rows if name in row]
+    return values[-1] if values else "not recorded"
+
+
+def _versions(workdir: Path) -> str:
+    """What the run's last start ran with."""
+    try:
+        start = json.loads((workdir / "environment.json").read_text())[-1]
+        packages = ", ".join(f"{name} {version}" for name, version in start["packages"].items() if version)
+        return f"{packages}; git commit {start['git_commit'] or 'unknown'}"
+    except (OSError, ValueError, KeyError, IndexError):
+        return "not recorded"

@@ -1,0 +1,124 @@
+"""Which tasks of the LM Evaluation Harness run on local files, and the papers' tasks. Does not import the harness.
+
+Every YAML file in tasks/ is a task of the harness whose data is a file of `--tasks_data`; under `metadata` it names
+that file and says how the numbers differ from those on the published data.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spiral_jax.errors import SpiralError
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+
+# The papers' nine tasks, each with the metric that is reported.
+PAPER = {
+    "lambada_openai": "acc",
+    "lambada_standard": "acc",
+    "piqa": "acc_norm",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "sciq": "acc_norm",
+    "mmlu_continuation": "acc",
+}
+PAPER_GROUP = "paper"
+
+
+def check_extra(field: str) -> None:
+    """Raises SpiralError naming `field` if the harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SpiralError(f"{field} needs lm_eval: pip install 'spiral_jax[lm_eval]'")
+
+
+def resolve(names: Sequence[str], tasks_data: str, *, field: str = "--tasks") -> tuple[list[str], list[str]]:
+    """Names as a user writes them to names of tasks.
+
+    `paper` stands for the papers' nine tasks; with `tasks_data` for those of them whose file is there.
+
+    Args:
+      names: of tasks, or `paper`.
+      tasks_data: folder with the data files; "" for the Hugging Face hub, whose tasks are checked when they are loaded.
+      field: what the names were given as; the folder's name follows from it.
+
+    Returns:
+      The tasks without repetition, and remarks for the report.
+
+    Raises:
+      SpiralError: an unknown task, a missing file or folder, or no tasks.
+    """
+    wanted, remarks = [], []
+    for name in names:
+        if name != PAPER_GROUP:
+            wanted.append(name)
+            continue
+        there = [task for task in PAPER if not tasks_data or (task in local_tasks() and _find(task, tasks_data))]
+        left_out = [task for task in PAPER if task not in there]
+        if left_out:
+            remarks.append(f"{PAPER_GROUP}: left out, as {tasks_data} has no data for them: {', '.join(left_out)}")
+        wanted += there
+    if tasks_data:
+        _check_local(wanted, tasks_data, field)
+    if not wanted:
+        raise SpiralError(f"{field}: found no task with data in {tasks_data or 'it'}; allowed: at least one task")
+    return list(dict.fromkeys(wanted)), remarks
+
+
+@functools.cache
+def local_tasks() -> dict[str, dict[str, Any]]:
+    """The tasks that can run on local files: name to the content of its YAML file."""
+    tasks = {}
+    for path in sorted(TASKS_FOLDER.glob("*.yaml")):
+        task = yaml.load(path.read_text(), _Loader)
+        tasks[task["task"]] = task
+    return tasks
+
+
+def find_file(candidates: str | Sequence[str], tasks_data: str) -> Path | None:
+    """The first of the candidates that is in the folder."""
+    candidates = [candidates] if isinstance(candidates, str) else candidates
+    paths = [Path(tasks_data).expanduser() / name for name in candidates]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def remarks_on(name: str, num_fewshot: int) -> list[str]:
+    """How the numbers of a local task differ from those on the published data."""
+    metadata = local_tasks()[name]["metadata"]
+    remarks = list(metadata.get("remarks", []))
+    if num_fewshot and "fewshot_remark" in metadata:
+        remarks.append(metadata["fewshot_remark"])
+    return [f"{name}: {remark}" for remark in remarks]
+
+
+def _check_local(names: Sequence[str], tasks_data: str, field: str) -> None:
+    data_field = "--tasks_data" if field.startswith("--") else f"{field}_data"
+    if not Path(tasks_data).expanduser().is_dir():
+        raise SpiralError(f"{data_field}: found {tasks_data}, which is no folder; allowed: a folder of data files")
+    for name in names:
+        if name not in local_tasks():
+            allowed = ", ".join([PAPER_GROUP, *local_tasks()])
+            raise SpiralError(f"{field}: found {name!r}; allowed with {data_field}: {allowed} (see {TASKS_FOLDER})")
+    for name in names:
+        if _find(name, tasks_data) is None:
+            file = local_tasks()[name]["metadata"]["file"]
+            file = file if isinstance(file, str) else " or ".join(file)
+            raise SpiralError(
+                f"{data_field}: found no {file} in {tasks_data}; allowed: a folder with the data of {name}"
+            )
+
+
+def _find(name: str, tasks_data: str) -> Path | None:
+    return find_file(local_tasks()[name]["metadata"]["file"], tasks_data)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the harness's references to functions, left as text."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))

@@ -1,0 +1,93 @@
+"""Local data files as the documents of the harness's tasks; the YAML files in tasks/ refer to these functions."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation.catalogue import find_file
+
+
+def load(*, tasks_data: str, file: str | Sequence[str], **_) -> dict[str, Any]:
+    """A task's data: the split `test` as a `datasets.Dataset` in memory. Takes the task's `metadata`.
+
+    Raises:
+      SpiralError: no such file, or one that cannot be read.
+    """
+    import datasets
+
+    path = find_file(file, tasks_data)
+    if path is None:
+        raise SpiralError(f"--tasks_data: found no {file} in {tasks_data}; allowed: a folder that has it")
+    rows = wikitext_pages(_read(path)) if path.suffix == ".raw" else _json_lines(path)
+    if not rows:
+        raise SpiralError(f"{path}: found no rows; allowed: at least one")
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def load_hellaswag(**metadata) -> dict[str, Any]:
+    """HellaSwag with the fields `query`, `choices` and `label`, which the harness makes of the original ones.
+
+    Rows with the original fields are processed by the harness itself. Rows whose `query` was made before (label, colon,
+    context) lack two things, which are put back: marks had become full stops even after a full stop, and a last
+    sentence that is only begun (`ctx_b`) is capitalised by the harness.
+    """
+    rows = load(**metadata)["test"]
+    if "ctx_a" in rows.column_names:
+        from lm_eval.tasks.hellaswag.utils import process_docs
+
+        return {"test": process_docs(rows)}
+    made = [{"query": hellaswag_query(row["query"]), "label": int(row["label"]),
+             "choices": [_without_double_stops(ending) for ending in row["endings"]]} for row in rows]  # fmt: skip
+    return {"test": type(rows).from_list(made)}
+
+
+def hellaswag_query(text: str) -> str:
+    """A context in which marks were replaced, and `ctx_b` not capitalised, as the harness would have made it."""
+    text = _without_double_stops(text)
+    before, stop, last = text.rpartition(". ")
+    if stop and last[:1].islower() and not re.search(r"[.!?][\"']?$", last):
+        return before + stop + last.capitalize()
+    return text
+
+
+def wikitext_pages(text: str) -> list[dict[str, str]]:
+    """WikiText cut before every heading of the first level (`= Title =`), as EleutherAI/wikitext_document_level is."""
+    pages, lines = [], []
+    for line in text.split("\n"):
+        heading = line.strip()
+        first_level = heading.startswith("= ") and heading.endswith(" =")
+        if first_level and not heading.startswith("= =") and not heading.endswith("= ="):
+            if "".join(lines).strip():
+                pages.append("\n".join(lines))
+            lines = []
+        lines.append(line)
+    return [{"page": page} for page in [*pages, "\n".join(lines)]]
+
+
+def _without_double_stops(text: str) -> str:
+    return re.sub(r"(?<!\.)\.\.(?!\.)", ".", text)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise SpiralError(f"{path}: found {line[:40]!r} in line {number}; allowed: a JSON object per line")
+        rows.append(row)
+    return rows
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpiralError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,241 @@
+"""Runs tasks of the LM Evaluation Harness. Only this module imports it (extra `lm_eval`): import it where it is used.
+
+Two further functions of the harness are used by name in tasks/wikitext.yaml.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+
+from spiral_jax import atomic
+from spiral_jax.data.tokenizers import Tokenizer
+from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER
+from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
+from spiral_jax.evaluation.generation import Generator
+from spiral_jax.evaluation.generation_settings import GenerationSettings
+from spiral_jax.evaluation.scoring import Scorer
+
+# Resamples behind the standard error of a perplexity; the harness's 100,000 take it minutes on one core.
+_BOOTSTRAP_ITERATIONS = 1000
+
+
+class SpiralLM(LM):
+    """A model as the harness wants it: texts in, log-probabilities or texts out."""
+
+    def __init__(self, tokenizer: Tokenizer, scorer: Scorer, generator: Generator, params: Any):
+        """Ties together what is needed to answer requests; `params` may be replaced between evaluations."""
+        super().__init__()
+        self.params = params
+        self._tokenizer = tokenizer
+        self._scorer = scorer
+        self._generator = generator
+
+    @property
+    def max_length(self) -> int:
+        return self._scorer.max_length
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether greedy decoding would give it."""
+        encoded = encode_pairs(self._tokenizer, [request.args for request in requests])
+        return [tuple(result) for result in self._scorer(self.params, encoded, _report)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Log-probability of each whole text, after a separator."""
+        encoded = encode_documents(self._tokenizer, [request.args[0] for request in requests])
+        return [result.logp for result in self._scorer(self.params, encoded, _report)]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The greedy continuation of each context up to a stop text, a separator or so many tokens."""
+        settings = [GenerationSettings.of(request.args[1], self.max_length) for request in requests]
+        prompts = encode_prompts(self._tokenizer, [request.args[0] for request in requests])
+        texts: list[str] = [""] * len(requests)
+        for max_new_tokens in {setting.max_new_tokens for setting in settings}:
+            chosen = [i for i, setting in enumerate(settings) if setting.max_new_tokens == max_new_tokens]
+            generated = self._generator(
+                self.params,
+                [prompts[i] for i in chosen],
+                max_new_tokens=max_new_tokens,
+                is_done=[settings[i].is_done(self._tokenizer) for i in chosen],
+                report=_report,
+            )
+            for i, ids in zip(chosen, generated, strict=True):
+                texts[i] = settings[i].text(self._tokenizer, ids)
+        return texts
+
+
+def load_tasks(names: Sequence[str], tasks_data: str, max_length: int) -> list[Task | Group]:
+    """Opens tasks and their data.
+
+    Args:
+      names: what `catalogue.resolve` made of the user's.
+      tasks_data: folder with the data files; "" for the Hugging Face hub.
+      max_length: the longest input of the model to come.
+
+    Raises:
+      SpiralError: an unknown task, data that is missing or broken, or a task that the model cannot do.
+    """
+    with _contained():
+        # As the harness does before it opens tasks: some of them shuffle their choices.
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        if tasks_data:
+            folder = str(Path(tasks_data).expanduser().resolve())
+            manager = TaskManager(
+                include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"tasks_data": folder}
+            )
+        else:
+            manager = TaskManager()
+        tasks = [task for name in names for task in _load(manager, name, tasks_data)]
+    for task in _leaves(tasks):
+        if task.OUTPUT_TYPE == "generate_until":
+            try:
+                GenerationSettings.of(task.config.generation_kwargs or {}, max_length)
+            except SpiralError as error:
+                raise SpiralError(f"--tasks: {task.task_name}: {error}") from None
+    return tasks
+
+
+def run(
+    lm: SpiralLM,
+    tasks: Sequence[Task | Group],
+    *,
+    num_fewshot: int,
+    limit: int = 0,
+    standard_errors: bool = True,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Runs tasks.
+
+    Args:
+      lm: the model.
+      tasks: from `load_tasks`; may be run again.
+      num_fewshot: solved examples before each question.
+      limit: documents of each task; 0 for all.
+      standard_errors: whether to estimate them, by resampling where there is no formula.
+      about: entries for the results' `config`.
+
+    Returns:
+      The harness's results, as its own JSON files hold them.
+    """
+    # The harness resamples in forked processes, which JAX's threads do not survive.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with _contained(), contextlib.redirect_stdout(sys.stderr):
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit or None,
+            bootstrap_iters=_BOOTSTRAP_ITERATIONS if standard_errors else 0,
+            log_samples=False,
+            # Only names are looked up in it, and there are none.
+            task_manager=TaskManager(include_defaults=False),
+        )
+    results["config"] |= about or {}
+    return results
+
+
+def values_of(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers alone: `TASK/METRIC` to value, without standard errors."""
+    values = {}
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                values[f"{task}/{metric}" + (f",{filtered}" if filtered not in ("", "none") else "")] = value
+    return values
+
+
+def paper_values(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the papers' tasks, the metric that they report."""
+    values = values_of(results)
+    found = {task: metric for task, metric in PAPER.items() if f"{task}/{metric}" in values}
+    return {task: {"metric": metric, "value": values[f"{task}/{metric}"]} for task, metric in found.items()}
+
+
+def as_text(results: dict[str, Any]) -> str:
+    """The harness's table, the papers' metrics, and the remarks."""
+    lines = [make_table(results).strip()]
+    if results.get("groups"):
+        lines += ["", make_table(results, "groups").strip()]
+    paper = results.get("paper") or {}
+    if paper:
+        lines += ["", "as the papers report it"]
+        lines += [f"  {task:<18} {entry['metric']:<8} {entry['value']:.4f}" for task, entry in paper.items()]
+        if len(paper) > 1:
+            mean = sum(entry["value"] for entry in paper.values()) / len(paper)
+            lines.append(f"  {'mean':<18} {'':<8} {mean:.4f}")
+    return "\n".join([*lines, *(f"note: {remark}" for remark in results.get("notes", []))])
+
+
+def as_json(results: dict[str, Any]) -> str:
+    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Writes the results as JSON.
+
+    Raises:
+      SpiralError: a place that cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, as_json(results) + "\n")
+    except OSError as error:
+        raise SpiralError(f"--output: {path} cannot be written ({error.strerror})") from None
+
+
+def _load(manager: TaskManager, name: str, tasks_data: str) -> list[Task | Group]:
+    if name not in manager.task_index:
+        raise SpiralError(f"--tasks: found {name!r}; allowed: paper, or a name that `lm_eval ls tasks` lists")
+    try:
+        loaded = manager.load([name])
+    except SpiralError:
+        raise
+    except Exception as error:  # of any of the libraries that read a task's data
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        hint = f"the data in {tasks_data}" if tasks_data else "its data; without a connection, give --tasks_data=DIR"
+        raise SpiralError(f"--tasks: {name} cannot be opened ({reason}); check {hint}") from error
+    group = loaded.get("groups", {}).get(name)
+    return [group] if group is not None else list(loaded["tasks"].values())
+
+
+def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:
+    return [leaf for task in tasks for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])]
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _contained():
+    """Around the harness: it logs a great deal, and it seeds random generators that are not its own."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    states = random.getstate(), np.random.get_state()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,0 +1,192 @@
+"""Log-probabilities of continuations given their contexts, in batches of few shapes on a mesh."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spiral_jax.model.spiralformer import unembed
+from spiral_jax.progress import Progress
+from spiral_jax.sharding import batch_sharding, replicated
+from spiral_jax.training.step import Program
+
+_SHORTEST_INPUT = 32
+_SHORTEST_CONTINUATION = 16
+
+
+class Request(NamedTuple):
+    """What to score: at least one token of context; a continuation of none costs nothing."""
+
+    context: np.ndarray
+    continuation: np.ndarray
+
+
+class Result(NamedTuple):
+    """Sum of the continuation's log-probabilities in nats, and whether each of its tokens was the likeliest."""
+
+    logp: float
+    greedy: bool
+
+
+class _Window(NamedTuple):
+    """At most L + 1 tokens, of which the last `predicted` are scored; part of request number `request`."""
+
+    request: int
+    tokens: np.ndarray
+    predicted: int
+
+
+def windows(request: Request, max_length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts a request into inputs of at most `max_length` tokens that predict each token of the continuation once.
+
+    A continuation that fits keeps as much of its context as there is room for: the context loses tokens on its left.
+    A longer one is cut into pieces of `max_length` tokens: the first is predicted from the last token of the context,
+    the others from what stands before them as far as it fits, which for a full piece is one token. With a separator
+    as the context this is how the LM Evaluation Harness rolls over a document.
+
+    Yields:
+      At most max_length + 1 tokens, and how many of them, from the right, are predicted.
+    """
+    L, N = max_length, len(request.continuation)
+    if 0 < N <= L:
+        yield np.concatenate([request.context, request.continuation])[-(L + 1) :], N
+        return
+    tokens = np.concatenate([request.context[-1:], request.continuation])
+    for start in range(0, N, L):
+        stop = min(start + L, N)
+        yield tokens[max(stop - L, 0) : stop + 1], stop - start
+
+
+def input_bucket(length: int, max_length: int) -> int:
+    """The length an input is padded to: a power of two, or `max_length`."""
+    bucket = _SHORTEST_INPUT
+    while bucket < length:
+        bucket *= 2
+    return min(bucket, max_length)
+
+
+def _continuation_bucket(predicted: int, input_length: int) -> int:
+    """How many positions of an input get logits. Coarse steps, as every pair of buckets is a program to compile."""
+    bucket = _SHORTEST_CONTINUATION
+    while bucket < predicted:
+        bucket *= 4
+    return min(bucket, input_length)
+
+
+class Scorer:
+    """Scores requests with the parameters of one model on its mesh."""
+
+    def __init__(self, program: Program, *, max_length: int, batch_size: int, block: int):
+        """Compiles nothing yet.
+
+        Args:
+          program: the model and its mesh.
+          max_length: the longest input, L.
+          batch_size: inputs of `max_length` tokens at a time, rounded up to what divides over the mesh; of shorter
+            ones as many more as have the same number of tokens.
+          block: positions of such an input whose logits exist at one time.
+        """
+        self.max_length = max_length
+        parts = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+        self._batch_size = -(-batch_size // parts) * parts
+        self._put = program.put
+        batch, everywhere = batch_sharding(program.mesh), replicated(program.mesh)
+        self._step = jax.jit(
+            functools.partial(_score, program.model, block * self._batch_size),
+            in_shardings=(jax.tree.map(lambda x: x.sharding, program.abstract_state.params), batch, batch, batch),
+            out_shardings=everywhere,
+        )
+
+    def __call__(
+        self, params: Any, requests: Sequence[Request], report: Callable[[str], None] = lambda line: None
+    ) -> list[Result]:
+        """Scores requests; neither their order nor the batch size changes the results beyond rounding.
+
+        Args:
+          params: the model's.
+          requests: what to score.
+          report: takes a line about the progress every few seconds.
+
+        Returns:
+          One result per request, in their order.
+        """
+        logp, greedy = [0.0] * len(requests), [True] * len(requests)
+
+        def collect(members: list[_Window], logp_BxC: jax.Array, greedy_BxC: jax.Array) -> None:
+            for window, logp_C, greedy_C in zip(members, np.asarray(logp_BxC), np.asarray(greedy_BxC), strict=False):
+                logp[window.request] += float(logp_C[: window.predicted].sum(dtype=np.float64))
+                greedy[window.request] &= bool(greedy_C[: window.predicted].all())
+
+        batches = self._batches(requests)
+        total = sum(rows * length for rows, length, *_ in batches)
+        progress = Progress(f"scoring {len(requests):,} requests", total, unit="tokens", report=report, seconds=5)
+        pending = None
+        for rows, length, positions, members in batches:
+            arrays = _padded(members, rows, length, positions)
+            scored = self._step(params, *map(self._put, arrays))
+            if pending is not None:
+                collect(*pending)  # only now that the next batch is on its way
+            pending = members, *scored
+            progress.advance(rows * length)
+        if pending is not None:
+            collect(*pending)
+        return [Result(*pair) for pair in zip(logp, greedy, strict=True)]
+
+    def _batches(self, requests: Sequence[Request]) -> list[tuple[int, int, int, list[_Window]]]:
+        """(rows, input length, continuation length, windows), the longest inputs first: what fails, fails at once."""
+        buckets = collections.defaultdict(list)
+        for number, request in enumerate(requests):
+            for tokens, predicted in windows(request, self.max_length):
+                length = input_bucket(len(tokens) - 1, self.max_length)
+                window = _Window(number, tokens, predicted)
+                buckets[length, _continuation_bucket(predicted, length)].append(window)
+        batches = []
+        for (length, positions), members in sorted(buckets.items(), reverse=True):
+            rows = self._batch_size
+            while rows < len(members) and 2 * rows * length <= self._batch_size * self.max_length:
+                rows *= 2
+            for first in range(0, len(members), rows):
+                batches.append((rows, length, positions, members[first : first + rows]))
+        return batches
+
+
+def _padded(members: list[_Window], rows: int, length: int, positions: int) -> tuple[np.ndarray, ...]:
+    """(tokens_BxL, positions_BxC, targets_BxC) of a batch, filled up on the right, where no position before sees it."""
+    tokens_BxL = np.zeros((rows, length), np.int32)
+    positions_BxC, targets_BxC = np.zeros((2, rows, positions), np.int32)
+    for row, (_, tokens, predicted) in enumerate(members):
+        last = len(tokens) - 1
+        tokens_BxL[row, :last] = tokens[:-1]
+        positions_BxC[row, :predicted] = np.arange(last - predicted, last)
+        targets_BxC[row, :predicted] = tokens[-predicted:]
+    return tokens_BxL, positions_BxC, targets_BxC
+
+
+def _score(model, block_tokens: int, params, tokens_BxL, positions_BxC, targets_BxC) -> tuple[jax.Array, jax.Array]:
+    """logp_BxC of the targets after the tokens at `positions`, and greedy_BxC: whether they were the likeliest."""
+    constrain = model.backend.constrain
+    h_BxLxD, _ = model.apply({"params": params}, tokens_BxL, method="hidden")
+    h_BxCxD = jnp.take_along_axis(h_BxLxD, positions_BxC[..., None], axis=1)
+    kernel_DxV = constrain(params["head"]["kernel"], "activation_embed", "vocab")
+
+    B, C, D = h_BxCxD.shape
+    block = max(1, min(block_tokens // B, C))
+    padding = -C % block
+    h_NxBxPxD = jnp.pad(h_BxCxD, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, block, D).swapaxes(0, 1)
+    targets_NxBxP = jnp.pad(targets_BxC, ((0, 0), (0, padding))).reshape(B, -1, block).swapaxes(0, 1)
+
+    def score_block(h_and_targets):
+        h_BxPxD, targets_BxP = h_and_targets
+        logits_BxPxV = constrain(unembed(h_BxPxD, kernel_DxV), "batch", "length", "vocab")
+        # A comparison instead of a gather: it stays local where the vocabulary is sharded.
+        is_target_BxPxV = jnp.arange(logits_BxPxV.shape[-1]) == targets_BxP[..., None]
+        target_BxP = jnp.sum(jnp.where(is_target_BxPxV, logits_BxPxV, 0), axis=-1)
+        logp_BxP = target_BxP - jax.nn.logsumexp(logits_BxPxV, axis=-1)
+        return logp_BxP, jnp.argmax(logits_BxPxV, axis=-1) == targets_BxP
+
+    scored_NxBxP = jax.lax.map(score_block, (h_NxBxPxD, targets_NxBxP))
+    return jax.tree.map(lambda x_NxBxP: x_NxBxP.swapaxes(0, 1).reshape(B, -1)[:, :C], scored_NxBxP)

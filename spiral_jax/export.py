@@ -1,0 +1,136 @@
+"""Writes a run's parameters as a folder that `transformers`, `spiral_jax.load` and `spiral_jax.import_hf` read.
+
+python -m spiral_jax.export --workdir=runs/quickstart --output=exported
+python -m spiral_jax.export --workdir=DIR --output=DIR --step=10000 --dtype=bfloat16
+
+The folder has config.json, the weights as safetensors, the tokenizer, the code that `transformers` needs for what is
+no plain GPT-NeoX, and a model card. Exporting the same checkpoint again writes the same bytes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from spiral_jax import command
+from spiral_jax.checkpoint import read_meta
+from spiral_jax.config import RunConfig
+from spiral_jax.convert.card import model_card
+from spiral_jax.convert.huggingface import config_to_huggingface, tensors_from_params
+from spiral_jax.convert.layout import is_vanilla
+from spiral_jax.convert.output import output_folder, whole_folder
+from spiral_jax.convert.tokenizer_files import write_tokenizer
+from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
+from spiral_jax.data.tokenizers import Tokenizer
+from spiral_jax.errors import require
+from spiral_jax.runs import read_model, run_directory, tokenizer_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+# What `transformers` runs a SpiralFormer with; copied as they are.
+CODE = ("configuration_spiralformer.py", "modeling_spiralformer.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_spiralformer.SpiralFormerConfig",
+    "AutoModelForCausalLM": "modeling_spiralformer.SpiralFormerForCausalLM",
+}
+# Says that a folder is an export, which another one may replace, and which run it is of.
+MANIFEST = "export.json"
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
+    flags.DEFINE_string("output", None, "folder to make: new, empty or an export to replace", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint to export; default: the newest", flag_values=values)
+    flags.DEFINE_string("dtype", DTYPES[0], f"of the tensors: {', '.join(DTYPES)}", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    workdir = run_directory(values.workdir)
+    output = output_folder("output", values.output, _files_of_export(values.output))
+    step = export(workdir, output, step=values.step, dtype=values.dtype)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"exported     the checkpoint of step {step}: {size / 1e6:,.1f} MB of {values.dtype}")
+    print(f"folder       {output}\nload it      spiral_jax.load({str(output)!r}); README.md has the rest", flush=True)
+
+
+def export(
+    workdir: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Writes a run's checkpoint as a Hugging Face folder (SPEC section 7), whole or not at all.
+
+    Args:
+      workdir: of the run.
+      output: the folder; what is there is replaced.
+      step: which checkpoint; None for the newest.
+      dtype: of the tensors.
+      max_shard_bytes: of tensors in one file.
+
+    Returns:
+      The checkpoint's step.
+
+    Raises:
+      SpiralError: no such run or checkpoint, a damaged one, or a folder that cannot be written.
+    """
+    require(dtype in DTYPES, "--dtype", dtype, ", ".join(DTYPES))
+    meta, step = read_meta(workdir, step)
+    config, tokenizer = RunConfig.from_dict(meta["config"]), tokenizer_of(workdir)
+    with whole_folder(output) as folder:
+        _, params = read_model(workdir, step=step)
+        tensors = tensors_from_params(config.model, params, jax.numpy.dtype(dtype))
+        write_weights(folder, tensors, max_shard_bytes)
+        _write_json(folder / "config.json", _model_config(config, tokenizer, dtype))
+        _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
+        write_tokenizer(folder, tokenizer, config.train.sequence_length)
+        if not is_vanilla(config.model):
+            for name in CODE:
+                shutil.copyfile(Path(__file__).parent / "convert" / name, folder / name)
+        card = model_card(
+            workdir, config, step, fingerprints=meta["data"]["fingerprints"], tokenizer=tokenizer, dtype=dtype
+        )
+        (folder / "README.md").write_text(card)
+        files = sorted([path.name for path in folder.iterdir()] + [MANIFEST])
+        manifest = {"format": "spiral_jax.export", "step": step, "files": files, "config": meta["config"]}
+        _write_json(folder / MANIFEST, manifest)
+    return step
+
+
+def _model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str) -> dict:
+    values = config_to_huggingface(config.model, config.train.sequence_length)
+    if not is_vanilla(config.model):
+        values["auto_map"] = AUTO_MAP
+    return values | _special_ids(tokenizer) | {"torch_dtype": dtype}
+
+
+def _generation_config(config: RunConfig, tokenizer: Tokenizer) -> dict:
+    values = _special_ids(tokenizer)
+    padding = list(range(tokenizer.vocab_size, config.model.vocab_size))
+    if padding:
+        values["suppress_tokens"] = padding  # rows of the head that stand for no token
+    return values
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict:
+    return {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
+
+
+def _files_of_export(output: str | None) -> frozenset[str]:
+    """The files of an export that is there already."""
+    try:
+        manifest = json.loads((Path(output or "").expanduser() / MANIFEST).read_text())
+        return frozenset(manifest["files"] if manifest["format"] == "spiral_jax.export" else ())
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    command.run("export", __doc__, define, main)
