@@ -12,6 +12,7 @@ WORKDIR/
   sample.txt         a continuation by the trained model, if asked for
   loss_curve.png     likewise
   profile/           traces of --profile
+  lm_eval/           results of evaluate --tasks
   tensorboard/       events, if asked for; wandb_id and wandb/ likewise
 """
 
