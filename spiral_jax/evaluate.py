@@ -34,7 +34,6 @@ from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
-from spiral_jax.metrics import duration
 from spiral_jax.runs import run_directory, tokenizer_of, validation_store_of
 from spiral_jax.sharding import MeshConfig, make_mesh
 from spiral_jax.training.step import make_program
@@ -71,7 +70,6 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
 
     program = make_program(config, make_mesh(config.mesh))
     params, step = restore_for_inference(workdir, program.abstract_state.params, values.step)
-    show = Progress() if not values.json else lambda done, total: None
     result = score(
         program.eval_step,
         params,
@@ -82,7 +80,7 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
         batch_size=config.train.batch_size,
         put=program.put,
         stride=values.stride,
-        progress=show,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     report = {
         "input": source.name,
@@ -141,21 +139,6 @@ def check_flags(values: flags.FlagValues) -> None:
         if values[name].value not in ("", 0, None):
             other = "without" if values.tasks else "with"
             raise SpiralError(f"--{name}: found {values[name].value}; allowed: only {other} --tasks")
-
-
-class Progress:
-    """Batches done and time left, on stderr every few seconds."""
-
-    def __init__(self, seconds: float = 5.0):
-        self._seconds = seconds
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last >= self._seconds:
-            left = (now - self._start) / done * (total - done)
-            print(f"scored {done} of {total} batches, ETA {duration(left)}", file=sys.stderr, flush=True)
-            self._last = now
 
 
 def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:

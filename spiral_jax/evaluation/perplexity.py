@@ -10,6 +10,7 @@ import numpy as np
 
 from spiral_jax.data.windows import TokenSource
 from spiral_jax.errors import SpiralError
+from spiral_jax.progress import Progress, Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def score(
     put: Callable[[np.ndarray], jax.Array],
     stride: int | None = None,
     max_batches: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda line: None,
 ) -> Score:
     """Scores a token stream.
 
@@ -98,7 +99,7 @@ def score(
         prediction at least L - stride tokens of context.
       max_batches: stop after so many batches; 0 for the whole stream. Bytes are then counted by the stream's mean
         bytes per token.
-      progress: called with (batches done, batches in all).
+      report: takes a line about the progress every few seconds.
 
     Raises:
       SpiralError: an empty stream, or a stride outside 1..L.
@@ -111,6 +112,7 @@ def score(
     total = -(-num_scoring_windows(source.num_tokens, sequence_length, stride) // batch_size)
     total = min(total, max_batches) if max_batches else total
     nats, tokens, pending = 0.0, 0, None
+    progress = Progress("scoring", total, unit="batches", report=report, seconds=5)
     batches = scoring_batches(source, separator_id, sequence_length, stride, batch_size)
     for done, (windows_BxW, weights_BxL) in enumerate(batches):
         if done == total:
@@ -120,7 +122,7 @@ def score(
         # Read the previous batch only now that the next one is on its way.
         nats += _total(pending)
         pending = result_B
-        progress(done + 1, total)
+        progress.advance(1)
     nats += _total(pending)
     return Score(nats, tokens, utf8_bytes * (tokens / source.num_tokens))
 

@@ -1,6 +1,7 @@
 """Scores against brute force: every token predicted once, each from the context that its window gives it."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -132,10 +133,12 @@ def test_the_first_batches_alone():
     assert scored(source, 8, max_batches=1000) == scored(source, 8)
 
 
-def test_progress_counts_to_the_end():
+def test_progress_counts_to_the_end(monkeypatch):
     seen = []
-    scored(source_of(100), 8, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(n, 5) for n in range(1, 6)]  # 13 windows, 3 at a time
+    monkeypatch.setattr("spiral_jax.progress.time.monotonic", itertools.count(0, 10).__next__)
+    scored(source_of(100), 8, report=seen.append)
+    shares = [f"scoring: {n} batches of 5 batches ({n / 5:.0%}), " for n in range(1, 6)]  # 13 windows, 3 at a time
+    assert [line.startswith(share) for line, share in zip(seen, shares, strict=True)] == [True] * 5
 
 
 # A real model, against logits of the NumPy reference, one window at a time.
