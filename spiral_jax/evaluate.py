@@ -6,7 +6,7 @@ python -m spiral_jax.evaluate --workdir=runs/quickstart                 on the r
 python -m spiral_jax.evaluate --workdir=runs/quickstart --input=FILE    on a UTF-8 text file, or a token store
 python -m spiral_jax.evaluate --workdir=DIR --stride=64 --json          overlapping windows; JSON on stdout
 
-With --tasks (extra lm_eval) the harness asks and this model answers. `paper` stands for the papers' nine tasks; data
+With --tasks (extra harness) the harness asks and this model answers. `paper` stands for the papers' nine tasks; data
 comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax/evaluation/tasks names:
 
 python -m spiral_jax.evaluate --workdir=DIR --tasks=paper --num_fewshot=5

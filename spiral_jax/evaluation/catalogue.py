@@ -34,7 +34,7 @@ PAPER_GROUP = "paper"
 def check_extra(field: str) -> None:
     """Raises SpiralError naming `field` if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise SpiralError(f"{field} needs lm_eval: pip install 'spiral_jax[lm_eval]'")
+        raise SpiralError(f"{field} needs lm_eval: pip install 'spiral_jax[harness]'")
 
 
 def resolve(names: Sequence[str], tasks_data: str, *, field: str = "--tasks") -> tuple[list[str], list[str]]:

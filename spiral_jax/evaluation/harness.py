@@ -1,4 +1,4 @@
-"""Runs tasks of the LM Evaluation Harness. Only this module imports it (extra `lm_eval`): import it where it is used.
+"""Runs tasks of the LM Evaluation Harness. Only this module imports it (extra `harness`): import it where it is used.
 
 Two further functions of the harness are used by name in tasks/wikitext.yaml.
 """

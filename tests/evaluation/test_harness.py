@@ -305,7 +305,7 @@ def test_bad_input(folder, capsys, case, monkeypatch):
 def test_without_the_harness(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, out, errors = evaluated(folder, capsys, "--tasks=piqa")
-    assert (code, out, errors) == (2, "", "error: --tasks needs lm_eval: pip install 'spiral_jax[lm_eval]'\n")
+    assert (code, out, errors) == (2, "", "error: --tasks needs lm_eval: pip install 'spiral_jax[harness]'\n")
 
 
 def test_the_hub_s_tasks(monkeypatch):
