@@ -99,7 +99,7 @@ def test_when_tasks_are_due():
 
 def test_without_the_harness(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SpiralError, match=r"^--tasks needs lm_eval: pip install 'spiral_jax\[lm_eval\]'$"):
+    with pytest.raises(SpiralError, match=r"^--tasks needs lm_eval: pip install 'spiral_jax\[harness\]'$"):
         catalogue.check_extra("--tasks")
 
 
