@@ -108,7 +108,7 @@ def _model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str) -> dict:
 
 
 def _generation_config(config: RunConfig, tokenizer: Tokenizer) -> dict:
-    values = _special_ids(tokenizer)
+    values = _special_ids(tokenizer) | {"pad_token_id": tokenizer.separator_id}
     padding = list(range(tokenizer.vocab_size, config.model.vocab_size))
     if padding:
         values["suppress_tokens"] = padding  # rows of the head that stand for no token

@@ -45,7 +45,7 @@ With `transformers` (FOLDER is this folder):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```
 
 With spiral_jax, in JAX; or as a run that `train` goes on with and `evaluate` scores:

@@ -28,6 +28,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": separator,
         "eos_token": separator,
+        # Batches are padded on the left for `generate`; what stands there is masked, so any token will do.
+        "pad_token": separator,
+        "padding_side": "left",
         "add_bos_token": False,
         "add_eos_token": False,
         "split_special_tokens": True,

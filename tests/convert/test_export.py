@@ -236,7 +236,8 @@ def test_transformers_gives_our_ids(tmp_path):
         (folder / "config.json").write_text('{"model_type": "gpt_neox"}')
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert theirs(HARD)["input_ids"] == tokenizer.encode(HARD).tolist(), name
-        assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.separator_id,) * 2
+        assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (tokenizer.separator_id,) * 3
+        assert theirs(["", "longer"], padding=True).attention_mask[0][0] == 0 and theirs.padding_side == "left"
         assert theirs.decode(tokenizer.encode(HARD)) == HARD
 
 
