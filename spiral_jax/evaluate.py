@@ -80,7 +80,7 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
         batch_size=config.train.batch_size,
         put=program.put,
         stride=values.stride,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=lambda line: None if values.json else print(line, file=sys.stderr, flush=True),
     )
     report = {
         "input": source.name,
