@@ -1,0 +1,126 @@
+"""Decoding that does for each token only the work that is due (SPEC section 4): `prefill` once, then `step` by step.
+
+Pure functions, for the caller to compile with `config` static and the state donated. Rows are independent: each is at
+its own position, and none sees another. The logits are those of the full forward pass.
+
+A coarse core runs for a row only where the row's token closes a chunk. With one row that is a branch of the program for
+every coarse iteration. With several, the rows close chunks of different levels at once: neighbouring coarse iterations
+of a shared core are run in rounds, each row with the level that is due for it, as many rounds as chunks can close at
+one token (one, under half-chunk offsets).
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.decoding.entry import run_coarse, run_entry
+from spiral_jax.decoding.loop import advance, enter, iterations, layers_of, run_layers
+from spiral_jax.decoding.state import DecodeState, IterationState, open_after, put, put_front, slots_after, take
+from spiral_jax.errors import SpiralError
+from spiral_jax.kernels.xla import causal_attention
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.neox import Backend, layer_norm, rotary_tables
+from spiral_jax.model.resolution import down_scale, up_scale
+from spiral_jax.model.spiralformer import Embedding, unembed
+
+
+def prefill(
+    config: ModelConfig, params, tokens_BxP: jax.Array, lengths_B: jax.Array, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
+    """Reads the prompts in one pass over all positions.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens_BxP: prompts, padded on the right; ids of the padding are valid but otherwise arbitrary.
+      lengths_B: tokens of each prompt, 1 to P.
+      state: `empty_state` of at least P tokens. What it holds is forgotten.
+
+    Returns:
+      Logits [B, V] at the last token of each row, and the state after it.
+    """
+    B, P = tokens_BxP.shape
+    if state.position_B.shape[0] != B or not 1 <= P <= state.capacity:
+        raise SpiralError(
+            f"prompts of {B} rows and {P} tokens do not fit a decoding state of {state.position_B.shape[0]} rows and "
+            f"{state.capacity} tokens"
+        )
+
+    def run(layers, h_BxLxD):
+        rotary = rotary_tables(h_BxLxD.shape[1], config)
+        return run_layers(config, layers, h_BxLxD, rotary, lambda q, k, v, _: causal_attention(q, k, v))
+
+    h_emb_BxPxD = Embedding(config, Backend()).apply({"params": params["embed"]}, tokens_BxP)
+    h_BxPxD, new = run(layers_of(params, "prelude"), h_emb_BxPxD)
+    prelude = put_front(state.prelude, new)
+
+    flow, after = enter(config, params, h_emb_BxPxD, h_BxPxD), []
+    for iteration, old in zip(iterations(config, params), state.iterations, strict=True):
+        level, h_BxPxD = iteration.level, flow.h_BxLxD
+        if level.chunk == 1:
+            e_BxPxD, new = run(iteration.layers, h_BxPxD)
+            after.append(old._replace(cache=put_front(old.cache, new)))
+        else:
+            cache, e_BxPxD, slots_BxRxD = old.cache, jnp.zeros_like(h_BxPxD), jnp.zeros_like(old.zhat_BxRxD)
+            if level.num_chunks(P):
+                zhat_BxNxD, new = run(iteration.layers, down_scale(h_BxPxD, level, iteration.scorer))
+                cache, slots_BxRxD = put_front(cache, new), slots_after(zhat_BxNxD, lengths_B, level)
+                e_BxPxD = up_scale(zhat_BxNxD, level, P, iteration.allocator, config.update_scale)
+            after.append(IterationState(cache, open_after(h_BxPxD, lengths_B, level, iteration.scorer), slots_BxRxD))
+        flow = advance(config, iteration, flow, e_BxPxD)
+
+    h_BxPxD, new = run(layers_of(params, "coda"), flow.h_BxLxD)
+    state = DecodeState(lengths_B.astype(jnp.int32), prelude, tuple(after), put_front(state.coda, new))
+    return logits(config, params, take(h_BxPxD, lengths_B[:, None] - 1)), state
+
+
+def step(config: ModelConfig, params, token_B: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    """One more token for every row.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      token_B: the tokens.
+      state: after the tokens before, with room for one more.
+
+    Returns:
+      Logits [B, V] at these tokens, and the state after them.
+    """
+    position_B = state.position_B
+    h_emb_Bx1xD = Embedding(config, Backend()).apply({"params": params["embed"]}, token_B[:, None])
+    h_Bx1xD, new = run_entry(
+        config, layers_of(params, "prelude"), h_emb_Bx1xD, position_B, state.capacity, [state.prelude], [position_B]
+    )
+    prelude = put(state.prelude, new, position_B)
+
+    flow, after = enter(config, params, h_emb_Bx1xD, h_Bx1xD), []
+    every = zip(iterations(config, params), state.iterations, strict=True)
+    for is_fine, group in itertools.groupby(every, key=lambda pair: pair[0].level.chunk == 1):
+        group = list(group)
+        if is_fine:
+            for iteration, old in group:
+                e_Bx1xD, new = run_entry(
+                    config, iteration.layers, flow.h_BxLxD, position_B, state.capacity, [old.cache], [position_B]
+                )
+                after.append(old._replace(cache=put(old.cache, new, position_B)))
+                flow = advance(config, iteration, flow, e_Bx1xD)
+            continue
+        # Rows that differ in what is due share one pass through a core; a core of its own shares nothing.
+        together = position_B.shape[0] > 1 and config.shared_core
+        for part in [group] if together else [[pair] for pair in group]:
+            olds = [old for _, old in part]
+            flow, new = run_coarse(config, [iteration for iteration, _ in part], flow, position_B, state.capacity, olds)
+            after += new
+
+    h_Bx1xD, new = run_entry(
+        config, layers_of(params, "coda"), flow.h_BxLxD, position_B, state.capacity, [state.coda], [position_B]
+    )
+    state = DecodeState(position_B + 1, prelude, tuple(after), put(state.coda, new, position_B))
+    return logits(config, params, h_Bx1xD), state
+
+
+def logits(config: ModelConfig, params, h_Bx1xD: jax.Array) -> jax.Array:
+    """Logits [B, V] of the coda's output at one token of each row."""
+    h_Bx1xD = layer_norm(config).apply({"params": params["final_norm"]}, h_Bx1xD)
+    return unembed(h_Bx1xD, params["head"]["kernel"])[:, 0]

@@ -1,0 +1,169 @@
+"""One entry per row through layers with a cache, and neighbouring coarse iterations at one token."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spiral_jax.decoding.loop import Flow, Iteration, advance, run_layers
+from spiral_jax.decoding.state import IterationState, KeyValues, fold, num_slots, pooled, put, scores, take
+from spiral_jax.model.config import Level, ModelConfig
+from spiral_jax.model.neox import rotary_tables
+from spiral_jax.model.resolution import at_least_float32, up_scale
+
+
+def run_entry(
+    config: ModelConfig,
+    layers: dict | None,
+    h_Bx1xD: jax.Array,
+    index_B: jax.Array,
+    capacity: int,
+    caches: list[KeyValues],
+    seen: list[jax.Array],
+) -> tuple[jax.Array, KeyValues]:
+    """One new token or chunk per row.
+
+    Args:
+      config: the model.
+      layers: stacked parameters, None for no layers.
+      h_Bx1xD: the entries.
+      index_B: which each is, in its row's sequence of entries.
+      capacity: indices are below.
+      caches: where the entries before may be.
+      seen: for each cache [B], how many of its entries, from the first on, are before the row's new one.
+
+    Returns:
+      h_Bx1xD, and the keys and values to `put` at `index_B`.
+    """
+    rotary = tuple(jnp.take(table_LxF, index_B, axis=0)[:, None] for table_LxF in rotary_tables(capacity, config))
+    visible = [
+        (jnp.arange(cache.keys.shape[2]) < seen_B[:, None])[:, None, None]
+        for cache, seen_B in zip(caches, seen, strict=True)
+    ]
+
+    def attention(q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK, caches):
+        # One softmax over the caches and the entry itself, so that the caches are neither copied nor joined.
+        dtype = at_least_float32(q_Bx1xHxK.dtype)
+        every = [*caches, KeyValues(k_Bx1xHxK, v_Bx1xHxK)]
+        score = [
+            jnp.einsum("bqhk,bnhk->bhqn", q_Bx1xHxK, keys, preferred_element_type=dtype) * config.head_width**-0.5
+            for keys, _ in every
+        ]
+        score[:-1] = [jnp.where(mask, x, -jnp.inf) for mask, x in zip(visible, score, strict=False)]
+        weight = jax.nn.softmax(jnp.concatenate(score, axis=-1), axis=-1).astype(q_Bx1xHxK.dtype)
+        ends = np.cumsum([x.shape[-1] for x in score])[:-1]
+        out = sum(
+            jnp.einsum("bhqn,bnhk->bqhk", x, values, preferred_element_type=dtype)
+            for x, (_, values) in zip(jnp.split(weight, ends, axis=-1), every, strict=True)
+        )
+        return out.astype(q_Bx1xHxK.dtype)
+
+    return run_layers(config, layers, h_Bx1xD, rotary, attention, caches)
+
+
+def run_coarse(
+    config: ModelConfig,
+    group: list[Iteration],
+    flow: Flow,
+    position_B: jax.Array,
+    capacity: int,
+    olds: list[IterationState],
+) -> tuple[Flow, list[IterationState]]:
+    """Neighbouring coarse iterations at one token of each row, the core only where a chunk closes.
+
+    Which levels close is known from the position, and what the others add comes from earlier chunks. So the first
+    level due has its input after a walk through all of them with what is known; with its output known as well, the
+    second has. In round r each row runs the core with its r-th level due, all rows in one pass.
+
+    Args:
+      config: the model.
+      group: the iterations, all with the same core.
+      flow: the states before the first of them.
+      position_B: the token's.
+      capacity: positions are below.
+      olds: the iterations' states.
+
+    Returns:
+      The states after the last of them, and the iterations' new states.
+    """
+    # With several rows, attention reads the caches of all these levels and masks all but the one due for the row: no
+    # more than a run for every level would read, and one pass over the weights.
+    levels = [iteration.level for iteration in group]
+    caches, slots = [old.cache for old in olds], [old.zhat_BxRxD for old in olds]
+    chunks, due = zip(*(locate(position_B, level) for level in levels), strict=True)
+
+    def walk():
+        at, opened, pooled_chunks = flow, [], []
+        for iteration, old, slots_BxRxD in zip(group, olds, slots, strict=True):
+            level, h_BxD = iteration.level, at.h_BxLxD[:, 0]
+            chunk = fold(old.open, opens(position_B, level), scores(h_BxD, iteration.scorer), h_BxD)
+            opened.append(chunk)
+            pooled_chunks.append(pooled(chunk, level, iteration.scorer, h_BxD.dtype))
+            at = advance(config, iteration, at, update(config, iteration, slots_BxRxD, position_B))
+        return at, opened, pooled_chunks
+
+    rank_TxB = jnp.cumsum(jnp.stack(due), axis=0) - 1
+    for r in range(most_at_once(levels, capacity)):
+        _, _, z = walk()
+        chosen = [is_due_B & (rank_B == r) for is_due_B, rank_B in zip(due, rank_TxB, strict=True)]
+        index_B = jnp.select(chosen, chunks, 0)
+        z_Bx1xD = jnp.select([chosen_B[:, None] for chosen_B in chosen], z, 0)[:, None].astype(flow.h_BxLxD.dtype)
+        seen = [jnp.where(chosen_B, index_B, 0) for chosen_B in chosen]
+
+        run = functools.partial(
+            run_entry, config, group[0].layers, index_B=index_B, capacity=capacity, caches=caches, seen=seen
+        )
+        zhat_Bx1xD, new = run_if(jnp.any(jnp.stack(chosen)), run, z_Bx1xD)
+        # Rows that had nothing to run write behind the end, which is nowhere.
+        caches = [
+            put(cache, new, jnp.where(chosen_B, index_B, cache.keys.shape[2]))
+            for cache, chosen_B in zip(caches, chosen, strict=True)
+        ]
+        slots = [
+            x.at[jnp.arange(x.shape[0]), jnp.where(chosen_B, index_B % x.shape[1], x.shape[1])].set(
+                zhat_Bx1xD[:, 0], mode="drop"
+            )
+            for x, chosen_B in zip(slots, chosen, strict=True)
+        ]
+
+    flow, opened, _ = walk()
+    return flow, [IterationState(*state) for state in zip(caches, opened, slots, strict=True)]
+
+
+def run_if(is_due: jax.Array, run: Callable, x: jax.Array):
+    """run(x) in a branch of the program, zeros where it is not due.
+
+    `run` may read caches, but what it returns is to be put into them outside: a branch would copy them on its way out.
+    """
+    nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(run, x))
+    return jax.lax.cond(is_due, run, lambda _: nothing, x)
+
+
+def locate(position_B: jax.Array, level: Level) -> tuple[jax.Array, jax.Array]:
+    """The chunk that each row's token is in, and whether it closes it."""
+    padded_B = position_B + level.offset
+    return padded_B // level.chunk, padded_B % level.chunk == level.chunk - 1
+
+
+def opens(position_B: jax.Array, level: Level) -> jax.Array:
+    """Whether each row's token is the first of its chunk; with an offset the first chunk starts later than place 0."""
+    return ((position_B + level.offset) % level.chunk == 0) | (position_B == 0)
+
+
+def most_at_once(levels: list[Level], capacity: int) -> int:
+    """The largest number of levels that close a chunk at the same token."""
+    position_C = np.arange(capacity)
+    return int(sum((position_C + offset + 1) % chunk == 0 for chunk, offset, _ in levels).max())
+
+
+def update(config: ModelConfig, iteration: Iteration, slots_BxRxD: jax.Array, position_B: jax.Array) -> jax.Array:
+    """e(t) of one token per row, [B, 1, D]: its share of the chunk `shift` tokens back, zero before that."""
+    G, offset, shift = iteration.level
+    source_B = position_B - shift
+    chunk_B, place_B = (source_B + offset) // G, (source_B + offset) % G
+    zhat_Bx1xD = take(slots_BxRxD, (chunk_B % num_slots(iteration.level))[:, None])
+    # A sequence of this one chunk, unshifted.
+    u_BxGxD = up_scale(zhat_Bx1xD, Level(G, 0, 0), G, iteration.allocator, config.update_scale)
+    return jnp.where(source_B[:, None, None] >= 0, take(u_BxGxD, place_B[:, None]), 0)

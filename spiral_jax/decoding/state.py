@@ -1,0 +1,180 @@
+"""What cached decoding remembers between tokens (SPEC section 4): all of static shape, every row at its own place."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.errors import SpiralError
+from spiral_jax.model.config import Level, ModelConfig
+from spiral_jax.model.resolution import HIGHEST, at_least_float32
+
+
+class KeyValues(NamedTuple):
+    """Keys (rotated) and values of some layers. N is C tokens, or the chunks of an iteration in C tokens.
+
+    An entry is written when its row comes to it, before it is read: what stands behind a row's place means nothing.
+
+    Attributes:
+      keys: [layers, B, N, H, K] in the compute dtype.
+      values: the same.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class OpenChunk(NamedTuple):
+    """The members so far of the chunk that a row is in, as a weighted sum on its way; at least float32.
+
+    Attributes:
+      top_B: the largest score, so that members weigh exp(score - top) and nothing overflows. The mean scores all 0.
+      total_B: sum of the weights.
+      sum_BxD: weighted sum of the members.
+    """
+
+    top_B: jax.Array
+    total_B: jax.Array
+    sum_BxD: jax.Array
+
+
+class IterationState(NamedTuple):
+    """One iteration of the core.
+
+    Attributes:
+      cache: the core's keys and values at this iteration's resolution.
+      open: the unfinished chunk; None at full resolution.
+      zhat_BxRxD: what the core made of the last R = ceil((shift + 1) / chunk) chunks, chunk j in slot j % R: a token
+        never reads further back. None at full resolution.
+    """
+
+    cache: KeyValues
+    open: OpenChunk | None
+    zhat_BxRxD: jax.Array | None
+
+
+class DecodeState(NamedTuple):
+    """A pytree; MeSH's slots live within one token's pass and are not in it.
+
+    Attributes:
+      position_B: tokens that each row has consumed.
+      prelude: keys and values of every token.
+      iterations: one each.
+      coda: keys and values of every token.
+    """
+
+    position_B: jax.Array
+    prelude: KeyValues
+    iterations: tuple[IterationState, ...]
+    coda: KeyValues
+
+    @property
+    def capacity(self) -> int:
+        """C, tokens that a row has room for."""
+        return self.coda.keys.shape[2]
+
+
+def num_slots(level: Level) -> int:
+    """R, the chunks back from the last complete one that a token may still read."""
+    return math.ceil((level.shift + 1) / level.chunk)
+
+
+def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
+    """The state before the first token.
+
+    Args:
+      config: the model.
+      batch: B, rows.
+      capacity: C, prompt and continuation of the longest row. Nothing can be refused inside a compiled program: the
+        caller must not go on beyond it.
+    """
+    if batch < 1 or capacity < 1:
+        raise SpiralError(f"a decoding state of {batch} rows and {capacity} tokens; both must be at least 1")
+    wide = at_least_float32(config.dtype)
+
+    def cache(layers: int, entries: int) -> KeyValues:
+        shape = (layers, batch, entries, config.num_heads, config.head_width)
+        return KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def iteration(level: Level) -> IterationState:
+        entries = cache(config.core_layers, level.num_chunks(capacity))
+        if level.chunk == 1:
+            return IterationState(entries, None, None)
+        chunk = OpenChunk(jnp.zeros(batch, wide), jnp.zeros(batch, wide), jnp.zeros((batch, config.d_model), wide))
+        return IterationState(entries, chunk, jnp.zeros((batch, num_slots(level), config.d_model), config.dtype))
+
+    return DecodeState(
+        jnp.zeros(batch, jnp.int32),
+        cache(config.prelude_layers, capacity),
+        tuple(iteration(level) for level in config.schedule),
+        cache(config.coda_layers, capacity),
+    )
+
+
+def put(cache: KeyValues, new: KeyValues, index_B: jax.Array) -> KeyValues:
+    """One entry per row, `new` of [layers, B, 1, H, K], at `index_B`; an index behind the end writes nothing."""
+    rows_B = jnp.arange(index_B.shape[0])
+    return KeyValues(
+        *(old.at[:, rows_B, index_B].set(x[:, :, 0], mode="drop") for old, x in zip(cache, new, strict=True))
+    )
+
+
+def put_front(cache: KeyValues, new: KeyValues) -> KeyValues:
+    """The first M entries of every row, `new` of [layers, B, M, H, K]."""
+    return KeyValues(*(old.at[:, :, : x.shape[2]].set(x) for old, x in zip(cache, new, strict=True)))
+
+
+def scores(h: jax.Array, scorer: dict | None) -> jax.Array:
+    """Self-aggregation's scores of [..., D], at least float32; 0, which is equal weights, for the mean."""
+    dtype = at_least_float32(h.dtype)
+    if scorer is None:
+        return jnp.zeros(h.shape[:-1], dtype)
+    return jnp.einsum("...d,d->...", h.astype(dtype), scorer["kernel"][:, 0].astype(dtype), precision=HIGHEST)
+
+
+def fold(chunk: OpenChunk, is_first_B: jax.Array, score_B: jax.Array, h_BxD: jax.Array) -> OpenChunk:
+    """Adds one token to every row's open chunk.
+
+    Args:
+      chunk: the members so far.
+      is_first_B: the token opens a chunk, and what `chunk` holds is of the one before.
+      score_B: its score.
+      h_BxD: its state.
+    """
+    before_B = jnp.where(is_first_B, -jnp.inf, chunk.top_B)
+    top_B = jnp.maximum(before_B, score_B)
+    kept_B, weight_B = jnp.exp(before_B - top_B), jnp.exp(score_B - top_B)
+    sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD.astype(chunk.sum_BxD.dtype)
+    return OpenChunk(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
+
+
+def pooled(chunk: OpenChunk, level: Level, scorer: dict | None, dtype) -> jax.Array:
+    """z_BxD of the chunk, were it complete. The mean divides by the chunk size, also where the first is shorter."""
+    total_B = chunk.total_B if scorer is not None else jnp.full_like(chunk.total_B, level.chunk)
+    return (chunk.sum_BxD / total_B[:, None]).astype(dtype)
+
+
+def open_after(h_BxLxD: jax.Array, lengths_B: jax.Array, level: Level, scorer: dict | None) -> OpenChunk:
+    """The open chunk of rows that have consumed the first `lengths_B` of these tokens, perhaps without members."""
+    index_BxG = (level.num_chunks(lengths_B) * level.chunk - level.offset)[:, None] + jnp.arange(level.chunk)
+    is_member_BxG = (index_BxG >= 0) & (index_BxG < lengths_B[:, None])
+    h_BxGxD = take(h_BxLxD, index_BxG)
+    score_BxG = jnp.where(is_member_BxG, scores(h_BxGxD, scorer), -jnp.inf)
+    # Finite without members, so that no infinities are subtracted.
+    top_B = jnp.max(score_BxG, axis=1, initial=jnp.finfo(score_BxG.dtype).min)
+    weight_BxG = jnp.exp(score_BxG - top_B[:, None])
+    sum_BxD = jnp.einsum("bg,bgd->bd", weight_BxG, h_BxGxD.astype(weight_BxG.dtype), precision=HIGHEST)
+    return OpenChunk(top_B, jnp.sum(weight_BxG, axis=1), sum_BxD)
+
+
+def slots_after(zhat_BxNxD: jax.Array, lengths_B: jax.Array, level: Level) -> jax.Array:
+    """zhat_BxRxD of rows that have consumed `lengths_B` tokens: slot r holds the last chunk j with j % R = r."""
+    last_Bx1 = level.num_chunks(lengths_B)[:, None] - 1
+    R = num_slots(level)
+    return take(zhat_BxNxD, last_Bx1 - (last_Bx1 - jnp.arange(R)) % R)
+
+
+def take(x_BxNxD: jax.Array, index_BxM: jax.Array) -> jax.Array:
+    """Row b's entries at `index_BxM[b]`, [B, M, D]; an index outside gives some entry of the row."""
+    return jnp.take_along_axis(x_BxNxD, jnp.clip(index_BxM, 0, x_BxNxD.shape[1] - 1)[:, :, None], axis=1)
