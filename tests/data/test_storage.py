@@ -130,7 +130,8 @@ def test_a_read_that_fails_for_long_says_so_now_and_then(bucket, monkeypatch, ca
     monkeypatch.setattr(retry, "_SILENCE", 0.2)
     bucket += [OSError("reset")] * 12
     assert Storage(retry_seconds=20).open("bucket://file").read_many([(0, 5), (5, 10), (10, 15)])
-    errors = capsys.readouterr().err.splitlines()
+    # Reads of a test before this one may still be failing in its threads.
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bucket://file: ")]
     assert 1 <= len(errors) <= 30 and all("of 20 s, last with: OSError: reset" in error for error in errors)
 
 
