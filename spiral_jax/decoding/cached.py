@@ -1,6 +1,6 @@
 """Decoding that does for each token only the work that is due (SPEC section 4): `prefill` once, then `step` by step.
 
-Pure functions, for the caller to compile with `config` static and the state donated. Rows are independent: each is at
+Pure functions, for the caller to compile with the model closed over and the state donated. Rows are independent: each is at
 its own position, and none sees another. The logits are those of the full forward pass.
 
 A coarse core runs for a row only where the row's token closes a chunk. With one row that is a branch of the program for
@@ -16,22 +16,20 @@ import jax.numpy as jnp
 
 from spiral_jax.decoding.entry import run_coarse, run_entry
 from spiral_jax.decoding.loop import advance, enter, iterations, layers_of, run_layers
-from spiral_jax.decoding.state import DecodeState, IterationState, open_after, put, put_front, slots_after, take
+from spiral_jax.decoding.state import DecodeState, IterationState, Work, open_after, put, put_front, slots_after, take
 from spiral_jax.errors import SpiralError
-from spiral_jax.kernels.xla import causal_attention
-from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend, layer_norm, rotary_tables
+from spiral_jax.model.neox import layer_norm, rotary_tables
 from spiral_jax.model.resolution import down_scale, up_scale
-from spiral_jax.model.spiralformer import Embedding, unembed
+from spiral_jax.model.spiralformer import Embedding, SpiralFormer, unembed
 
 
 def prefill(
-    config: ModelConfig, params, tokens_BxP: jax.Array, lengths_B: jax.Array, state: DecodeState
+    model: SpiralFormer, params, tokens_BxP: jax.Array, lengths_B: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
     """Reads the prompts in one pass over all positions.
 
     Args:
-      config: the model.
+      model: the model, tied to its mesh.
       params: its parameters.
       tokens_BxP: prompts, padded on the right; ids of the padding are valid but otherwise arbitrary.
       lengths_B: tokens of each prompt, 1 to P.
@@ -40,6 +38,7 @@ def prefill(
     Returns:
       Logits [B, V] at the last token of each row, and the state after it.
     """
+    config = model.config
     B, P = tokens_BxP.shape
     if state.position_B.shape[0] != B or not 1 <= P <= state.capacity:
         raise SpiralError(
@@ -49,9 +48,9 @@ def prefill(
 
     def run(layers, h_BxLxD):
         rotary = rotary_tables(h_BxLxD.shape[1], config)
-        return run_layers(config, layers, h_BxLxD, rotary, lambda q, k, v, _: causal_attention(q, k, v))
+        return run_layers(model, layers, h_BxLxD, rotary, lambda q, k, v, _: model.backend.attention(q, k, v))
 
-    h_emb_BxPxD = Embedding(config, Backend()).apply({"params": params["embed"]}, tokens_BxP)
+    h_emb_BxPxD = Embedding(config, model.backend).apply({"params": params["embed"]}, tokens_BxP)
     h_BxPxD, new = run(layers_of(params, "prelude"), h_emb_BxPxD)
     prelude = put_front(state.prelude, new)
 
@@ -71,56 +70,74 @@ def prefill(
         flow = advance(config, iteration, flow, e_BxPxD)
 
     h_BxPxD, new = run(layers_of(params, "coda"), flow.h_BxLxD)
-    state = DecodeState(lengths_B.astype(jnp.int32), prelude, tuple(after), put_front(state.coda, new))
-    return logits(config, params, take(h_BxPxD, lengths_B[:, None] - 1)), state
+    work = jax.tree.map(jnp.zeros_like, state.work)
+    state = DecodeState(lengths_B.astype(jnp.int32), prelude, tuple(after), put_front(state.coda, new), work)
+    return logits(model, params, take(h_BxPxD, lengths_B[:, None] - 1)), state
 
 
-def step(config: ModelConfig, params, token_B: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+def step(
+    model: SpiralFormer, params, token_B: jax.Array, state: DecodeState, active_B: jax.Array | None = None
+) -> tuple[jax.Array, DecodeState]:
     """One more token for every row.
 
     Args:
-      config: the model.
+      model: the model, tied to its mesh.
       params: its parameters.
       token_B: the tokens.
       state: after the tokens before, with room for one more.
+      active_B: rows to go on with, None for all. No core runs for the others; their logits mean nothing, and their
+        state neither, until a prompt is put there.
 
     Returns:
       Logits [B, V] at these tokens, and the state after them.
     """
-    position_B = state.position_B
-    h_emb_Bx1xD = Embedding(config, Backend()).apply({"params": params["embed"]}, token_B[:, None])
+    config, position_B = model.config, state.position_B
+    active_B = jnp.ones_like(position_B, bool) if active_B is None else active_B
+    h_emb_Bx1xD = Embedding(config, model.backend).apply({"params": params["embed"]}, token_B[:, None])
     h_Bx1xD, new = run_entry(
-        config, layers_of(params, "prelude"), h_emb_Bx1xD, position_B, state.capacity, [state.prelude], [position_B]
+        model, layers_of(params, "prelude"), h_emb_Bx1xD, position_B, state.capacity, [state.prelude], [position_B]
     )
     prelude = put(state.prelude, new, position_B)
 
     flow, after = enter(config, params, h_emb_Bx1xD, h_Bx1xD), []
+    core_calls, runs = state.work.core_calls, []
     every = zip(iterations(config, params), state.iterations, strict=True)
     for is_fine, group in itertools.groupby(every, key=lambda pair: pair[0].level.chunk == 1):
         group = list(group)
         if is_fine:
             for iteration, old in group:
                 e_Bx1xD, new = run_entry(
-                    config, iteration.layers, flow.h_BxLxD, position_B, state.capacity, [old.cache], [position_B]
+                    model, iteration.layers, flow.h_BxLxD, position_B, state.capacity, [old.cache], [position_B]
                 )
                 after.append(old._replace(cache=put(old.cache, new, position_B)))
                 flow = advance(config, iteration, flow, e_Bx1xD)
+                core_calls += 1
+                runs.append(jnp.sum(active_B, dtype=jnp.int32)[None])
             continue
         # Rows that differ in what is due share one pass through a core; a core of its own shares nothing.
         together = position_B.shape[0] > 1 and config.shared_core
         for part in [group] if together else [[pair] for pair in group]:
             olds = [old for _, old in part]
-            flow, new = run_coarse(config, [iteration for iteration, _ in part], flow, position_B, state.capacity, olds)
+            flow, new, work = run_coarse(
+                model, [iteration for iteration, _ in part], flow, position_B, active_B, state.capacity, olds
+            )
             after += new
+            core_calls += work.core_calls
+            runs.append(work.runs_T)
 
     h_Bx1xD, new = run_entry(
-        config, layers_of(params, "coda"), flow.h_BxLxD, position_B, state.capacity, [state.coda], [position_B]
+        model, layers_of(params, "coda"), flow.h_BxLxD, position_B, state.capacity, [state.coda], [position_B]
     )
-    state = DecodeState(position_B + 1, prelude, tuple(after), put(state.coda, new, position_B))
-    return logits(config, params, h_Bx1xD), state
+    work = Work(core_calls, state.work.runs_T + jnp.concatenate([jnp.zeros(0, jnp.int32), *runs]))
+    state = DecodeState(
+        position_B + active_B.astype(jnp.int32), prelude, tuple(after), put(state.coda, new, position_B), work
+    )
+    return logits(model, params, h_Bx1xD), state
 
 
-def logits(config: ModelConfig, params, h_Bx1xD: jax.Array) -> jax.Array:
+def logits(model: SpiralFormer, params, h_Bx1xD: jax.Array) -> jax.Array:
     """Logits [B, V] of the coda's output at one token of each row."""
-    h_Bx1xD = layer_norm(config).apply({"params": params["final_norm"]}, h_Bx1xD)
-    return unembed(h_Bx1xD, params["head"]["kernel"])[:, 0]
+    constrain = model.backend.constrain
+    kernel_DxV = constrain(params["head"]["kernel"], "activation_embed", "vocab")
+    h_Bx1xD = layer_norm(model.config).apply({"params": params["final_norm"]}, h_Bx1xD)
+    return constrain(unembed(h_Bx1xD, kernel_DxV), "batch", "length", "vocab")[:, 0]

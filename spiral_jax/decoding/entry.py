@@ -1,6 +1,5 @@
 """One entry per row through layers with a cache, and neighbouring coarse iterations at one token."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -8,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiral_jax.decoding.loop import Flow, Iteration, advance, run_layers
-from spiral_jax.decoding.state import IterationState, KeyValues, fold, num_slots, pooled, put, scores, take
+from spiral_jax.decoding.state import IterationState, KeyValues, Work, fold, num_slots, pooled, put, scores, take
 from spiral_jax.model.config import Level, ModelConfig
 from spiral_jax.model.neox import rotary_tables
 from spiral_jax.model.resolution import at_least_float32, up_scale
+from spiral_jax.model.spiralformer import SpiralFormer
 
 
 def run_entry(
-    config: ModelConfig,
+    model: SpiralFormer,
     layers: dict | None,
     h_Bx1xD: jax.Array,
     index_B: jax.Array,
@@ -26,7 +26,7 @@ def run_entry(
     """One new token or chunk per row.
 
     Args:
-      config: the model.
+      model: the model.
       layers: stacked parameters, None for no layers.
       h_Bx1xD: the entries.
       index_B: which each is, in its row's sequence of entries.
@@ -37,6 +37,7 @@ def run_entry(
     Returns:
       h_Bx1xD, and the keys and values to `put` at `index_B`.
     """
+    config = model.config
     rotary = tuple(jnp.take(table_LxF, index_B, axis=0)[:, None] for table_LxF in rotary_tables(capacity, config))
     visible = [
         (jnp.arange(cache.keys.shape[2]) < seen_B[:, None])[:, None, None]
@@ -60,17 +61,18 @@ def run_entry(
         )
         return out.astype(q_Bx1xHxK.dtype)
 
-    return run_layers(config, layers, h_Bx1xD, rotary, attention, caches)
+    return run_layers(model, layers, h_Bx1xD, rotary, attention, caches)
 
 
 def run_coarse(
-    config: ModelConfig,
+    model: SpiralFormer,
     group: list[Iteration],
     flow: Flow,
     position_B: jax.Array,
+    active_B: jax.Array,
     capacity: int,
     olds: list[IterationState],
-) -> tuple[Flow, list[IterationState]]:
+) -> tuple[Flow, list[IterationState], Work]:
     """Neighbouring coarse iterations at one token of each row, the core only where a chunk closes.
 
     Which levels close is known from the position, and what the others add comes from earlier chunks. So the first
@@ -78,21 +80,25 @@ def run_coarse(
     second has. In round r each row runs the core with its r-th level due, all rows in one pass.
 
     Args:
-      config: the model.
+      model: the model.
       group: the iterations, all with the same core.
       flow: the states before the first of them.
       position_B: the token's.
+      active_B: rows for which nothing is due whatever their position are not.
       capacity: positions are below.
       olds: the iterations' states.
 
     Returns:
-      The states after the last of them, and the iterations' new states.
+      The states after the last of them, the iterations' new states, and the work done, [len(group)] runs.
     """
+    config = model.config
     # With several rows, attention reads the caches of all these levels and masks all but the one due for the row: no
     # more than a run for every level would read, and one pass over the weights.
     levels = [iteration.level for iteration in group]
     caches, slots = [old.cache for old in olds], [old.zhat_BxRxD for old in olds]
-    chunks, due = zip(*(locate(position_B, level) for level in levels), strict=True)
+    chunks, closes = zip(*(locate(position_B, level) for level in levels), strict=True)
+    due = [closes_B & active_B for closes_B in closes]
+    work = Work(jnp.int32(0), jnp.zeros(len(group), jnp.int32))
 
     def walk():
         at, opened, pooled_chunks = flow, [], []
@@ -112,10 +118,12 @@ def run_coarse(
         z_Bx1xD = jnp.select([chosen_B[:, None] for chosen_B in chosen], z, 0)[:, None].astype(flow.h_BxLxD.dtype)
         seen = [jnp.where(chosen_B, index_B, 0) for chosen_B in chosen]
 
-        run = functools.partial(
-            run_entry, config, group[0].layers, index_B=index_B, capacity=capacity, caches=caches, seen=seen
-        )
-        zhat_Bx1xD, new = run_if(jnp.any(jnp.stack(chosen)), run, z_Bx1xD)
+        def run(z_Bx1xD, caches=caches, chosen=chosen, index_B=index_B, seen=seen):
+            zhat_Bx1xD, new = run_entry(model, group[0].layers, z_Bx1xD, index_B, capacity, caches, seen)
+            return zhat_Bx1xD, new, Work(jnp.int32(1), jnp.sum(jnp.stack(chosen), axis=1, dtype=jnp.int32))
+
+        zhat_Bx1xD, new, done = run_if(jnp.any(jnp.stack(chosen)), run, z_Bx1xD)
+        work = jax.tree.map(jnp.add, work, done)
         # Rows that had nothing to run write behind the end, which is nowhere.
         caches = [
             put(cache, new, jnp.where(chosen_B, index_B, cache.keys.shape[2]))
@@ -129,7 +137,7 @@ def run_coarse(
         ]
 
     flow, opened, _ = walk()
-    return flow, [IterationState(*state) for state in zip(caches, opened, slots, strict=True)]
+    return flow, [IterationState(*state) for state in zip(caches, opened, slots, strict=True)], work
 
 
 def run_if(is_due: jax.Array, run: Callable, x: jax.Array):

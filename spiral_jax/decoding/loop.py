@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from spiral_jax.decoding.state import KeyValues
 from spiral_jax.model.config import Level, ModelConfig
 from spiral_jax.model.neox import Backend, Layer
-from spiral_jax.model.spiralformer import slice_of
+from spiral_jax.model.spiralformer import SpiralFormer, slice_of
 from spiral_jax.model.topology import Memory, empty_memory, next_state, route
 
 
@@ -84,12 +84,12 @@ def advance(config: ModelConfig, iteration: Iteration, flow: Flow, e_BxLxD: jax.
 
 
 def run_layers(
-    config: ModelConfig, layers: dict | None, h_BxLxD: jax.Array, rotary, attention: Callable, caches=()
+    model: SpiralFormer, layers: dict | None, h_BxLxD: jax.Array, rotary, attention: Callable, caches=()
 ) -> tuple[jax.Array, KeyValues]:
     """The model's own layers with an attention that may look beyond its arguments.
 
     Args:
-      config: the model.
+      model: the model.
       layers: stacked parameters, None for no layers.
       h_BxLxD: their input.
       rotary: cos and sin, each [L, F], or [B, L, F] where rows are at positions of their own.
@@ -99,6 +99,7 @@ def run_layers(
     Returns:
       h_BxLxD, and the keys and values of these L entries.
     """
+    config, constrain = model.config, model.backend.constrain
     if layers is None:
         new = jnp.zeros((0, *h_BxLxD.shape[:2], config.num_heads, config.head_width), h_BxLxD.dtype)
         return h_BxLxD, KeyValues(new, new)
@@ -111,7 +112,7 @@ def run_layers(
             seen.append(KeyValues(k_BxLxHxK, v_BxLxHxK))
             return attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, cache)
 
-        h_BxLxD, _ = Layer(config, Backend(attention=record)).apply({"params": params}, h_BxLxD, rotary)
+        h_BxLxD, _ = Layer(config, Backend(record, constrain)).apply({"params": params}, h_BxLxD, rotary)
         return h_BxLxD, seen[0]
 
     return jax.lax.scan(body, h_BxLxD, (layers, caches), unroll=config.unroll)

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import Level, ModelConfig
 from spiral_jax.model.resolution import HIGHEST, at_least_float32
+from spiral_jax.sharding import partition_spec, replicated
 
 
 class KeyValues(NamedTuple):
@@ -54,6 +56,18 @@ class IterationState(NamedTuple):
     zhat_BxRxD: jax.Array | None
 
 
+class Work(NamedTuple):
+    """What `step` has run, counted where it runs. (What a prefill runs is known beforehand.)
+
+    Attributes:
+      core_calls: [] passes through a core's weights, for however many rows at once.
+      runs_T: [T] rows for which iteration t ran its core.
+    """
+
+    core_calls: jax.Array
+    runs_T: jax.Array
+
+
 class DecodeState(NamedTuple):
     """A pytree; MeSH's slots live within one token's pass and are not in it.
 
@@ -62,12 +76,14 @@ class DecodeState(NamedTuple):
       prelude: keys and values of every token.
       iterations: one each.
       coda: keys and values of every token.
+      work: of all steps since the state was empty.
     """
 
     position_B: jax.Array
     prelude: KeyValues
     iterations: tuple[IterationState, ...]
     coda: KeyValues
+    work: Work
 
     @property
     def capacity(self) -> int:
@@ -109,6 +125,52 @@ def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
         cache(config.prelude_layers, capacity),
         tuple(iteration(level) for level in config.schedule),
         cache(config.coda_layers, capacity),
+        Work(jnp.int32(0), jnp.zeros(config.num_iterations, jnp.int32)),
+    )
+
+
+def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where each array lies: rows over the axes that share the batch, heads over `tensor`, as in training."""
+
+    def place(*axes: str) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(axes))
+
+    entries = place("layers", "batch", "length", "heads", "head_width")
+    cache = KeyValues(entries, entries)
+
+    def iteration(old: IterationState) -> IterationState:
+        if old.open is None:
+            return IterationState(cache, None, None)
+        chunk = OpenChunk(place("batch"), place("batch"), place("batch", "activation_embed"))
+        return IterationState(cache, chunk, place("batch", "length", "activation_embed"))
+
+    iterations = tuple(iteration(old) for old in state.iterations)
+    return DecodeState(place("batch"), cache, iterations, cache, Work(replicated(mesh), replicated(mesh)))
+
+
+def put_rows(state: DecodeState, new: DecodeState, rows_W: jax.Array) -> DecodeState:
+    """`state` with its rows `rows_W` replaced by those of `new`, which may have room for fewer tokens.
+
+    A row number behind the end writes nothing. The work counted stays that of `state`.
+    """
+
+    def cache(old: KeyValues, new: KeyValues) -> KeyValues:
+        def put(old, new):
+            # What stands behind the new entries is of the row's last use, and is written before it is read.
+            return old.at[:, rows_W, : new.shape[2]].set(new, mode="drop")
+
+        return KeyValues(*map(put, old, new))
+
+    def iteration(old: IterationState, new: IterationState) -> IterationState:
+        rest = jax.tree.map(lambda x, y: x.at[rows_W].set(y, mode="drop"), old[1:], new[1:])
+        return IterationState(cache(old.cache, new.cache), *rest)
+
+    return DecodeState(
+        state.position_B.at[rows_W].set(new.position_B, mode="drop"),
+        cache(state.prelude, new.prelude),
+        tuple(map(iteration, state.iterations, new.iterations)),
+        cache(state.coda, new.coda),
+        state.work,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from spiral_jax.decoding import cached, entry, state
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.spiralformer import SpiralFormer
 
 V, LENGTH, CAPACITY = 20, 40, 42
 SMALL = ModelConfig(vocab_size=V, d_model=16, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=1,
@@ -70,10 +71,10 @@ def decode(config, params, tokens_BxL, lengths_B, quick, padded=None):
 
     def run(params, prompts_BxP, next_BxM, lengths_B):
         empty = state.empty_state(config, len(lengths_B), CAPACITY)
-        first_BxV, after = cached.prefill(config, params, prompts_BxP, lengths_B, empty)
+        first_BxV, after = cached.prefill(SpiralFormer(config), params, prompts_BxP, lengths_B, empty)
 
         def body(carry, token_B):
-            logits_BxV, carry = cached.step(config, params, token_B, carry)
+            logits_BxV, carry = cached.step(SpiralFormer(config), params, token_B, carry)
             return carry, logits_BxV
 
         _, rest_MxBxV = jax.lax.scan(body, after, next_BxM.T)
@@ -139,9 +140,9 @@ def not_rescaled(chunk, is_first_B, score_B, h_BxD):
     return state.OpenChunk(after.top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
 
 
-def at_the_place_of_the_first_row(config, params, token_B, before):
+def at_the_place_of_the_first_row(model, params, token_B, before):
     logits_BxV, after = STEP(
-        config, params, token_B, before._replace(position_B=jnp.full_like(before.position_B, before.position_B[0]))
+        model, params, token_B, before._replace(position_B=jnp.full_like(before.position_B, before.position_B[0]))
     )
     return logits_BxV, after
 
@@ -176,7 +177,7 @@ def test_work_that_is_not_due_is_in_a_branch(random_model):
 
     def primitives(batch):
         empty = state.empty_state(config, batch, CAPACITY)
-        jaxpr = jax.make_jaxpr(lambda *x: cached.step(config, *x))(params, jnp.zeros(batch, int), empty)
+        jaxpr = jax.make_jaxpr(lambda *x: cached.step(SpiralFormer(config), *x))(params, jnp.zeros(batch, int), empty)
         return [equation.primitive.name for equation in jaxpr.jaxpr.eqns]
 
     # The scans over layers outside any branch are the prelude's, the full-resolution iteration's and the coda's.
@@ -203,9 +204,9 @@ def test_shapes_and_dtypes_of_the_state(random_model):
 
     _, _, params = random_model(dataclasses.replace(config, dtype="float32"))
     read = jax.eval_shape(
-        lambda *x: cached.prefill(config, *x), params, jnp.zeros((3, 5), int), jnp.ones(3, int), found
+        lambda *x: cached.prefill(SpiralFormer(config), *x), params, jnp.zeros((3, 5), int), jnp.ones(3, int), found
     )
-    stepped = jax.eval_shape(lambda *x: cached.step(config, *x), params, jnp.zeros(3, int), found)
+    stepped = jax.eval_shape(lambda *x: cached.step(SpiralFormer(config), *x), params, jnp.zeros(3, int), found)
     kept = jax.tree.map(lambda x: (x.shape, x.dtype), found)
     for logits_BxV, after in (read, stepped):
         assert (logits_BxV.shape, logits_BxV.dtype) == ((3, V), jnp.float32)
@@ -217,4 +218,4 @@ def test_what_does_not_fit_is_refused(random_model):
     with pytest.raises(SpiralError, match="must be at least 1"):
         state.empty_state(SMALL, 1, 0)
     with pytest.raises(SpiralError, match=r"prompts of 2 rows and 5 tokens do not fit .* 2 rows and 4 tokens"):
-        cached.prefill(SMALL, params, jnp.zeros((2, 5), int), jnp.ones(2, int), state.empty_state(SMALL, 2, 4))
+        cached.prefill(SpiralFormer(SMALL), params, jnp.zeros((2, 5), int), jnp.ones(2, int), state.empty_state(SMALL, 2, 4))
