@@ -3,11 +3,12 @@
 VERBS = {
     "prepare": "turn text of any size into token stores, or look into a store",
     "train": "train a model, or resume a run",
+    "generate": "continue texts with a run or an exported model",
     "evaluate": "exact loss, perplexity and bits per byte of a run on a token store or a text file",
     "export": "write a run's parameters as a folder for transformers and the Hugging Face hub",
     "import_hf": "make a run of such a folder, or of any GPT-NeoX",
     "describe": "parameters, FLOPs, schedule and memory of a configuration",
-    "bench": "time the loader or the tokenizer on this machine",
+    "bench": "time the loader, the tokenizer or decoding on this machine",
     "reference": "the configuration reference, as in docs/config.md",
 }
 

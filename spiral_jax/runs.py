@@ -27,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from spiral_jax import atomic
 from spiral_jax.checkpoint import on_host, restore_for_inference
@@ -40,6 +41,7 @@ from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.sharding import shardings_of
 
 
 def load(path: str | Path, *, step: int | None = None, dtype: str | None = None) -> tuple[SpiralFormer, Any]:
@@ -83,8 +85,17 @@ def read_model(
 
 def abstract_params(model: SpiralFormer):
     """Shapes and dtypes of a model's parameters."""
+    return nn.unbox(_boxed_params(model.config))
+
+
+def param_shardings(model: SpiralFormer, mesh: Mesh):
+    """Where a model's parameters lie on a mesh."""
+    return shardings_of(_boxed_params(model.config), mesh)
+
+
+def _boxed_params(config: ModelConfig):
     tokens_1x1 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), tokens_1x1))["params"]
+    return jax.eval_shape(SpiralFormer(config).init, jax.eval_shape(lambda: jax.random.key(0)), tokens_1x1)["params"]
 
 
 def run_directory(path: str | Path | None) -> Path:

@@ -112,6 +112,12 @@ def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_
             )
 
 
+def rounded_to_mesh(batch_size: int, mesh: Mesh) -> int:
+    """The smallest batch of at least `batch_size` rows that divides over the devices."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-batch_size // parts) * parts
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes of an array whose axes have these logical names (None: not sharded).
 

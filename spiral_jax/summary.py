@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.metrics import read_rows
+from spiral_jax.sharding import MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +43,25 @@ def check_extras(config: SummaryConfig) -> None:
 
 def sample_continuation(workdir: Path, config: SummaryConfig, text: TokenStore, tokenizer: Tokenizer, seed: int) -> str:
     """The start of the validation text and what the newest checkpoint makes of it, as one readable block."""
-    from spiral_jax.decoding.sample import sample
+    from spiral_jax.decoding.decoder import Decoder, Request
+    from spiral_jax.decoding.sampling import SamplingSettings
     from spiral_jax.runs import load
 
     model, params = load(workdir)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
     prompt_ids = text.read(0, min(config.prompt_tokens, text.num_tokens))
-    new_ids = sample(
+    decoder = Decoder(
         model,
-        params,
-        prompt_ids,
-        new_tokens=config.sample_tokens,
+        mesh,
+        rows=1,
+        capacity=len(prompt_ids) + config.sample_tokens,
         num_ids=tokenizer.vocab_size,
-        separator_id=tokenizer.separator_id,
-        temperature=config.temperature,
-        seed=seed,
+        stop_ids=[tokenizer.separator_id],
     )
+    sampling = SamplingSettings(temperature=config.temperature, seed=seed % 2**32)
+    new_ids = [token.id for token in decoder.run(params, [Request(prompt_ids, config.sample_tokens, sampling)])]
+    if new_ids[-1] == tokenizer.separator_id:
+        new_ids.pop()
     return f"{tokenizer.decode(prompt_ids)}[...]{tokenizer.decode(new_ids)}"
 
 

@@ -50,6 +50,10 @@ class Tokenizer(abc.ABC):
         """Returns the text of ids [N]; separators show as text, ids that mean nothing are left out."""
 
     @abc.abstractmethod
+    def token_id(self, text: str) -> int | None:
+        """Returns the id of the token with this text (the separator's is what it shows as); None if there is none."""
+
+    @abc.abstractmethod
     def save(self, folder: str | os.PathLike) -> None:
         """Writes what `load_tokenizer` needs into an existing folder."""
 
@@ -71,6 +75,10 @@ class ByteTokenizer(Tokenizer):
         # A model's vocabulary may be padded beyond 257: such ids stand for no byte.
         pieces = [bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in map(int, ids) if 0 <= i <= 256]
         return b"".join(pieces).decode("utf-8", "replace")
+
+    def token_id(self, text: str) -> int | None:
+        content = _utf8(text)
+        return content[0] if len(content) == 1 else self.separator_id if text == END_OF_TEXT else None
 
     def save(self, folder: str | os.PathLike) -> None:
         _write_info(Path(folder), {"kind": "bytes", "fingerprint": self.fingerprint})
@@ -150,6 +158,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_id(self, text: str) -> int | None:
+        found = self._tokenizer.token_to_id(text)
+        if found is not None:
+            return found
+        # A token's entry in the vocabulary need not be its text: byte-level ones write a space as another character.
+        ids = self.encode(text)
+        return int(ids[0]) if len(ids) == 1 and self.decode(ids) == text else None
 
     def save(self, folder: str | os.PathLike) -> None:
         _write_file(Path(folder, _HUGGING_FACE_FILE), self._json_text)

@@ -1,7 +1,7 @@
 """Decoding that does for each token only the work that is due (SPEC section 4): `prefill` once, then `step` by step.
 
-Pure functions, for the caller to compile with the model closed over and the state donated. Rows are independent: each is at
-its own position, and none sees another. The logits are those of the full forward pass.
+Pure functions, for the caller to compile with the model closed over and the state donated. Rows are independent: each
+is at its own position, and none sees another. The logits are those of the full forward pass.
 
 A coarse core runs for a row only where the row's token closes a chunk. With one row that is a branch of the program for
 every coarse iteration. With several, the rows close chunks of different levels at once: neighbouring coarse iterations

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spiral_jax.data.tokenizers import Tokenizer
+from spiral_jax.decoding.decoder import IsDone
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.generation import IsDone
 
 # The harness's names for the most tokens to generate, and its default; the first one that is set counts.
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiral_jax.decoding.decoder import bucket_of
 from spiral_jax.model.spiralformer import unembed
 from spiral_jax.progress import Progress
-from spiral_jax.sharding import batch_sharding, replicated
+from spiral_jax.sharding import batch_sharding, replicated, rounded_to_mesh
 from spiral_jax.training.step import Program
 
-_SHORTEST_INPUT = 32
 _SHORTEST_CONTINUATION = 16
 
 
@@ -61,14 +61,6 @@ def windows(request: Request, max_length: int) -> Iterator[tuple[np.ndarray, int
         yield tokens[max(stop - L, 0) : stop + 1], stop - start
 
 
-def input_bucket(length: int, max_length: int) -> int:
-    """The length an input is padded to: a power of two, or `max_length`."""
-    bucket = _SHORTEST_INPUT
-    while bucket < length:
-        bucket *= 2
-    return min(bucket, max_length)
-
-
 def _continuation_bucket(predicted: int, input_length: int) -> int:
     """How many positions of an input get logits. Coarse steps, as every pair of buckets is a program to compile."""
     bucket = _SHORTEST_CONTINUATION
@@ -91,8 +83,7 @@ class Scorer:
           block: positions of such an input whose logits exist at one time.
         """
         self.max_length = max_length
-        parts = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-        self._batch_size = -(-batch_size // parts) * parts
+        self._batch_size = rounded_to_mesh(batch_size, program.mesh)
         self._put = program.put
         batch, everywhere = batch_sharding(program.mesh), replicated(program.mesh)
         self._step = jax.jit(
@@ -141,7 +132,7 @@ class Scorer:
         buckets = collections.defaultdict(list)
         for number, request in enumerate(requests):
             for tokens, predicted in windows(request, self.max_length):
-                length = input_bucket(len(tokens) - 1, self.max_length)
+                length = bucket_of(len(tokens) - 1, self.max_length)
                 window = _Window(number, tokens, predicted)
                 buckets[length, _continuation_bucket(predicted, length)].append(window)
         batches = []

@@ -218,4 +218,6 @@ def test_what_does_not_fit_is_refused(random_model):
     with pytest.raises(SpiralError, match="must be at least 1"):
         state.empty_state(SMALL, 1, 0)
     with pytest.raises(SpiralError, match=r"prompts of 2 rows and 5 tokens do not fit .* 2 rows and 4 tokens"):
-        cached.prefill(SpiralFormer(SMALL), params, jnp.zeros((2, 5), int), jnp.ones(2, int), state.empty_state(SMALL, 2, 4))
+        cached.prefill(
+            SpiralFormer(SMALL), params, jnp.zeros((2, 5), int), jnp.ones(2, int), state.empty_state(SMALL, 2, 4)
+        )

@@ -13,7 +13,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
-from spiral_jax.evaluation.scoring import Request, Scorer, _score, input_bucket, windows
+from spiral_jax.evaluation.scoring import Request, Scorer, _score, bucket_of, windows
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.sharding import MeshConfig, make_mesh
 from spiral_jax.training.config import TrainConfig
@@ -129,7 +129,7 @@ def test_windows_predict_every_token_once():
 
 
 def test_shapes_are_few():
-    assert [input_bucket(n, 1000) for n in (1, 32, 33, 64, 65, 512, 513, 1000)] == [
+    assert [bucket_of(n, 1000) for n in (1, 32, 33, 64, 65, 512, 513, 1000)] == [
         32,
         32,
         64,

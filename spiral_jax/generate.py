@@ -1,0 +1,327 @@
+"""Continues texts with the model of a run, or of an exported or Hugging Face folder.
+
+python -m spiral_jax.generate --workdir=runs/quickstart --prompt="The spiral"          streams the text
+python -m spiral_jax.generate --workdir=DIR --prompt=A --prompt=B --temperature=0.8    several at a time
+python -m spiral_jax.generate --workdir=DIR --input=prompts.txt --json                 a prompt per line
+python -m spiral_jax.generate --workdir=DIR --input=- < prompts.jsonl                  lines, or objects with `prompt`
+
+Texts go to stdout, in the order of the prompts; speed, memory and how often each level ran go to stderr. With --json
+stdout has a JSON object per text.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from spiral_jax import command
+from spiral_jax.config import RunConfig
+from spiral_jax.convert.folder import is_huggingface, read_config
+from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
+from spiral_jax.decoding.decoder import Counts, Decoder, Request, Token, bytes_per_row
+from spiral_jax.decoding.sampling import SamplingSettings
+from spiral_jax.errors import SpiralError, require
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.neox import Backend
+from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.runs import param_shardings, read_model, run_directory, tokenizer_of
+from spiral_jax.sharding import MeshConfig, check_divisible, constrain, make_mesh
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run, or an exported folder", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; default: the newest", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
+    flags.DEFINE_string("input", "", "file of prompts, - for standard input", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 128, "the most tokens to add", flag_values=values)
+    flags.DEFINE_integer("max_length", None, "most tokens in all; default: as in training", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "draw among so many likeliest tokens; 0 for all", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "draw among the likeliest with this probability together", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the first prompt; the next one has the next seed", flag_values=values)
+    flags.DEFINE_multi_string("stop_token", [], "token that ends a text, besides the separator", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "text that ends a text and is not shown", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "texts at a time", flag_values=values)
+    flags.DEFINE_string("dtype", None, "to compute in; default: the run's", flag_values=values)
+    flags.DEFINE_list("mesh", ["1", "1", "1"], "devices along data,fsdp,tensor", flag_values=values)
+    flags.DEFINE_bool("json", False, "a JSON object per text", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    folder = run_directory(values.workdir)
+    tokenizer, max_length = tokenizer_and_length(folder)
+    prompts = list(read_prompts(values.prompt, values.input))
+    settings = sampling_of(values)
+    require(values.max_new_tokens >= 1, "--max_new_tokens", values.max_new_tokens, "1 or more")
+    require(values.batch_size >= 1, "--batch_size", values.batch_size, "1 or more")
+    capacity = max_length if values.max_length is None else values.max_length
+    require(capacity >= 2, "--max_length", capacity, "2 or more")
+    requests = [
+        Request(
+            encode(tokenizer, place, text, values.max_new_tokens, capacity),
+            values.max_new_tokens,
+            dataclasses.replace(settings, seed=(settings.seed + number) % 2**32),
+            stops_at(tokenizer, values.stop),
+        )
+        for number, (place, text) in enumerate(prompts)
+    ]
+    stop_ids = [stop_id(tokenizer, text) for text in values.stop_token]
+    mesh_config = mesh_of(values.mesh)
+
+    model, params, mesh = open_model(folder, values.step, values.dtype, mesh_config)
+    # No longer than the longest text can get: attention reads the whole cache.
+    longest = max(len(request.prompt) for request in requests) + values.max_new_tokens
+    decoder = Decoder(
+        model,
+        mesh,
+        rows=min(values.batch_size, len(requests)),
+        capacity=longest,
+        num_ids=tokenizer.vocab_size,
+        stop_ids=[tokenizer.separator_id, *stop_ids],
+    )
+    compiling = time.monotonic()
+    for _ in decoder.run(params, [dataclasses.replace(x, max_new_tokens=2) for x in requests[: decoder.rows]]):
+        pass
+    print(f"compiled in {time.monotonic() - compiling:.1f} s", file=sys.stderr, flush=True)
+
+    shown = Shown(tokenizer, [text for _, text in prompts], values.stop, values.json)
+    begin = first = time.monotonic()
+    for number, token in enumerate(decoder.run(params, requests)):
+        if number == 0:
+            first = time.monotonic()
+        shown.add(token)
+    seconds = time.monotonic() - begin
+    print(report(model.config, decoder, requests, shown.tokens, first - begin, seconds), file=sys.stderr, flush=True)
+
+
+def tokenizer_and_length(folder: Path) -> tuple[Tokenizer, int]:
+    """What a model's texts are made of, and the tokens it was trained with at a time."""
+    if is_huggingface(folder):
+        return load_tokenizer(folder), read_config(folder)[1]
+    return tokenizer_of(folder), RunConfig.load(folder / "config.json").train.sequence_length
+
+
+def read_prompts(flag: Sequence[str], path: str) -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of every prompt.
+
+    Raises:
+      SpiralError: none or both given, a file that cannot be read, a broken line.
+    """
+    if bool(flag) == bool(path):
+        raise SpiralError("--prompt or --input: found " + ("both" if path else "neither") + "; allowed: one of them")
+    if flag:
+        yield from ((f"--prompt {number + 1}", text) for number, text in enumerate(flag))
+        return
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except OSError as error:
+        raise SpiralError(f"--input {path}: cannot be read ({error.strerror}); allowed: a file, or -") from None
+    except UnicodeDecodeError as error:
+        raise SpiralError(f"--input {path}: byte {error.start} is not UTF-8; allowed: UTF-8 text") from None
+    if not lines:
+        raise SpiralError(f"--input {path}: the file is empty; allowed: a prompt per line")
+    # From standard input the first line says which of the two it is.
+    objects = path.endswith(".jsonl") or (path == "-" and lines[0].lstrip().startswith('{"prompt"'))
+    for number, line in enumerate(lines, start=1):
+        place = f"--input {path}:{number}"
+        if not objects:
+            yield place, line
+            continue
+        try:
+            text = json.loads(line)["prompt"]
+            assert_text = isinstance(text, str)
+        except (ValueError, TypeError, KeyError):
+            assert_text = False
+        if not assert_text:
+            raise SpiralError(f"{place}: not a JSON object with a text `prompt`; allowed: one on every line")
+        yield place, text
+
+
+def sampling_of(values: flags.FlagValues) -> SamplingSettings:
+    """The flags' settings; the errors name flags."""
+    try:
+        return SamplingSettings(values.temperature, values.top_k, values.top_p, values.seed)
+    except SpiralError as error:
+        raise SpiralError(f"--{error}") from None
+
+
+def encode(tokenizer: Tokenizer, place: str, text: str, max_new_tokens: int, capacity: int):
+    """Tokens of a prompt.
+
+    Raises:
+      SpiralError: none, or more than there is room for.
+    """
+    ids = tokenizer.encode(text)
+    if not len(ids):
+        raise SpiralError(f"{place}: the prompt is empty; allowed: at least one token")
+    if len(ids) + max_new_tokens > capacity:
+        raise SpiralError(
+            f"{place}: found {len(ids)} tokens, and --max_new_tokens={max_new_tokens} more; allowed: {capacity} "
+            "together (--max_length, which is the model's sequence length by default)"
+        )
+    return ids
+
+
+def stop_id(tokenizer: Tokenizer, text: str) -> int:
+    """The token with this text.
+
+    Raises:
+      SpiralError: there is none.
+    """
+    found = tokenizer.token_id(text)
+    if found is None:
+        raise SpiralError(f"--stop_token: found {text!r}; allowed: the text of one token (--stop takes any text)")
+    return found
+
+
+def stops_at(tokenizer: Tokenizer, stops: Sequence[str]):
+    """New tokens to whether one of these texts is among them; None without any."""
+    require("" not in stops, "--stop", "", "a text")
+    if not stops:
+        return None
+    return lambda ids: any(stop in tokenizer.decode(ids) for stop in stops)
+
+
+def mesh_of(flag: Sequence[str]) -> MeshConfig:
+    """--mesh as numbers.
+
+    Raises:
+      SpiralError: not three numbers, or more devices than there are.
+    """
+    if len(flag) != 3 or not all(size.strip().isdigit() and int(size) > 0 for size in flag):
+        raise SpiralError(f"--mesh: found {','.join(flag)}; allowed: data,fsdp,tensor, as in 1,1,8")
+    data, fsdp, tensor = map(int, flag)
+    here = jax.device_count()
+    require(data * fsdp * tensor <= here, "--mesh", ",".join(flag), f"a product of at most {here}, the devices here")
+    return MeshConfig(data, fsdp, tensor)
+
+
+def open_model(
+    folder: Path, step: int | None, dtype: str | None, mesh_config: MeshConfig
+) -> tuple[SpiralFormer, Any, Any]:
+    """(model, parameters, mesh), the parameters on the mesh.
+
+    Raises:
+      SpiralError: no such checkpoint, or a model that cannot be cut like this.
+    """
+    config, params = read_model(folder, step=step, dtype=dtype)
+    ok = config.dtype != "float64" or jax.config.jax_enable_x64
+    require(ok, "--dtype", config.dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
+    data, fsdp, tensor = shape = (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
+    check_divisible(shape, config, data * fsdp, 1)
+    mesh = make_mesh(mesh_config, jax.devices()[: data * fsdp * tensor])
+    model = SpiralFormer(config, Backend(constrain=functools.partial(constrain, mesh)))
+    return model, jax.device_put(params, param_shardings(model, mesh)), mesh
+
+
+class Shown:
+    """Puts texts on stdout in the order of their prompts: the first one unfinished as it grows, the others whole.
+
+    Attributes:
+      tokens: new tokens so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str], as_json: bool):
+        self.tokens = 0
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._stops = stops
+        self._as_json = as_json
+        self._ids: list[list[int]] = [[] for _ in prompts]
+        self._end = [""] * len(prompts)
+        self._current = 0
+        self._sent = 0  # characters of the current text
+        if not as_json:
+            self._head()
+
+    def add(self, token: Token) -> None:
+        """Takes one token."""
+        self.tokens += 1
+        self._ids[token.request].append(token.id)
+        self._end[token.request] = token.end
+        if token.request == self._current and not self._as_json and not token.end:
+            self._grow(self._text(self._current, growing=True))
+        while self._current < len(self._prompts) and self._end[self._current]:
+            self._finish()
+
+    def _text(self, number: int, growing: bool = False) -> str:
+        """The new text, without what ended it; while it grows, without what may yet turn out to be something else."""
+        ids = self._ids[number]
+        if ids and ids[-1] == self._tokenizer.separator_id:
+            ids = ids[:-1]
+        text = self._tokenizer.decode(ids)
+        for stop in self._stops:
+            text = text.split(stop)[0]
+        if growing:
+            # Part of a character shows as this one.
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            longest = max((len(stop) - 1 for stop in self._stops), default=0)
+            text = text[: len(text) - longest]
+        return text
+
+    def _grow(self, text: str) -> None:
+        sys.stdout.write(text[self._sent :])
+        sys.stdout.flush()
+        self._sent = max(self._sent, len(text))
+
+    def _head(self) -> None:
+        many = f"=== {self._current + 1}\n" if len(self._prompts) > 1 else ""
+        sys.stdout.write(many + self._prompts[self._current])
+        sys.stdout.flush()
+
+    def _finish(self) -> None:
+        number, text = self._current, self._text(self._current)
+        if self._as_json:
+            entry = {"prompt": self._prompts[number], "text": text, "ids": self._ids[number], "end": self._end[number]}
+            print(json.dumps(entry, ensure_ascii=False), flush=True)
+        else:
+            self._grow(text)
+            print(flush=True)
+        self._current, self._sent = number + 1, 0
+        if self._current < len(self._prompts) and not self._as_json:
+            self._head()
+            self._grow(self._text(self._current, growing=not self._end[self._current]))
+
+
+def report(
+    config: ModelConfig, decoder: Decoder, requests: Sequence[Request], tokens: int, first: float, seconds: float
+) -> str:
+    """Speed, memory and work, as lines."""
+    counts = decoder.counts()
+    read = sum(len(request.prompt) for request in requests)
+    row_bytes = bytes_per_row(config, decoder.capacity)
+    lines = [
+        f"prompts      {read:,} tokens in {len(requests):,} prompts, first new token after {first:.2f} s",
+        f"generated    {tokens:,} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s "
+        f"({decoder.rows} at a time)",
+        f"memory       {row_bytes / decoder.capacity:,.0f} bytes a token, "
+        f"{row_bytes * decoder.rows / 1e6:,.1f} MB in all",
+    ]
+    return "\n".join(lines + runs_of_levels(config, counts))
+
+
+def runs_of_levels(config: ModelConfig, counts: Counts) -> list[str]:
+    """How often the core ran at each resolution, one line."""
+    if not counts.tokens or not counts.runs:
+        return []
+    each = ", ".join(
+        f"chunks of {level.chunk}: {runs:,}" if level.chunk > 1 else f"every token: {runs:,}"
+        for level, runs in zip(config.schedule, counts.runs, strict=True)
+    )
+    per_token = sum(counts.runs) / counts.tokens
+    return [
+        f"core         {per_token:.2f} runs a token ({each} for {counts.tokens:,} tokens), "
+        f"{counts.core_calls / counts.steps:.2f} passes over its weights a step"
+    ]
+
+
+if __name__ == "__main__":
+    command.run("generate", __doc__, define, main)
