@@ -174,6 +174,21 @@ def put_rows(state: DecodeState, new: DecodeState, rows_W: jax.Array) -> DecodeS
     )
 
 
+def repeat_rows(state: DecodeState, times: int) -> DecodeState:
+    """Every row `times` times, one beside the other."""
+
+    def repeat(axis: int, tree):
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=axis), tree)
+
+    return DecodeState(
+        repeat(0, state.position_B),
+        repeat(1, state.prelude),
+        tuple(IterationState(repeat(1, old.cache), *repeat(0, old[1:])) for old in state.iterations),
+        repeat(1, state.coda),
+        state.work,
+    )
+
+
 def put(cache: KeyValues, new: KeyValues, index_B: jax.Array) -> KeyValues:
     """One entry per row, `new` of [layers, B, 1, H, K], at `index_B`; an index behind the end writes nothing."""
     rows_B = jnp.arange(index_B.shape[0])

@@ -1,18 +1,21 @@
 """Log-probabilities of continuations given their contexts, in batches of few shapes on a mesh."""
 
 import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from spiral_jax.decoding.decoder import bucket_of
+from spiral_jax.evaluation.shared_prompts import Choices, Shape, arrays_of, choices_of, score_choices
 from spiral_jax.model.spiralformer import unembed
 from spiral_jax.progress import Progress
-from spiral_jax.sharding import batch_sharding, replicated, rounded_to_mesh
+from spiral_jax.sharding import batch_sharding, partition_spec, replicated, rounded_to_mesh
 from spiral_jax.training.step import Program
 
 _SHORTEST_CONTINUATION = 16
@@ -86,16 +89,24 @@ class Scorer:
         self._batch_size = rounded_to_mesh(batch_size, program.mesh)
         self._put = program.put
         batch, everywhere = batch_sharding(program.mesh), replicated(program.mesh)
+        self._by_row = by_row = NamedSharding(program.mesh, partition_spec(("batch",)))
         self._step = jax.jit(
             functools.partial(_score, program.model, block * self._batch_size),
             in_shardings=(jax.tree.map(lambda x: x.sharding, program.abstract_state.params), batch, batch, batch),
             out_shardings=everywhere,
         )
+        self._mesh = program.mesh
+        self._score_choices = jax.jit(
+            functools.partial(score_choices, program.model), in_shardings=(None, by_row, by_row, by_row),
+            out_shardings=everywhere,
+        )  # fmt: skip
 
     def __call__(
         self, params: Any, requests: Sequence[Request], report: Callable[[str], None] = lambda line: None
     ) -> list[Result]:
         """Scores requests; neither their order nor the batch size changes the results beyond rounding.
+
+        Where requests share a context (the answers of a multiple choice), it is read once if that is less work.
 
         Args:
           params: the model's.
@@ -112,8 +123,12 @@ class Scorer:
                 logp[window.request] += float(logp_C[: window.predicted].sum(dtype=np.float64))
                 greedy[window.request] &= bool(greedy_C[: window.predicted].all())
 
-        batches = self._batches(requests)
+        choices = choices_of(requests, self.max_length)
+        shared = {number for _, group in choices for number in group.numbers}
+        batches = self._batches(requests, shared)
+        choice_batches = self._choice_batches(choices)
         total = sum(rows * length for rows, length, *_ in batches)
+        total += sum(rows * shape.context for rows, shape, _ in choice_batches)
         progress = Progress(f"scoring {len(requests):,} requests", total, unit="tokens", report=report, seconds=5)
         pending = None
         for rows, length, positions, members in batches:
@@ -125,12 +140,40 @@ class Scorer:
             progress.advance(rows * length)
         if pending is not None:
             collect(*pending)
+        for rows, shape, groups in choice_batches:
+            arrays = arrays_of(groups, shape, rows)
+            logp_GxKxN, greedy_GxKxN = map(np.asarray, self._score_choices(params, *map(self._put_rows, arrays)))
+            for row, group in enumerate(groups):
+                for k, (number, continuation) in enumerate(zip(group.numbers, group.continuations, strict=True)):
+                    N = len(continuation)
+                    logp[number] = float(logp_GxKxN[row, k, :N].sum(dtype=np.float64))
+                    greedy[number] = bool(greedy_GxKxN[row, k, :N].all())
+            progress.advance(rows * shape.context)
         return [Result(*pair) for pair in zip(logp, greedy, strict=True)]
 
-    def _batches(self, requests: Sequence[Request]) -> list[tuple[int, int, int, list[_Window]]]:
+    def _choice_batches(self, choices: list[tuple[Shape, Choices]]) -> list[tuple[int, Shape, list[Choices]]]:
+        """(contexts, shape, groups), the longest first. The caches take no more rows than full passes of this length."""
+        by_shape = collections.defaultdict(list)
+        for shape, group in choices:
+            by_shape[shape].append(group)
+        batches = []
+        for shape, groups in sorted(by_shape.items(), key=lambda item: dataclasses.astuple(item[0]), reverse=True):
+            room = self._batch_size * self.max_length // (shape.choices * (shape.context + shape.continuation))
+            rows = rounded_to_mesh(max(1, min(room, len(groups))), self._mesh)
+            batches += [(rows, shape, groups[first : first + rows]) for first in range(0, len(groups), rows)]
+        return batches
+
+    def _put_rows(self, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, self._by_row, array.__getitem__)
+
+    def _batches(
+        self, requests: Sequence[Request], left_out: Set[int] = frozenset()
+    ) -> list[tuple[int, int, int, list[_Window]]]:
         """(rows, input length, continuation length, windows), the longest inputs first: what fails, fails at once."""
         buckets = collections.defaultdict(list)
         for number, request in enumerate(requests):
+            if number in left_out:
+                continue
             for tokens, predicted in windows(request, self.max_length):
                 length = bucket_of(len(tokens) - 1, self.max_length)
                 window = _Window(number, tokens, predicted)

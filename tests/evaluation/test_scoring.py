@@ -10,10 +10,12 @@ import reference
 from spiral_jax.config import RunConfig
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation import shared_prompts
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
 from spiral_jax.evaluation.scoring import Request, Scorer, _score, bucket_of, windows
+from spiral_jax.evaluation.shared_prompts import Shape, choices_of
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.sharding import MeshConfig, make_mesh
 from spiral_jax.training.config import TrainConfig
@@ -104,6 +106,58 @@ def test_requests_against_the_reference(weights, requests, mesh, batch_size):
         assert logp == pytest.approx(wanted[i][0], abs=1e-3), given[i]
         assert greedy == wanted[i][1], given[i]
     assert {greedy for _, greedy in wanted} == {True, False}
+
+
+def multiple_choices():
+    """Four answers to each of some questions: of one token, of several, of different lengths; and a lone one."""
+    rng = np.random.default_rng(11)
+    requests = []
+    sizes = [(31, (1, 1, 1, 1)), (33, (3, 1, 4)), (5, (1, 2)), (44, (4, 4, 5, 4)), (20, (20, 20)), (9, (2,)),
+             (40, (1, 9)), (48, (1, 1)), (49, (1, 1)), (1, (1,) * 5)]  # fmt: skip
+    for context, lengths in sizes:
+        shared = rng.integers(V, size=context).astype(np.int32)
+        requests += [Request(shared.copy(), rng.integers(V, size=n).astype(np.int32)) for n in lengths]
+    return [requests[i] for i in rng.permutation(len(requests))]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_contexts_are_read_once_where_they_are_shared(weights, logp_of, monkeypatch, broken):
+    given = multiple_choices()
+    groups = [group for _, group in choices_of(given, L)]
+    shared = sorted(number for group in groups for number in group.numbers)
+    lengths = {len(given[number].context) for number in shared}
+    assert lengths == {1, 5, 31, 33, 48}  # not where long answers would be read step by step, or a context is cut
+    assert all(np.array_equal(given[number].context, group.context) for group in groups for number in group.numbers)
+
+    program, params = on_mesh(weights)
+    scorer = Scorer(program, max_length=L, batch_size=3, block=7)
+    if broken:
+        # Every answer goes on from its neighbour's context.
+        repeat = shared_prompts.repeat_rows
+
+        def shifted(x):
+            return jax.numpy.roll(x, 1, axis=1 if x.ndim == 5 else 0)
+
+        monkeypatch.setattr(
+            shared_prompts, "repeat_rows", lambda state, n: jax.tree.map(shifted, repeat(state, n)._replace(work=()))
+            ._replace(work=state.work)
+        )  # fmt: skip
+    wrong = 0
+    for request, (logp, greedy) in zip(given, scorer(params, given), strict=True):
+        wanted, is_greedy = expected(logp_of, request)
+        wrong += abs(logp - wanted) > 1e-3 or greedy != is_greedy
+    assert bool(wrong) == broken
+
+
+def test_what_costs_more_together_stays_apart():
+    def groups(context, lengths):
+        requests = [Request(np.zeros(context, np.int32), np.zeros(n, np.int32)) for n in lengths]
+        return [(shape, group.numbers) for shape, group in choices_of(requests, 512)]
+
+    assert groups(400, [1, 1, 1]) == [(Shape(512, 1, 4), (0, 1, 2))]
+    assert groups(500, [9, 12]) == [(Shape(512, 16, 2), (0, 1))]
+    assert groups(60, [30, 30]) == [] == groups(400, [1])
+    assert groups(512, [1, 1]) and not groups(513, [1, 1]) and not groups(512, [2, 2])
 
 
 def test_nothing_to_score(weights):
