@@ -152,7 +152,7 @@ class Scorer:
         return [Result(*pair) for pair in zip(logp, greedy, strict=True)]
 
     def _choice_batches(self, choices: list[tuple[Shape, Choices]]) -> list[tuple[int, Shape, list[Choices]]]:
-        """(contexts, shape, groups), the longest first. The caches take no more rows than full passes of this length."""
+        """(contexts, shape, groups), the longest first. No more rows at a time than full passes of this length have."""
         by_shape = collections.defaultdict(list)
         for shape, group in choices:
             by_shape[shape].append(group)

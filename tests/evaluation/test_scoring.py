@@ -135,13 +135,12 @@ def test_contexts_are_read_once_where_they_are_shared(weights, logp_of, monkeypa
         # Every answer goes on from its neighbour's context.
         repeat = shared_prompts.repeat_rows
 
-        def shifted(x):
-            return jax.numpy.roll(x, 1, axis=1 if x.ndim == 5 else 0)
+        def shifted(state, times):
+            rows = repeat(state, times)
+            roll = lambda x: jax.numpy.roll(x, times, axis=1 if x.ndim == 5 else 0)  # noqa: E731
+            return jax.tree.map(roll, rows._replace(work=()))._replace(work=state.work)
 
-        monkeypatch.setattr(
-            shared_prompts, "repeat_rows", lambda state, n: jax.tree.map(shifted, repeat(state, n)._replace(work=()))
-            ._replace(work=state.work)
-        )  # fmt: skip
+        monkeypatch.setattr(shared_prompts, "repeat_rows", shifted)
     wrong = 0
     for request, (logp, greedy) in zip(given, scorer(params, given), strict=True):
         wanted, is_greedy = expected(logp_of, request)
