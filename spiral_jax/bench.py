@@ -1,9 +1,10 @@
-"""Times the loader or the tokenizer on this machine.
+"""Times the loader, the tokenizer or decoding on this machine.
 
 python -m spiral_jax.bench --subject=loader                         batches from a synthetic store
 python -m spiral_jax.bench --subject=loader --store=STORE           from a store of yours, a path or URL
 python -m spiral_jax.bench --subject=loader --remote                over HTTP, with latency, errors and a comparison
 python -m spiral_jax.bench --subject=tokenizer --input=FILE --tokenizer=tokenizer.json
+python -m spiral_jax.bench --subject=decoding                       four models of equal width, with and without a cache
 """
 
 import importlib.metadata
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ from spiral_jax import __version__, command
 from spiral_jax.data.storage import is_url
 from spiral_jax.errors import SpiralError
 
-_PACKAGES = ("numpy", "grain", "tokenizers", "fsspec", "aiohttp")
+_PACKAGES = ("numpy", "jax", "grain", "tokenizers", "fsspec", "aiohttp")
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("subject", "loader", ["loader", "tokenizer"], "what to time", flag_values=values)
+    flags.DEFINE_enum("subject", "loader", ["loader", "tokenizer", "decoding"], "what to time", flag_values=values)
     flags.DEFINE_string("store", "", "token store or Megatron dataset; default: a synthetic one", flag_values=values)
     flags.DEFINE_bool("remote", False, "read the store over HTTP from this machine", flag_values=values)
     flags.DEFINE_float("latency_ms", 50.0, "--remote: time before each answer", 0.0, flag_values=values)
@@ -38,11 +40,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("repeats", 3, "the median of as many is printed", 1, flag_values=values)
     flags.DEFINE_multi_string("input", [], "tokenizer: file to tokenise; may be repeated", flag_values=values)
     flags.DEFINE_string("tokenizer", "", "tokenizer: the tokenizer.json", flag_values=values)
+    flags.DEFINE_integer("width", 768, "decoding: of the models", flag_values=values)
+    flags.DEFINE_integer("layers", 12, "decoding: of the transformer, a multiple of 6", flag_values=values)
+    flags.DEFINE_integer("new_tokens", 256, "decoding: to add to every prompt", flag_values=values)
+    flags.DEFINE_integer("prompt_tokens", 64, "decoding: of the longest prompt", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
-    report = _time_loader(values) if values.subject == "loader" else _time_tokenizer(values)
+    timers = {"loader": _time_loader, "tokenizer": _time_tokenizer, "decoding": _time_decoding}
+    report = timers[values.subject](values)
     report = {"subject": values.subject, **report, "machine": machine()}
     print(json.dumps(report, indent=2) if values.json else as_text(report))
 
@@ -115,6 +122,19 @@ def _time_tokenizer(values: flags.FlagValues) -> dict[str, Any]:
 
     inputs = [os.path.expanduser(path) for path in values.input]
     return tokenizing.measure(inputs, os.path.expanduser(values.tokenizer), values.repeats)
+
+
+def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
+    from spiral_jax.benchmarks import decoding
+
+    settings = decoding.DecodingSettings(
+        width=values.width,
+        layers=values.layers,
+        new_tokens=values.new_tokens,
+        prompt_tokens=values.prompt_tokens,
+        repeats=values.repeats,
+    )
+    return decoding.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _cores() -> int:

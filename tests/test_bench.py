@@ -85,3 +85,27 @@ def test_tokenizer(tmp_path, capsys, monkeypatch):
 def test_mistakes_are_one_line(flags, named):
     status, errors = call(bench, *flags)
     assert status == 2 and named in errors and errors.count("\n") == 1, errors
+
+
+@pytest.mark.slow
+def test_decoding(capsys):
+    """Four models at both batch sizes, each with its memory and its work."""
+    status, errors = call(
+        bench, "--subject=decoding", "--width=64", "--layers=6", "--new_tokens=3", "--prompt_tokens=8", "--repeats=1",
+        "--json",
+    )  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert status == 0 and errors.count("tokens/s") == 8
+    for batch in (1, 8):
+        rows = [report[f"{name} x{batch}"] for name in ("vanilla", "loop", "spiral_b", "spiral_l")]
+        assert [row["layer_runs_per_token"] for row in rows] == [6, 6, 5.75, 5.875]
+        assert rows[0]["bytes_per_token"] == rows[1]["bytes_per_token"]
+        assert rows[0]["bytes_per_token"] == pytest.approx(2 * 6 * 64 * 4, rel=1e-3)
+        assert rows[0]["of_ceiling"] == 1
+        assert all(row["tokens_per_second"] > 0 and row["uncached_tokens_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("flag", ["--layers=7", "--width=100", "--new_tokens=1", "--prompt_tokens=2"])
+def test_bad_settings_of_decoding(flag):
+    status, errors = call(bench, "--subject=decoding", flag)
+    assert status == 2 and errors.startswith(f"error: {flag.partition('=')[0]} is ") and errors.count("\n") == 1

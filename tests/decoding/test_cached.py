@@ -1,6 +1,7 @@
 """Cached decoding against the full forward pass, with weights at unit scale."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,51 @@ def test_work_that_is_not_due_is_in_a_branch(random_model):
     for batch, branches in ((1, 3), (3, 1)):
         found = primitives(batch)
         assert (found.count("cond"), found.count("scan")) == (branches, 3)
+
+
+def wide_products(hlo: str, width: int) -> tuple[int, int]:
+    """Matrix products of results this wide in a compiled program: (always run, in branches only)."""
+    bodies, name, entry_name = {}, None, None
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head:
+            name = head[2]
+            bodies[name] = []
+            entry_name = name if head[1] else entry_name
+        elif name:
+            bodies[name].append(line)
+
+    def reached(start, into_branches):
+        seen, waiting = set(), [start]
+        while waiting:
+            at = waiting.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            for line in bodies[at]:
+                if not into_branches and re.search(r"\bconditional\(", line):
+                    continue
+                waiting += [called for called in re.findall(r"%([\w.\-]+)", line) if called in bodies]
+        return seen
+
+    def products(names):
+        is_wide = re.compile(rf"[\[,]{width}[\],]")
+        return sum(" dot(" in line and bool(is_wide.search(line)) for name in names for line in bodies[name])
+
+    always = reached(entry_name, False)
+    return products(always), products(reached(entry_name, True) - always)
+
+
+@pytest.mark.parametrize(("batch", "chunks", "branches"), [(1, (8, 4, 2), 3), (3, (8, 4, 2), 1), (1, (4, 1), 1)])
+def test_compiled_core_products_are_in_branches(batch, chunks, branches, random_model):
+    """Without layers of the prelude and coda, what is as wide as an MLP is the core's: one product a run."""
+    config = small(chunks=chunks, prelude_layers=0, coda_layers=0)
+    _, _, params = random_model(config)
+    empty = state.empty_state(config, batch, CAPACITY)
+    step = jax.jit(lambda *x: cached.step(SpiralFormer(config), *x))
+    hlo = step.lower(params, jnp.zeros(batch, int), empty).compile().as_text()
+    fine = chunks.count(1)
+    assert wide_products(hlo, config.d_ff) == (fine, branches)
 
 
 def test_levels_closing_at_one_token():
