@@ -13,7 +13,8 @@ from spiral_jax.decoding.decoder import bucket_of
 from spiral_jax.decoding.state import empty_state, repeat_rows
 from spiral_jax.model.spiralformer import SpiralFormer
 
-# Reading a token by a step costs about as much as so many tokens of a full pass. (2 to 6 on CPUs, by model and rows.)
+# A token read by a step is taken to cost as much as so many tokens of a full pass: a guess, which decides only how the
+# work is done.
 _STEP_COST = 4
 
 

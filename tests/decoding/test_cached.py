@@ -171,6 +171,18 @@ def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, ran
     assert found < 1e-4 if wrong is LOCATE else found > 1e-2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [misplaced, early], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("config", [case for case in CONFIGS if any(g > 1 for g in case.values[0].chunks)])
+def test_the_comparison_sees_a_broken_step_in_every_case(config, wrong, monkeypatch, random_model, forward, quick):
+    """A place off by one; chunk 0 read before the shift is over."""
+    _, _, params = random_model(config)
+    tokens_BxL, lengths_B = tokens(2), np.array([1, 4])
+    wanted = expected(forward(config, params, tokens_BxL), lengths_B, LENGTH - 4)
+    monkeypatch.setattr(entry, "locate" if wrong is misplaced else "update", wrong)
+    assert error(decode(config, params, tokens_BxL, lengths_B, quick), wanted) > 1e-3
+
+
 def test_work_that_is_not_due_is_in_a_branch(random_model):
     """One row: a branch for every coarse iteration. Several: one for all of them, however many levels there are."""
     config = FAST["spiral_b"]
