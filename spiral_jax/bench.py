@@ -43,6 +43,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("width", 768, "decoding: of the models", flag_values=values)
     flags.DEFINE_integer("layers", 12, "decoding: of the transformer, a multiple of 6", flag_values=values)
     flags.DEFINE_integer("new_tokens", 256, "decoding: to add to every prompt", flag_values=values)
+    flags.DEFINE_list("texts", ["1", "8"], "decoding: texts at a time, each to be timed", flag_values=values)
     flags.DEFINE_integer("prompt_tokens", 64, "decoding: of the longest prompt", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
 
@@ -127,7 +128,10 @@ def _time_tokenizer(values: flags.FlagValues) -> dict[str, Any]:
 def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
     from spiral_jax.benchmarks import decoding
 
+    if not all(count.strip().isdigit() and int(count) > 0 for count in values.texts):
+        raise SpiralError(f"--texts: found {','.join(values.texts)}; allowed: numbers from 1 on, as in 1,8")
     settings = decoding.DecodingSettings(
+        batch_sizes=tuple(map(int, values.texts)),
         width=values.width,
         layers=values.layers,
         new_tokens=values.new_tokens,

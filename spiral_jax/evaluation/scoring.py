@@ -159,7 +159,10 @@ class Scorer:
         batches = []
         for shape, groups in sorted(by_shape.items(), key=lambda item: dataclasses.astuple(item[0]), reverse=True):
             room = self._batch_size * self.max_length // (shape.choices * (shape.context + shape.continuation))
-            rows = rounded_to_mesh(max(1, min(room, len(groups))), self._mesh)
+            rows = 1  # powers of two: every number of rows is a program to compile
+            while rows < len(groups) and 2 * rows <= room:
+                rows *= 2
+            rows = rounded_to_mesh(rows, self._mesh)
             batches += [(rows, shape, groups[first : first + rows]) for first in range(0, len(groups), rows)]
         return batches
 
