@@ -44,7 +44,7 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory, which all processes see; all of them make the same calls."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
         """Opens WORKDIR/checkpoints.

@@ -4,11 +4,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from spiral_jax import distributed
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 
@@ -23,7 +25,7 @@ def run(
     """Parses the command line, runs `main`, and exits.
 
     A mistake of the user's is one line on stderr and status 2; an interrupt is 128 + signal; anything else that is
-    raised is a defect, with traceback and status 1.
+    raised is a defect, with traceback and status 1. What ends one of several processes ends the others with its status.
 
     Args:
       verb: the command's name.
@@ -46,19 +48,32 @@ def run(
         if rest:
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         main(values)
+        distributed.finish()
     except SpiralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+        _exit(USAGE, f"error: {error}")
     except Interrupted as interrupt:
-        print(str(interrupt), file=sys.stderr)
+        # All processes stop after the same step.
+        distributed.say(str(interrupt), file=sys.stderr)
+        distributed.finish()
         sys.exit(128 + interrupt.signal)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _exit(128 + signal.SIGINT, "interrupted")
     except BrokenPipeError:
         # The reader of our output left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        distributed.leave(FAILED, "the reader of its output left")
         sys.exit(FAILED)
+    except Exception:
+        if distributed.is_several():
+            distributed.wait_for_the_cause()
+            distributed.leave(FAILED, traceback.format_exc())
+        raise
+
+
+def _exit(status: int, line: str) -> None:
+    distributed.leave(status, line)
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 class Interrupted(Exception):

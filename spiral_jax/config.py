@@ -38,6 +38,7 @@ MUTABLE = (
     "logging.",
     "summary.",
     "train.accumulation",
+    "train.attention",
     # Where the tokens are; that they are the same ones is checked by their fingerprints.
     "data.stores",
     "data.validation_store",

@@ -11,6 +11,8 @@ comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax
 
 python -m spiral_jax.evaluate --workdir=DIR --tasks=paper --num_fewshot=5
 python -m spiral_jax.evaluate --workdir=DIR --tasks=lambada_openai,piqa,wikitext --tasks_data=FILES --limit=100
+
+A text can be scored on several processes, started as those of spiral_jax.train are; process 0 prints.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spiral_jax import command
+from spiral_jax import command, distributed
 from spiral_jax.checkpoint import restore_for_inference
 from spiral_jax.config import RunConfig
 from spiral_jax.data.prepared import storage_of
@@ -51,11 +53,17 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", 0, "documents of each of --tasks; 0 for all", flag_values=values)
     flags.DEFINE_string("tasks_data", "", "folder with the data of --tasks; default: the hub", flag_values=values)
     flags.DEFINE_string("output", "", "JSON file for --tasks; default: one in WORKDIR/lm_eval", flag_values=values)
+    distributed.define(values)
 
 
 def main(values: flags.FlagValues) -> None:
     check_flags(values)
+    distributed.initialize(values)
     workdir = run_directory(values.workdir)
+    if values.tasks and distributed.is_several():
+        raise SpiralError(
+            f"--tasks: found {distributed.num_processes()} processes; allowed: one, with any number of devices"
+        )
     if values.tasks:
         evaluate_tasks(values, workdir)
     else:
@@ -80,8 +88,10 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
         batch_size=config.train.batch_size,
         put=program.put,
         stride=values.stride,
-        report=lambda line: None if values.json else print(line, file=sys.stderr, flush=True),
+        report=lambda line: None if values.json else distributed.say(line, file=sys.stderr),
     )
+    if not distributed.is_main():
+        return
     report = {
         "input": source.name,
         "step": step,

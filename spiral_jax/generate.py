@@ -28,6 +28,7 @@ from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.decoding.decoder import Counts, Decoder, Request, Token, bytes_per_row
 from spiral_jax.decoding.sampling import SamplingSettings
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
@@ -218,7 +219,7 @@ def open_model(
     data, fsdp, tensor = shape = (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     check_divisible(shape, config, data * fsdp, 1)
     mesh = make_mesh(mesh_config, jax.devices()[: data * fsdp * tensor])
-    model = SpiralFormer(config, Backend(constrain=functools.partial(constrain, mesh)))
+    model = SpiralFormer(config, Backend(attention_for(mesh, config), functools.partial(constrain, mesh)))
     return model, jax.device_put(params, param_shardings(model, mesh)), mesh
 
 

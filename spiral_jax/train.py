@@ -5,22 +5,29 @@ python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=
 
 What it leaves in --workdir is listed in spiral_jax/runs.py. The same command again resumes, or says that the run is
 finished.
+
+Several processes are one run: start the command on each, with a --workdir on a file system that all of them see. On TPU
+pods and under Slurm they find each other; elsewhere each is told where process 0 is and which one it is itself:
+
+python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0    and 1 on the other
 """
 
+import contextlib
 import functools
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from spiral_jax import command, metrics, summary
+from spiral_jax import command, distributed, metrics, summary
 from spiral_jax.checkpoint import Checkpoints
 from spiral_jax.config import RunConfig
 from spiral_jax.convert.upcycle import place, upcycled
 from spiral_jax.data.pipeline import WindowOrder, train_batches
-from spiral_jax.data.prepared import PreparedData, open_stores
+from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
 from spiral_jax.data.text.prepare import prepare_stores
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
@@ -29,7 +36,7 @@ from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, ope
 from spiral_jax.provenance import parameter_table, write_environment
 from spiral_jax.runs import check_same_data, claim, open_data, read_model, save_data, tokenizer_of
 from spiral_jax.sharding import batch_sharding, make_mesh
-from spiral_jax.training.loop import Recorder, fit
+from spiral_jax.training.loop import AgreedStop, Recorder, fit
 from spiral_jax.training.step import Program, make_program
 
 
@@ -37,39 +44,46 @@ def define(values: flags.FlagValues) -> None:
     command.define_config(values)
     flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     flags.DEFINE_string("profile", "", "FIRST:LAST steps to trace into WORKDIR/profile", flag_values=values)
+    distributed.define(values)
 
 
 def main(values: flags.FlagValues) -> None:
     # Everything that can be refused is refused before anything is compiled.
     config = command.config_of(values)
-    workdir = open_workdir(values.workdir)
     profiled = parse_profile(values.profile)
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise SpiralError("model.dtype is 'float64', which needs JAX_ENABLE_X64=1 in the environment")
+    # What may be wrong on one machine alone comes after this: its process can then tell the others.
+    distributed.initialize(values)
+    workdir = open_workdir(values.workdir)
     metrics.check_extras(config.logging)
     summary.check_extras(config.summary)
     config.check_mesh(jax.device_count())
-    print(f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
-          f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
-          f"{jax.devices()[0].device_kind}; run directory {workdir}", flush=True)  # fmt: skip
-    with claim(workdir):
+    distributed.check_same_config(config.to_dict())
+    check_processes(config)
+    across = f" in {jax.process_count()} processes" if distributed.is_several() else ""
+    distributed.say(
+        f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
+        f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
+    )
+    with claim(workdir) if distributed.is_main() else contextlib.nullcontext():
+        distributed.check_shared(workdir, "--workdir")
         run(config, workdir, profiled)
 
 
 def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     """The run in `workdir`, from wherever it stands."""
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    saved_step = checkpoints.latest_step()  # 0: imported parameters, not trained here yet
+    # 0: imported parameters, not trained here yet.
+    saved_step = distributed.from_main("the newest checkpoint", checkpoints.latest_step)
     start_step = saved_step or 0
     fingerprints = None
     if saved_step is not None:
         meta = checkpoints.load_meta(saved_step)
         config.check_resume(RunConfig.from_dict(meta["config"]), saved_step)
         fingerprints = meta["data"]["fingerprints"]
-    if config.data.stores:
-        data = open_stores(config.data)
-    else:
-        data = (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
+    data = prepare(config, workdir, fingerprints)
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
@@ -84,26 +98,58 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     program = make_program(config, mesh)
     if start_step:
         state = checkpoints.restore(start_step, program.abstract_state)
-        print(f"resuming after step {start_step} of {config.train.steps}", flush=True)
+        distributed.say(f"resuming after step {start_step} of {config.train.steps}")
     else:
         state = program.init(jax.random.key(config.seed))
         if saved_step is not None:
             state = state.replace(params=checkpoints.restore_params(0, program.abstract_state.params))
-            print("starting from the imported parameters", flush=True)
+            distributed.say("starting from the imported parameters")
             if tokenizer_of(workdir).fingerprint != data.tokenizer.fingerprint:
-                print("note: the data is in another tokenizer's ids than the one imported with them", flush=True)
+                distributed.say("note: the data is in another tokenizer's ids than the one imported with them")
         elif given is not None:
             state = state.replace(params=state.params | place(given, program.abstract_state.params))
-            print(f"starting from the layers of {config.upcycle.source}", flush=True)
-    config.save(workdir / "config.json")
-    save_data(workdir, data)
-    (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
-    write_environment(workdir / "environment.json", mesh)
+            distributed.say(f"starting from the layers of {config.upcycle.source}")
+    if distributed.is_main():
+        config.save(workdir / "config.json")
+        save_data(workdir, data)
+        (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
+        write_environment(workdir / "environment.json", mesh)
 
     if start_step < config.train.steps:
         train(config, workdir, program, state, data, order, checkpoints, start_step, profiled, tasks)
     checkpoints.close()
-    finish(config, workdir, data)
+    if distributed.is_main():
+        finish(config, workdir, data)
+
+
+def prepare(config: RunConfig, workdir: Path, fingerprints: Sequence[str] | None) -> PreparedData:
+    """Opens the stores of the configuration, or makes them of its text: on process 0, while the others wait.
+
+    Args:
+      config: the run's.
+      workdir: the run's.
+      fingerprints: of the stores that a resumed run began with.
+
+    Raises:
+      SpiralError: data that is missing or broken, or that a process does not see.
+    """
+    if config.data.stores:
+        return open_stores(config.data)
+
+    def make() -> PreparedData:
+        return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
+
+    if not distributed.is_several():
+        return make()
+    data = make() if distributed.is_main() else None
+    folder, made = distributed.from_main(
+        "preparation of data.paths", lambda: (str(Path(data.train[0].name).parent), data.fingerprints)
+    )
+    if data is None:
+        data = open_folder(folder)
+        if list(data.fingerprints) != made:
+            raise SpiralError(f"{folder}: its tokens on process {distributed.process_id()} are not those of process 0")
+    return data
 
 
 def train(config: RunConfig, workdir: Path, program: Program, state, data: PreparedData, order: WindowOrder,
@@ -113,14 +159,17 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     # Now rather than when it is first due: what does not fit is known before anything is trained.
     eval_step = None if data.validation is None else program.compile_eval_step(*eval_shape(config))
-    print(f"compiled in {metrics.duration(time.perf_counter() - started)}", flush=True)
+    distributed.say(f"compiled in {metrics.duration(time.perf_counter() - started)}")
 
-    writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step)
-    tracer = Tracer(workdir / "profile", profiled)
+    is_main = distributed.is_main()
+    writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step) if is_main else None
+    tracer = Tracer(workdir / "profile", profiled if is_main else range(0))
     progress = metrics.Progress(config.train.steps, config.logging.seconds)
     complete = functools.partial(complete_row, config, order)
 
     def record(row):
+        if writer is None:
+            return
         row = complete(row)
         last = row["step"] == config.train.steps
         if last or row["step"] % config.logging.every_steps == 0 or evaluate_due(row["step"]):
@@ -153,21 +202,24 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
         saved_data = {"step": step, "fingerprints": list(data.fingerprints)}
         checkpoints.save(step, state, {"config": config.to_dict(), "data": saved_data})
 
+    sharding = batch_sharding(program.mesh)
+    part, parts = distributed.rows_of_process(sharding, config.train.batch_size)
     host_batches = train_batches(
         data.train,
         order,
         sequence_length=config.train.sequence_length,
         vocab_size=config.model.vocab_size,
         start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         read_threads=config.data.read_threads,
         prefetch_batches=config.data.prefetch_batches,
     )
-    sharding = batch_sharding(program.mesh)
-    device_batches = (jax.make_array_from_process_local_data(sharding, batch["tokens"]) for batch in host_batches)
+    shape = program.abstract_batch.shape
+    device_batches = (jax.make_array_from_process_local_data(sharding, b["tokens"], shape) for b in host_batches)
     try:
-        with command.StopRequest() as stop, host_batches:
+        with command.StopRequest() as request, host_batches:
+            stop = AgreedStop(lambda: request.signal, program.mesh)
             _, last_step = fit(
                 state,
                 train_step=train_step,
@@ -184,9 +236,10 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
             )
     finally:
         tracer.stop()
-        writer.close()
+        if writer is not None:
+            writer.close()
     checkpoints.wait()
-    if stop() and last_step < config.train.steps:
+    if stop.signal and last_step < config.train.steps:
         raise command.Interrupted(
             f"stopped after step {last_step} of {config.train.steps}, saved; the same command resumes", stop.signal
         )
@@ -245,7 +298,9 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
         last = evaluated[-1]
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
-    if config.summary.sample_tokens and data.validation is not None:
+    if config.summary.sample_tokens and distributed.is_several():
+        print(f"no sample: its parameters would have to fit one of the {jax.process_count()} processes")
+    elif config.summary.sample_tokens and data.validation is not None:
         text = summary.sample_continuation(workdir, config.summary, data.validation, data.tokenizer, config.seed)
         (workdir / "sample.txt").write_text(text)
         print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
@@ -254,6 +309,15 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
     other = "" if data.validation is not None else " --input=FILE"
     print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{other}", flush=True)
+
+
+def check_processes(config: RunConfig) -> None:
+    """Raises SpiralError for what a run on several processes cannot do."""
+    if config.evaluation.tasks and distributed.is_several():
+        raise SpiralError(
+            f"evaluation.tasks: found {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
+            "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
+        )
 
 
 class Tracer:
@@ -316,7 +380,7 @@ def open_workdir(flag: str | None) -> Path:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
     except OSError as error:
         raise SpiralError(f"--workdir {workdir} is not writable: {error.strerror}") from None
     return workdir

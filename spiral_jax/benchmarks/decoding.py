@@ -80,19 +80,46 @@ def measure(settings: DecodingSettings, report: Report) -> dict[str, Any]:
       that of the transformer, divided by what the layer counts alone would give.
     """
     out: dict[str, Any] = {"new_tokens": settings.new_tokens, "width": settings.width, "layers": settings.layers}
+    configs = models(settings)
     for batch in settings.batch_sizes:
-        rates = {}
-        for name, config in models(settings).items():
-            entry = _measure(config, batch, settings)
-            rates[name] = entry["tokens_per_second"]
-            ceiling = layer_runs(models(settings)["vanilla"]) / layer_runs(config)
-            entry["of_ceiling"] = rates[name] / rates["vanilla"] / ceiling
-            out[f"{name} x{batch}"] = entry
-            report(f"{name}, {batch} at a time: {entry['tokens_per_second']:.1f} tokens/s")
+        cases = {name: _runs(config, batch, settings) for name, config in configs.items()}
+        for name, runs in cases.items():
+            report(f"{name}, {batch} at a time: compiling")
+            for run in runs.values():
+                run()
+        seconds = {name: {kind: [] for kind in runs} for name, runs in cases.items()}
+        # In turn, as a machine's speed drifts.
+        for repeat in range(settings.repeats):
+            report(f"{batch} at a time: repeat {repeat + 1} of {settings.repeats}")
+            for name, runs in cases.items():
+                for kind, run in runs.items():
+                    begin = time.perf_counter()
+                    run()
+                    seconds[name][kind].append(time.perf_counter() - begin)
+        capacity = settings.prompt_tokens + settings.new_tokens
+        for name, config in configs.items():
+            prefill, whole, uncached = (
+                statistics.median(seconds[name][kind]) for kind in ("prefill", "all", "uncached")
+            )
+            out[f"{name} x{batch}"] = {
+                "prefill_seconds": prefill,
+                "tokens_per_second": batch * (settings.new_tokens - 1) / (whole - prefill),
+                "uncached_tokens_per_second": batch / uncached,
+                "layer_runs_per_token": layer_runs(config),
+                "bytes_per_token": bytes_per_row(config, capacity) / capacity,
+            }
+        rates = ", ".join(f"{name} {out[f'{name} x{batch}']['tokens_per_second']:.1f}" for name in configs)
+        report(f"{batch} at a time, tokens/s: {rates}")
+        plain = out[f"vanilla x{batch}"]
+        for name in configs:
+            entry = out[f"{name} x{batch}"]
+            ceiling = plain["layer_runs_per_token"] / entry["layer_runs_per_token"]
+            entry["of_ceiling"] = entry["tokens_per_second"] / plain["tokens_per_second"] / ceiling
     return out
 
 
-def _measure(config: ModelConfig, batch: int, settings: DecodingSettings) -> dict[str, float]:
+def _runs(config: ModelConfig, batch: int, settings: DecodingSettings) -> dict[str, Callable[[], Any]]:
+    """What is timed of one model: reading the prompts, all of it, and one full pass over all positions."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     model = SpiralFormer(config)
     init = jax.jit(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"])
@@ -103,22 +130,17 @@ def _measure(config: ModelConfig, batch: int, settings: DecodingSettings) -> dic
     prompts = [rng.integers(0, config.vocab_size, length) for length in lengths]
     capacity = longest + settings.new_tokens
     decoder = Decoder(model, mesh, rows=batch, capacity=capacity, num_ids=config.vocab_size)
+    full_pass = jax.jit(lambda params, tokens_BxL, position: _full_pass(model, params, tokens_BxL, position))
+    tokens_BxL = rng.integers(0, config.vocab_size, (batch, capacity))
 
     def decode(new_tokens: int) -> None:
         for _ in decoder.run(params, [Request(prompt, new_tokens) for prompt in prompts]):
             pass
 
-    full_pass = jax.jit(lambda params, tokens_BxL, position: _full_pass(model, params, tokens_BxL, position))
-    tokens_BxL = rng.integers(0, config.vocab_size, (batch, capacity))
-    prefill = _median(lambda: decode(1), settings.repeats)
-    whole = _median(lambda: decode(settings.new_tokens), settings.repeats)
-    uncached = _median(lambda: jax.block_until_ready(full_pass(params, tokens_BxL, longest)), settings.repeats)
     return {
-        "prefill_seconds": prefill,
-        "tokens_per_second": batch * (settings.new_tokens - 1) / (whole - prefill),
-        "uncached_tokens_per_second": batch / uncached,
-        "layer_runs_per_token": layer_runs(config),
-        "bytes_per_token": bytes_per_row(config, capacity) / capacity,
+        "prefill": lambda: decode(1),
+        "all": lambda: decode(settings.new_tokens),
+        "uncached": lambda: jax.block_until_ready(full_pass(params, tokens_BxL, longest)),
     }
 
 
@@ -126,14 +148,3 @@ def _full_pass(model: SpiralFormer, params, tokens_BxL, position):
     h_BxLxD, _ = model.apply({"params": params}, tokens_BxL, method="hidden")
     h_Bx1xD = jax.lax.dynamic_slice_in_dim(h_BxLxD, position, 1, axis=1)
     return jnp.argmax(unembed(h_Bx1xD, params["head"]["kernel"])[:, 0], axis=-1)
-
-
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds of a run, after one that compiles."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)

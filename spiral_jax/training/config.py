@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from spiral_jax.errors import require
 
 Schedule = Literal["cosine", "wsd", "constant"]
+Attention = Literal["auto", "xla", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,8 @@ class TrainConfig:
       sequence_length: tokens per sequence, L.
       accumulation: micro-batches a step's batch is cut into; gradients are summed in float32.
       loss_block: positions of a sequence whose logits exist at one time.
+      attention: what computes it: `splash` (TPU), `cudnn` (GPU, bfloat16), `xla` (anywhere; materialises the L x L
+        scores), or `auto` for the best of them that the devices have.
     """
 
     steps: int = 120_818
@@ -26,8 +29,11 @@ class TrainConfig:
     sequence_length: int = 4096
     accumulation: int = 1
     loss_block: int = 512
+    attention: Attention = "auto"
 
     def __post_init__(self):
+        attentions = get_args(Attention)
+        require(self.attention in attentions, "train.attention", self.attention, ", ".join(attentions))
         for field in ("steps", "batch_size", "sequence_length", "accumulation", "loss_block"):
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass
@@ -68,6 +70,38 @@ class Recorder:
         """Seconds since the step before was finished."""
         before, self._clock = self._clock, time.perf_counter()
         return self._clock - before
+
+
+class AgreedStop:
+    """Lets all processes stop after the same step, whichever of them is asked to.
+
+    After every step the processes compare on the devices what each was asked. The answer is read one step late, as the
+    metrics are, so that nothing waits for it: the step after the one in which a process was asked is the last.
+
+    Attributes:
+      signal: what `requested` was on some process; None while it was so on none.
+    """
+
+    def __init__(self, requested: Callable[[], int | None], mesh: Mesh):
+        """`requested` gives the number of the signal that asked this process to stop, or None."""
+        self.signal: int | None = None
+        self._requested = requested
+        self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._shape = (mesh.size,)
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._answer: jax.Array | None = None
+
+    def __call__(self) -> bool:
+        """After a step, on every process: the same answer on all of them."""
+        asked = self._requested()
+        if jax.process_count() == 1:
+            self.signal = asked
+            return asked is not None
+        numbers = np.full(self._shape, asked or 0, np.int32)
+        asked_D = jax.make_array_from_callback(self._shape, self._by_device, numbers.__getitem__)
+        before, self._answer = self._answer, self._largest(asked_D)
+        self.signal = (None if before is None else int(before)) or None
+        return self.signal is not None
 
 
 def fit(

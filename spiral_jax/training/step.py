@@ -13,6 +13,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.config import RunConfig
+from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.sharding import batch_sharding, constrain, replicated, shardings_of
@@ -71,8 +72,13 @@ class Program:
 
 
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
-    """Builds, but does not compile, everything that runs on the devices."""
-    model = SpiralFormer(config.model, Backend(constrain=functools.partial(constrain, mesh)))
+    """Builds, but does not compile, everything that runs on the devices.
+
+    Raises:
+      SpiralError: `train.attention` is one that the devices or the model do not have.
+    """
+    attention = attention_for(mesh, config.model, config.train.attention)
+    model = SpiralFormer(config.model, Backend(attention, functools.partial(constrain, mesh)))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = abstract_state(config, mesh)

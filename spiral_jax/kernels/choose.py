@@ -1,0 +1,60 @@
+"""Which attention runs on a mesh: splash on TPU, cuDNN on GPU where it takes the dtype, plain XLA otherwise."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from spiral_jax.errors import require
+from spiral_jax.kernels import cudnn, splash, xla
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.sharding import partition_spec
+
+
+def attention_for(mesh: Mesh, model: ModelConfig, choice: str = "auto") -> Callable[..., jax.Array]:
+    """What `model.neox.Backend.attention` is on a mesh.
+
+    Args:
+      mesh: devices, which need not be there: ahead-of-time compilation describes them.
+      model: the architecture; its dtype and head width decide what a kernel takes.
+      choice: `train.attention`: `auto` for the fastest there is, or the name of one.
+
+    Returns:
+      (q, k, v) of [B, L, H, K] to [B, L, H, K], causal, B and H divisible over the mesh.
+
+    Raises:
+      SpiralError: one that the devices, the dtype or the head width do not have.
+    """
+    # Not jax.default_backend(): compiling for a TPU that is not there, that is the CPU.
+    device = mesh.devices.flat[0]
+    kernels = kernels_of(device, model)
+    require(
+        choice in ("auto", *kernels),
+        "train.attention",
+        choice,
+        f"{', '.join(('auto', *kernels))} on {device.device_kind} with model.dtype {model.dtype} and heads of "
+        f"{model.head_width}",
+    )
+    name = kernels[0] if choice == "auto" else choice
+    if name == "splash":
+        return per_device(mesh, functools.partial(splash.causal_attention, device_kind=device.device_kind))
+    if name == "cudnn":
+        return per_device(mesh, cudnn.causal_attention)
+    return xla.causal_attention
+
+
+def kernels_of(device: jax.Device, model: ModelConfig) -> tuple[str, ...]:
+    """Names of what computes a model's attention on a device, the fastest first."""
+    if device.platform == "tpu" and splash.takes(model.dtype, model.head_width):
+        return ("splash", "xla")
+    if device.platform in ("gpu", "cuda") and cudnn.takes(device, model.dtype, model.head_width):
+        return ("cudnn", "xla")
+    return ("xla",)
+
+
+def per_device(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Runs an attention on each device's rows and heads: the compiler cannot cut a kernel, and would gather for it."""
+    spec = partition_spec(("batch", "length", "heads", "head_width"))
+    # Kernels do not say over which mesh axes their outputs vary, so that is not checked; they vary over all of them.
+    return jax.shard_map(attention, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
