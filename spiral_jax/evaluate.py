@@ -164,7 +164,8 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
     def on(mesh: MeshConfig) -> RunConfig:
         data, fsdp, _ = mesh.shape(jax.device_count())
         rows = -(-batch_size // (data * fsdp)) * data * fsdp
-        train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
+        # The attention that was asked for may be one that these devices do not have.
+        train = dataclasses.replace(config.train, batch_size=rows, accumulation=1, attention="auto")
         changed = dataclasses.replace(config, mesh=mesh, train=train)
         changed.check_mesh(jax.device_count())
         return changed

@@ -6,14 +6,11 @@ import jax.numpy as jnp
 from spiral_jax.kernels import xla
 
 # Rows of queries and keys that a kernel holds at a time, by `device_kind` and head width: the most of 512 and 1024 that
-# the TPU compiler fits into VMEM, forward and backward, in bfloat16 and in float32 (on a v4, heads of 256 in float32
-# need 17.2 of 16 MiB at 1024). 2048 overflows it on v4, v5e and v5p. None was timed on a chip.
+# the TPU compiler fits into VMEM in bfloat16, forward and backward, at 8 rows of the batch (1 or 2 take less). 2048
+# overflows it on v4, v5e and v5p; so does 1024 in float32 on some, which gets 512. Not timed on a chip.
 LARGEST_BLOCK = {
-    "TPU v4": {64: 1024, 128: 1024, 256: 512},
-    **{
-        kind: {64: 1024, 128: 1024, 256: 1024}
-        for kind in ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x", "TPU7")
-    },
+    **{kind: {64: 1024, 128: 1024, 256: 512} for kind in ("TPU v4", "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p")},
+    **{kind: {64: 1024, 128: 1024, 256: 1024} for kind in ("TPU v6 lite", "TPU v6e", "TPU7x", "TPU7")},
 }
 # Other head widths are padded with zeros to the next of these.
 HEAD_WIDTHS = (64, 128, 256)
@@ -56,7 +53,8 @@ def causal_attention(
     q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = (
         jnp.pad(x.swapaxes(1, 2), padding) for x in (scaled_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
     )
-    kernel = _kernel(H, q_BxHxLxK.shape[2], q_BxHxLxK.shape[3], device_kind, interpret)
+    size = block_size(q_BxHxLxK.shape[2], q_BxHxLxK.shape[3], q_BxHxLxK.dtype, device_kind)
+    kernel = _kernel(H, q_BxHxLxK.shape[2], size, interpret)
     out_BxHxLxK = jax.vmap(kernel)(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK)
     return out_BxHxLxK[:, :, :L, :K].swapaxes(1, 2)
 
@@ -71,26 +69,26 @@ def padded_head_width(head_width: int) -> int:
     return next(width for width in HEAD_WIDTHS if head_width <= width)
 
 
-def block_size(length: int, head_width: int, device_kind: str) -> int:
+def block_size(length: int, head_width: int, dtype: jnp.dtype, device_kind: str) -> int:
     """Rows of queries and keys per block: the largest multiple of 128 that divides the length and is not above a limit.
 
     Args:
       length: a multiple of 128.
       head_width: one of HEAD_WIDTHS.
+      dtype: of the inputs.
       device_kind: of the TPU; generations that are not in the table get blocks of 512 at most.
     """
-    limit = LARGEST_BLOCK.get(device_kind, {}).get(head_width, 512)
+    limit = LARGEST_BLOCK.get(device_kind, {}).get(head_width, 512) if dtype == jnp.bfloat16 else 512
     # Blocks above the diagonal are skipped: four a side cost 10/16 of the scores, one costs all.
     limit = min(limit, max(512, length // 4))
     return max(size for size in range(LANES, limit + 1, LANES) if length % size == 0)
 
 
-def _kernel(num_heads: int, length: int, head_width: int, device_kind: str, interpret: bool):
-    """(q, k, v) of [H, L, K] to [H, L, K], with its gradients; q is scaled already."""
+def _kernel(num_heads: int, length: int, size: int, interpret: bool):
+    """(q, k, v) of [H, L, K] to [H, L, K], with its gradients, in blocks of `size`; q is scaled already."""
     # Pallas takes a while to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    size = block_size(length, head_width, device_kind)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=size,
         block_kv=size,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
+from spiral_jax.evaluate import on_these_devices
 from spiral_jax.kernels import cudnn, xla
 from spiral_jax.kernels.choose import attention_for, per_device
 from spiral_jax.model.config import ModelConfig
@@ -187,3 +188,8 @@ def test_the_cuda_program_calls_cudnn(L, monkeypatch):
     calls = re.findall(r"custom_call @(__cudnn\S+?)\(.*? : \((tensor<.*?>),", text)
     assert calls == [("__cudnn$fmhaSoftmax", shape), ("__cudnn$fmhaSoftmaxBackward", shape)]
     assert text.count("CAUSAL") == 2 and "dot_general" not in text
+
+
+def test_a_run_of_another_machine_is_evaluated_with_what_is_here():
+    config = RunConfig(train=TrainConfig(attention="splash", batch_size=8))
+    assert on_these_devices(config, None).train.attention == "auto"
