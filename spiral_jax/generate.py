@@ -88,7 +88,8 @@ def main(values: flags.FlagValues) -> None:
         stop_ids=[tokenizer.separator_id, *stop_ids],
     )
     compiling = time.monotonic()
-    for _ in decoder.run(params, [dataclasses.replace(x, max_new_tokens=2) for x in requests[: decoder.rows]]):
+    few = min(2, values.max_new_tokens)  # the second is the first that a step makes
+    for _ in decoder.run(params, [dataclasses.replace(x, max_new_tokens=few) for x in requests[: decoder.rows]]):
         pass
     print(f"compiled in {time.monotonic() - compiling:.1f} s", file=sys.stderr, flush=True)
 

@@ -62,6 +62,12 @@ def test_texts_of_several_prompts(folder, capsys, forward, random_model, tmp_pat
         assert again[:2] == (0, out)
 
 
+def test_a_single_token(folder, capsys, forward, random_model):
+    status, out, _ = run(capsys, f"--workdir={folder}", "--prompt=a b a", "--max_new_tokens=1", "--json")
+    assert status == 0
+    assert json.loads(out)["ids"] == greedy(forward, random_model, [1, 2, 1], 1)
+
+
 class Writes(io.StringIO):
     def __init__(self):
         super().__init__()
