@@ -31,7 +31,6 @@ from jax._src import xla_bridge
 
 from spiral_jax.errors import SpiralError
 
-USAGE_STATUS = 2
 _FAILURE = "spiral_jax/failure"  # the key of the first process that failed; "{}" when all have finished
 _LONG_MS = 7 * 24 * 3600 * 1000  # a process that dies ends such a wait: the coordinator misses its heartbeats
 _SECONDS_FOR_OTHERS = 5.0  # that process 0, which is the coordinator, outlives a failure
@@ -49,7 +48,7 @@ _is_joining = False
 class _Place:
     """What flags or the environment say about this process among the others; None for what they leave out."""
 
-    address: str | None
+    coordinator_address: str | None
     num_processes: int | None
     process_id: int | None
 
@@ -313,21 +312,23 @@ def _join_without_deadline(place: _Place, seconds: int) -> None:
     given = dataclasses.asdict(place)
     # jax's own deadline aborts the process: ours comes first.
     patience = {"initialization_timeout": 2 * seconds + 60}
-    alone = place.address is None and (place.num_processes == 1 or place.num_processes is place.process_id is None)
+    alone = place.coordinator_address is None and (
+        place.num_processes == 1 or place.num_processes is place.process_id is None
+    )
     if not (alone and place.num_processes == 1):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Kubernetes without its package
                 jax.distributed.initialize(
-                    place.address, place.num_processes, place.process_id,
-                    coordinator_bind_address=_bind_address(place.address), **patience
+                    place.coordinator_address, place.num_processes, place.process_id,
+                    coordinator_bind_address=_bind_address(place.coordinator_address), **patience
                 )  # fmt: skip
             return
         except ValueError as error:
             if "must be defined" not in str(error) and "should be defined" not in str(error):
                 raise
     if not alone:
-        missing = ", ".join(f"--{_FLAGS[name]}" for name, value in given.items() if value is None)
+        missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
         raise SpiralError(f"{missing}: found nothing, and no cluster that says it; allowed: all three of "
                           "--coordinator_address, --num_processes and --process_id, or none of them")  # fmt: skip
     with socket.socket() as probe:
@@ -336,9 +337,6 @@ def _join_without_deadline(place: _Place, seconds: int) -> None:
     jax.distributed.initialize(
         address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate", **patience
     )
-
-
-_FLAGS = {"address": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
 
 
 def _bind_address(address: str | None) -> str | None:
@@ -350,7 +348,7 @@ def _bind_address(address: str | None) -> str | None:
 
 
 def _address(place: _Place) -> str | None:
-    return place.address or jax_distributed.global_state.coordinator_address
+    return place.coordinator_address or jax_distributed.global_state.coordinator_address
 
 
 def _timed_out(place: _Place, seconds: int) -> str:

@@ -37,7 +37,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.runs import run_directory, tokenizer_of, validation_store_of
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.sharding import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
 from spiral_jax.training.step import make_program
 
 
@@ -162,8 +162,7 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
         raise SpiralError(f"--batch_size is {batch_size}; allowed: 1 or more")
 
     def on(mesh: MeshConfig) -> RunConfig:
-        data, fsdp, _ = mesh.shape(jax.device_count())
-        rows = -(-batch_size // (data * fsdp)) * data * fsdp
+        rows = rounded_to_mesh(batch_size, abstract_mesh(mesh, jax.device_count()))
         # The attention that was asked for may be one that these devices do not have.
         train = dataclasses.replace(config.train, batch_size=rows, accumulation=1, attention="auto")
         changed = dataclasses.replace(config, mesh=mesh, train=train)

@@ -27,12 +27,13 @@ from spiral_jax.convert.folder import is_huggingface, read_config
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.decoding.decoder import Counts, Decoder, Request, Token, bytes_per_row
 from spiral_jax.decoding.sampling import SamplingSettings
+from spiral_jax.decoding.stops import has_stop, text_before_stop
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import param_shardings, read_model, run_directory, tokenizer_of
+from spiral_jax.runs import check_dtype, param_shardings, read_model, run_directory, tokenizer_of
 from spiral_jax.sharding import MeshConfig, check_divisible, constrain, make_mesh
 
 
@@ -139,10 +140,9 @@ def read_prompts(flag: Sequence[str], path: str) -> Iterator[tuple[str, str]]:
             continue
         try:
             text = json.loads(line)["prompt"]
-            assert_text = isinstance(text, str)
         except (ValueError, TypeError, KeyError):
-            assert_text = False
-        if not assert_text:
+            text = None
+        if not isinstance(text, str):
             raise SpiralError(f"{place}: not a JSON object with a text `prompt`; allowed: one on every line")
         yield place, text
 
@@ -189,7 +189,7 @@ def stops_at(tokenizer: Tokenizer, stops: Sequence[str]):
     require("" not in stops, "--stop", "", "a text")
     if not stops:
         return None
-    return lambda ids: any(stop in tokenizer.decode(ids) for stop in stops)
+    return lambda ids: has_stop(tokenizer, ids, stops)
 
 
 def mesh_of(flag: Sequence[str]) -> MeshConfig:
@@ -215,8 +215,7 @@ def open_model(
       SpiralError: no such checkpoint, or a model that cannot be cut like this.
     """
     config, params = read_model(folder, step=step, dtype=dtype)
-    ok = config.dtype != "float64" or jax.config.jax_enable_x64
-    require(ok, "--dtype", config.dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
+    check_dtype(config.dtype, "--dtype")
     data, fsdp, tensor = shape = (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     check_divisible(shape, config, data * fsdp, 1)
     mesh = make_mesh(mesh_config, jax.devices()[: data * fsdp * tensor])
@@ -256,12 +255,7 @@ class Shown:
 
     def _text(self, number: int, growing: bool = False) -> str:
         """The new text, without what ended it; while it grows, without what may yet turn out to be something else."""
-        ids = self._ids[number]
-        if ids and ids[-1] == self._tokenizer.separator_id:
-            ids = ids[:-1]
-        text = self._tokenizer.decode(ids)
-        for stop in self._stops:
-            text = text.split(stop)[0]
+        text = text_before_stop(self._tokenizer, self._ids[number], self._stops)
         if growing:
             # Part of a character shows as this one.
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")

@@ -62,8 +62,7 @@ def load(path: str | Path, *, step: int | None = None, dtype: str | None = None)
       SpiralError: nothing of the kind there, no such checkpoint, or weights that do not fit their architecture.
     """
     config, params = read_model(path, step=step, dtype=dtype)
-    ok = config.dtype != "float64" or jax.config.jax_enable_x64
-    require(ok, "model.dtype", config.dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
+    check_dtype(config.dtype, "model.dtype")
     return SpiralFormer(config), jax.device_put(params, jax.local_devices()[0])
 
 
@@ -81,6 +80,12 @@ def read_model(
         config = dataclasses.replace(config, dtype=dtype)
     params, _ = restore_for_inference(folder, on_host(abstract_params(SpiralFormer(config))), step)
     return config, params
+
+
+def check_dtype(dtype: str, field: str) -> None:
+    """Raises SpiralError naming `field` if jax does not compute in this dtype here."""
+    ok = dtype != "float64" or jax.config.jax_enable_x64
+    require(ok, field, dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
 
 
 def abstract_params(model: SpiralFormer):

@@ -112,7 +112,7 @@ def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_
             )
 
 
-def rounded_to_mesh(batch_size: int, mesh: Mesh) -> int:
+def rounded_to_mesh(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     """The smallest batch of at least `batch_size` rows that divides over the devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-batch_size // parts) * parts
@@ -144,8 +144,8 @@ def shardings_of(boxed_tree, mesh: Mesh | AbstractMesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of tokens [B, L]."""
-    return NamedSharding(mesh, partition_spec(("batch", "length")))
+    """Sharding of tokens [B, L], and of any array whose first axis is the batch."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

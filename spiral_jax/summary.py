@@ -45,6 +45,7 @@ def sample_continuation(workdir: Path, config: SummaryConfig, text: TokenStore, 
     """The start of the validation text and what the newest checkpoint makes of it, as one readable block."""
     from spiral_jax.decoding.decoder import Decoder, Request
     from spiral_jax.decoding.sampling import SamplingSettings
+    from spiral_jax.decoding.stops import text_before_stop
     from spiral_jax.runs import load
 
     model, params = load(workdir)
@@ -60,9 +61,7 @@ def sample_continuation(workdir: Path, config: SummaryConfig, text: TokenStore, 
     )
     sampling = SamplingSettings(temperature=config.temperature, seed=seed % 2**32)
     new_ids = [token.id for token in decoder.run(params, [Request(prompt_ids, config.sample_tokens, sampling)])]
-    if new_ids[-1] == tokenizer.separator_id:
-        new_ids.pop()
-    return f"{tokenizer.decode(prompt_ids)}[...]{tokenizer.decode(new_ids)}"
+    return f"{tokenizer.decode(prompt_ids)}[...]{text_before_stop(tokenizer, new_ids)}"
 
 
 def plot_loss(workdir: Path) -> Path:

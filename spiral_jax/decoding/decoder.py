@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from spiral_jax.buckets import bucket_of
 from spiral_jax.decoding import cached
 from spiral_jax.decoding.sampling import Sampling, SamplingSettings, next_tokens
 from spiral_jax.decoding.state import DecodeState, empty_state, put_rows, state_shardings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import partition_spec, replicated, rounded_to_mesh
-
-SHORTEST_BUCKET = 32
+from spiral_jax.sharding import batch_sharding, replicated, rounded_to_mesh
 
 IsDone = Callable[[list[int]], bool]
 
@@ -92,14 +91,6 @@ class Rows(NamedTuple):
     sampling: Sampling
 
 
-def bucket_of(length: int, longest: int) -> int:
-    """The length a prompt is padded to: a power of two, or `longest`."""
-    bucket = SHORTEST_BUCKET
-    while bucket < length:
-        bucket *= 2
-    return min(bucket, longest)
-
-
 def bytes_per_row(config: ModelConfig, capacity: int) -> int:
     """Bytes that a row's state takes: caches, open chunks and what the cores made of the last ones."""
     state = jax.eval_shape(lambda: empty_state(config, 1, capacity))
@@ -138,7 +129,7 @@ class Decoder:
         self.rows = rounded_to_mesh(rows, mesh)
         self._config = model.config
         self._narrow = rounded_to_mesh(1, mesh)
-        self._by_row = NamedSharding(mesh, partition_spec(("batch",)))
+        self._by_row = batch_sharding(mesh)
         stop_S = np.array(sorted(set(stop_ids)), np.int32)
         make = functools.partial(_no_rows, model.config, self.rows, capacity)
         place = _shardings(jax.eval_shape(make), mesh)
@@ -150,7 +141,6 @@ class Decoder:
         self._step = jax.jit(
             functools.partial(_step, model, num_ids, stop_S), donate_argnums=1, out_shardings=(place, everywhere)
         )
-        self._work = jax.jit(lambda work: jax.tree.map(jnp.copy, work), out_shardings=everywhere)
         self._counted = Counts(0, 0, 0, (0,) * model.config.num_iterations)
 
     def run(self, params: Any, requests: Sequence[Request]) -> Iterator[Token]:
@@ -194,15 +184,15 @@ class Decoder:
         holder: list[int | None] = [None] * self.rows  # the request in each row that has not ended as far as we know
         ended_B = np.zeros(self.rows, bool)  # rows whose text ended by `is_done`, which the devices do not know of
         asked = [0] * len(requests)  # tokens on their way or read
-        unread: collections.deque[tuple[list[int | None], Any]] = collections.deque()
+        unread: collections.deque[tuple[list[tuple[int, int | None]], Any]] = collections.deque()
         steps = tokens = 0
 
-        def read(holders: list[int | None], made: Any) -> Iterator[Token]:
+        def read(members: list[tuple[int, int | None]], made: Any) -> Iterator[Token]:
             nonlocal tokens
             ids_N, is_made_N = map(np.asarray, made)
-            for number, id_, is_made in zip(holders, ids_N.tolist(), is_made_N.tolist(), strict=True):
+            for (row, number), id_, is_made in zip(members, ids_N.tolist(), is_made_N.tolist(), strict=False):
                 # A text that had ended when this step began is not gone on with; one that we ended may have been.
-                if number is None or is_made < 0 or holder[row_of[number]] != number:
+                if number is None or is_made < 0 or holder[row] != number:
                     continue
                 tokens += len(new_ids[number]) > 0
                 new_ids[number].append(id_)
@@ -211,11 +201,11 @@ class Decoder:
                     end = "stop"
                 elif requests[number].is_done is not None and requests[number].is_done(new_ids[number]):
                     end = "stop"
-                    ended_B[row_of[number]] = True
+                    ended_B[row] = True
                 elif is_made == _LAST:
                     end = "length"
                 if end:
-                    holder[row_of[number]] = None
+                    holder[row] = None
                 yield Token(number, id_, end)
 
         def go_on() -> list[int]:
@@ -223,7 +213,6 @@ class Decoder:
                 number for number in holder if number is not None and asked[number] < requests[number].max_new_tokens
             ]
 
-        row_of: dict[int, int] = {}
         while True:
             free = [row for row, number in enumerate(holder) if number is None]
             while waiting and free:
@@ -231,22 +220,21 @@ class Decoder:
                 width = self.rows if 2 * min(len(free), len(waiting)) >= self.rows else self._narrow
                 chosen = [(free.pop(0), waiting.popleft()) for _ in range(min(width, len(free), len(waiting)))]
                 for row, number in chosen:
-                    holder[row], row_of[number], asked[number] = number, row, 1
-                    ended_B[row] = False
+                    holder[row], asked[number], ended_B[row] = number, 1, False
                 rows, made = self._admit(params, rows, *self._arrays(chosen, requests, width))
-                unread.append(([number for _, number in chosen] + [None] * (width - len(chosen)), made))
+                unread.append((chosen, made))
             if members := go_on():
                 for number in members:
                     asked[number] += 1
                 rows, made = self._step(params, rows, self._put(ended_B))
-                unread.append((list(holder), made))
+                unread.append((list(enumerate(holder)), made))
                 steps += 1
             # The newest step is read when the next one is on its way, so that the devices do not wait for us.
             while unread and (len(unread) > 1 or not go_on()):
                 yield from read(*unread.popleft())
             if not waiting and not unread and not go_on():
                 break
-        work = self._work(rows.state.work)
+        work = rows.state.work
         self._counted = Counts(tokens, steps, int(work.core_calls), tuple(np.asarray(work.runs_T).tolist()))
 
     def _arrays(self, chosen: list[tuple[int, int]], requests: Sequence[Request], width: int) -> tuple:
@@ -279,7 +267,7 @@ def _no_rows(config: ModelConfig, rows: int, capacity: int) -> Rows:
 
 
 def _shardings(rows: Rows, mesh: Mesh) -> Rows:
-    by_row = NamedSharding(mesh, partition_spec(("batch",)))
+    by_row = batch_sharding(mesh)
     return Rows(state_shardings(rows.state, mesh), *jax.tree.map(lambda _: by_row, rows[1:]))
 
 
@@ -302,11 +290,9 @@ def _admit(model: SpiralFormer, num_ids: int, stop_S, params, rows: Rows, tokens
     logits_WxV, state = cached.prefill(model, params, tokens_WxP, lengths_W, empty_state(model.config, W, P))
     token_W = next_tokens(logits_WxV, new, lengths_W, num_ids)
     said_W = _said(token_W, left_W - 1, stop_S)
-
-    def put(old, x):
-        return jax.tree.map(lambda old, x: old.at[rows_W].set(x, mode="drop"), old, x)
-
-    after = put(rows[1:], (token_W, said_W == _GOES_ON, left_W - 1, new))
+    after = jax.tree.map(
+        lambda old, x: old.at[rows_W].set(x, mode="drop"), rows[1:], (token_W, said_W == _GOES_ON, left_W - 1, new)
+    )
     return Rows(put_rows(rows.state, state, rows_W), *after), (token_W, said_W)
 
 

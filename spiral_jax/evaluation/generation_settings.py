@@ -6,6 +6,7 @@ from typing import Any
 
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.decoding.decoder import IsDone
+from spiral_jax.decoding.stops import has_stop, text_before_stop
 from spiral_jax.errors import SpiralError
 
 # The harness's names for the most tokens to generate, and its default; the first one that is set counts.
@@ -65,17 +66,10 @@ class GenerationSettings:
         """New tokens to whether the text has ended."""
 
         def is_done(ids: list[int]) -> bool:
-            if ids[-1] == tokenizer.separator_id:
-                return True
-            text = tokenizer.decode(ids)
-            return any(stop in text for stop in self.until if stop)
+            return ids[-1] == tokenizer.separator_id or has_stop(tokenizer, ids, self.until)
 
         return is_done
 
     def text(self, tokenizer: Tokenizer, ids: list[int]) -> str:
         """New tokens to the text without what ended it."""
-        end = ids.index(tokenizer.separator_id) if tokenizer.separator_id in ids else len(ids)
-        text = tokenizer.decode(ids[:end])
-        for stop in self.until:
-            text = text.split(stop)[0] if stop else text
-        return text
+        return text_before_stop(tokenizer, ids, self.until)

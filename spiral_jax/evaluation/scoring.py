@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
-from spiral_jax.decoding.decoder import bucket_of
+from spiral_jax.buckets import bucket_of
 from spiral_jax.evaluation.shared_prompts import Choices, Shape, arrays_of, choices_of, score_choices
 from spiral_jax.model.spiralformer import unembed
 from spiral_jax.progress import Progress
-from spiral_jax.sharding import batch_sharding, partition_spec, replicated, rounded_to_mesh
+from spiral_jax.sharding import batch_sharding, replicated, rounded_to_mesh
 from spiral_jax.training.step import Program
 
 _SHORTEST_CONTINUATION = 16
@@ -64,14 +63,6 @@ def windows(request: Request, max_length: int) -> Iterator[tuple[np.ndarray, int
         yield tokens[max(stop - L, 0) : stop + 1], stop - start
 
 
-def _continuation_bucket(predicted: int, input_length: int) -> int:
-    """How many positions of an input get logits. Coarse steps, as every pair of buckets is a program to compile."""
-    bucket = _SHORTEST_CONTINUATION
-    while bucket < predicted:
-        bucket *= 4
-    return min(bucket, input_length)
-
-
 class Scorer:
     """Scores requests with the parameters of one model on its mesh."""
 
@@ -89,17 +80,17 @@ class Scorer:
         self._batch_size = rounded_to_mesh(batch_size, program.mesh)
         self._put = program.put
         batch, everywhere = batch_sharding(program.mesh), replicated(program.mesh)
-        self._by_row = by_row = NamedSharding(program.mesh, partition_spec(("batch",)))
         self._step = jax.jit(
             functools.partial(_score, program.model, block * self._batch_size),
-            in_shardings=(jax.tree.map(lambda x: x.sharding, program.abstract_state.params), batch, batch, batch),
+            in_shardings=(None, batch, batch, batch),
             out_shardings=everywhere,
         )
         self._mesh = program.mesh
         self._score_choices = jax.jit(
-            functools.partial(score_choices, program.model), in_shardings=(None, by_row, by_row, by_row),
+            functools.partial(score_choices, program.model),
+            in_shardings=(None, batch, batch, batch),
             out_shardings=everywhere,
-        )  # fmt: skip
+        )
 
     def __call__(
         self, params: Any, requests: Sequence[Request], report: Callable[[str], None] = lambda line: None
@@ -118,10 +109,13 @@ class Scorer:
         """
         logp, greedy = [0.0] * len(requests), [True] * len(requests)
 
+        def add(number: int, predicted: int, logp_C: np.ndarray, greedy_C: np.ndarray) -> None:
+            logp[number] += float(logp_C[:predicted].sum(dtype=np.float64))
+            greedy[number] &= bool(greedy_C[:predicted].all())
+
         def collect(members: list[_Window], logp_BxC: jax.Array, greedy_BxC: jax.Array) -> None:
             for window, logp_C, greedy_C in zip(members, np.asarray(logp_BxC), np.asarray(greedy_BxC), strict=False):
-                logp[window.request] += float(logp_C[: window.predicted].sum(dtype=np.float64))
-                greedy[window.request] &= bool(greedy_C[: window.predicted].all())
+                add(window.request, window.predicted, logp_C, greedy_C)
 
         choices = choices_of(requests, self.max_length)
         shared = {number for _, group in choices for number in group.numbers}
@@ -142,12 +136,10 @@ class Scorer:
             collect(*pending)
         for rows, shape, groups in choice_batches:
             arrays = arrays_of(groups, shape, rows)
-            logp_GxKxN, greedy_GxKxN = map(np.asarray, self._score_choices(params, *map(self._put_rows, arrays)))
+            logp_GxKxN, greedy_GxKxN = map(np.asarray, self._score_choices(params, *map(self._put, arrays)))
             for row, group in enumerate(groups):
                 for k, (number, continuation) in enumerate(zip(group.numbers, group.continuations, strict=True)):
-                    N = len(continuation)
-                    logp[number] = float(logp_GxKxN[row, k, :N].sum(dtype=np.float64))
-                    greedy[number] = bool(greedy_GxKxN[row, k, :N].all())
+                    add(number, len(continuation), logp_GxKxN[row, k], greedy_GxKxN[row, k])
             progress.advance(rows * shape.context)
         return [Result(*pair) for pair in zip(logp, greedy, strict=True)]
 
@@ -159,15 +151,12 @@ class Scorer:
         batches = []
         for shape, groups in sorted(by_shape.items(), key=lambda item: dataclasses.astuple(item[0]), reverse=True):
             room = self._batch_size * self.max_length // (shape.choices * (shape.context + shape.continuation))
-            rows = 1  # powers of two: every number of rows is a program to compile
+            rows = 1
             while rows < len(groups) and 2 * rows <= room:
                 rows *= 2
             rows = rounded_to_mesh(rows, self._mesh)
             batches += [(rows, shape, groups[first : first + rows]) for first in range(0, len(groups), rows)]
         return batches
-
-    def _put_rows(self, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, self._by_row, array.__getitem__)
 
     def _batches(
         self, requests: Sequence[Request], left_out: Set[int] = frozenset()
@@ -179,8 +168,9 @@ class Scorer:
                 continue
             for tokens, predicted in windows(request, self.max_length):
                 length = bucket_of(len(tokens) - 1, self.max_length)
-                window = _Window(number, tokens, predicted)
-                buckets[length, _continuation_bucket(predicted, length)].append(window)
+                # Positions that get logits, in coarse steps, as every pair of buckets is a program to compile.
+                positions = bucket_of(predicted, length, shortest=_SHORTEST_CONTINUATION, factor=4)
+                buckets[length, positions].append(_Window(number, tokens, predicted))
         batches = []
         for (length, positions), members in sorted(buckets.items(), reverse=True):
             rows = self._batch_size

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiral_jax.buckets import bucket_of
 from spiral_jax.decoding import cached
-from spiral_jax.decoding.decoder import bucket_of
 from spiral_jax.decoding.state import empty_state, repeat_rows
 from spiral_jax.model.spiralformer import SpiralFormer
 
@@ -66,7 +66,11 @@ def choices_of(requests: Sequence, max_length: int) -> list[tuple[Shape, Choices
         continuations = tuple(requests[number].continuation for number in numbers)
         context = requests[numbers[0]].context
         longest = max(map(len, continuations))
-        shape = Shape(bucket_of(len(context), max_length), _power(longest, 4), _power(len(numbers), 2))
+        shape = Shape(
+            bucket_of(len(context), max_length),
+            bucket_of(longest, shortest=1, factor=4),
+            bucket_of(len(numbers), shortest=1),
+        )
         together = shape.context + _STEP_COST * shape.choices * (shape.continuation - 1)
         if together < len(numbers) * bucket_of(len(context) + longest - 1, max_length):
             found.append((shape, Choices(tuple(numbers), context, continuations)))
@@ -74,23 +78,23 @@ def choices_of(requests: Sequence, max_length: int) -> list[tuple[Shape, Choices
 
 
 def arrays_of(members: Sequence[Choices], shape: Shape, rows: int) -> tuple[np.ndarray, ...]:
-    """(contexts [G, P], lengths [G, 1], targets [G, K, N]) of a batch of `rows` contexts."""
+    """(contexts [G, P], lengths [G], targets [G, K, N]) of a batch of `rows` contexts."""
     contexts_GxP = np.zeros((rows, shape.context), np.int32)
-    lengths_Gx1 = np.ones((rows, 1), np.int32)
+    lengths_G = np.ones(rows, np.int32)
     targets_GxKxN = np.zeros((rows, shape.choices, shape.continuation), np.int32)
     for row, member in enumerate(members):
-        lengths_Gx1[row] = len(member.context)
+        lengths_G[row] = len(member.context)
         contexts_GxP[row, : len(member.context)] = member.context
         for k, continuation in enumerate(member.continuations):
             targets_GxKxN[row, k, : len(continuation)] = continuation
-    return contexts_GxP, lengths_Gx1, targets_GxKxN
+    return contexts_GxP, lengths_G, targets_GxKxN
 
 
-def score_choices(model: SpiralFormer, params, contexts_GxP, lengths_Gx1, targets_GxKxN) -> tuple[jax.Array, jax.Array]:
+def score_choices(model: SpiralFormer, params, contexts_GxP, lengths_G, targets_GxKxN) -> tuple[jax.Array, jax.Array]:
     """logp [G, K, N] of the targets, and whether they were the likeliest."""
     G, K, N = targets_GxKxN.shape
     empty = empty_state(model.config, G, contexts_GxP.shape[1] + N - 1)
-    logits_GxV, state = cached.prefill(model, params, contexts_GxP, lengths_Gx1[:, 0], empty)
+    logits_GxV, state = cached.prefill(model, params, contexts_GxP, lengths_G, empty)
     targets_NxR = targets_GxKxN.reshape(G * K, N).T
 
     def score(logits_RxV, target_R):
@@ -109,11 +113,3 @@ def score_choices(model: SpiralFormer, params, contexts_GxP, lengths_Gx1, target
         _, rest = jax.lax.scan(step, repeat_rows(state, K), (targets_NxR[:-1], targets_NxR[1:]))
         scored = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), scored, rest)
     return jax.tree.map(lambda x_NxR: x_NxR.T.reshape(G, K, N), scored)
-
-
-def _power(count: int, base: int) -> int:
-    """The smallest power of `base` that is at least `count`."""
-    power = 1
-    while power < count:
-        power *= base
-    return power
