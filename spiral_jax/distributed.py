@@ -34,6 +34,7 @@ from spiral_jax.errors import SpiralError
 _FAILURE = "spiral_jax/failure"  # the key of the first process that failed; "{}" when all have finished
 _LONG_MS = 7 * 24 * 3600 * 1000  # a process that dies ends such a wait: the coordinator misses its heartbeats
 _SECONDS_FOR_OTHERS = 5.0  # that process 0, which is the coordinator, outlives a failure
+_SECONDS_TO_END = 1.0
 _SECONDS_FOR_THE_CAUSE = 2.0
 _SECONDS_TO_SEE_A_FILE = 10.0  # network file systems cache directories
 _SECONDS_BETWEEN_LINES = 60.0
@@ -426,6 +427,9 @@ def _exit(status: int) -> None:
             deadline = time.monotonic() + _SECONDS_FOR_OTHERS
             for other in range(1, num_processes()) if is_main() else ():
                 _get(f"spiral_jax/left/{other}", max(0.01, deadline - time.monotonic()))
+            if is_main():
+                # They have said so, and now end: a process that outlives the coordinator is aborted by jax.
+                time.sleep(_SECONDS_TO_END)
     os._exit(status)
 
 
