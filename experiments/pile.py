@@ -43,7 +43,7 @@ def get_config(argument: str = "160m,spiral_b"):
     config = default_config()
     config.model.d_model = layout["d_model"]
     config.model.num_heads = layout["num_heads"]
-    config.model.remat = "full"
+    config.model.remat = "keep_inputs"
     if family == "vanilla":
         layers, chunks, topology = (layout["vanilla"], 0, 0), (), "base"
     elif family in LOOPS:

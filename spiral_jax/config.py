@@ -39,6 +39,8 @@ MUTABLE = (
     "summary.",
     "train.accumulation",
     "train.attention",
+    "train.gather_core",
+    "model.remat",
     # Where the tokens are; that they are the same ones is checked by their fingerprints.
     "data.stores",
     "data.validation_store",

@@ -5,17 +5,14 @@ python -m spiral_jax.describe --config=experiments/pile.py:1.4b,spiral_b --devic
 """
 
 import json
-import math
 from typing import Any
 
-import jax
 from absl import flags
 
 from spiral_jax import command
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
-from spiral_jax.sharding import abstract_mesh
-from spiral_jax.training.step import abstract_state
+from spiral_jax.roofline.expected import memory
 
 PREFILL_TOKENS = 4096
 
@@ -85,37 +82,6 @@ def schedule(config: RunConfig) -> list[dict[str, Any]]:
     return parts
 
 
-def memory(config: RunConfig, num_devices: int) -> dict[str, Any]:
-    """Bytes per device that follow from the configuration; what the compiler adds is not in it.
-
-    `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch:
-    each executed layer's input, and without full remat the outputs of its matrix products (QKV 3d, attention d, MLP
-    4d and d).
-    """
-    data, fsdp, tensor = config.check_mesh(num_devices)
-    state = abstract_state(config, abstract_mesh(config.mesh, num_devices))
-    model, train = config.model, config.train
-    rows = train.batch_size // (data * fsdp * train.accumulation)
-    itemsize = jax.numpy.dtype(model.dtype).itemsize
-    width = model.d_model * (1 if model.remat == "full" else 10)
-    kept = sum(layers * n for layers, n in model.executed_layers(train.sequence_length)) * width
-    positions = min(train.loss_block, train.sequence_length)
-    return {
-        "devices": num_devices,
-        "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
-        "sequences_per_device": rows,
-        "parameters": _bytes_per_device(state.params),
-        "optimizer": _bytes_per_device(state.opt_state),
-        "gradients": _bytes_per_device(state.params),
-        "activations_kept": rows * kept * itemsize,
-        "logits_block": rows * positions * model.vocab_size // tensor * 4,
-    }
-
-
-def _bytes_per_device(tree) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def as_text(description: dict[str, Any]) -> str:
     """The description for people."""
     model, parameters, flops = description["model"], description["parameters"], description["flops"]
@@ -144,7 +110,7 @@ def as_text(description: dict[str, Any]) -> str:
         )
     mesh = " x ".join(f"{axis} {size}" for axis, size in held["mesh"].items())
     lines += ["", f"memory per device on {held['devices']} ({mesh}), {held['sequences_per_device']} sequences each"]
-    for name in ("parameters", "optimizer", "gradients", "activations_kept", "logits_block"):
+    for name in ("parameters", "optimizer", "gradients", "core", "activations_kept", "logits_block"):
         lines.append(f"  {name.replace('_', ' '):<20}{held[name] / 2**20:>12,.1f} MiB")
     return "\n".join(lines)
 

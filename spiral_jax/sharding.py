@@ -1,16 +1,19 @@
 """The device mesh and what lies where on it: logical axis names of arrays to mesh axes."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 
+AXES = ("data", "fsdp", "tensor")
 # Every logical axis has a rule; an axis without one is an error (`partition_spec`).
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations.
@@ -73,16 +76,31 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of axes data, fsdp, tensor over all devices of all processes, or over `devices`."""
+    """A mesh of axes data, fsdp, tensor over all devices of all processes, or over `devices`.
+
+    Over several TPU slices, `data` is what crosses from one to another: the network between them is slow, and only sums
+    of gradients use it.
+
+    Raises:
+      SpiralError: sizes that do not fit the devices or the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].append(device)
+    if shape[0] % len(slices):
+        raise SpiralError(f"mesh.data is {shape[0]}; it must be a multiple of the {len(slices)} slices")
+    of_slice = (shape[0] // len(slices), *shape[1:])
     # Auto: the compiler propagates shardings between the constraints given here, as linen's logical axes expect.
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    parts = [jax.make_mesh(of_slice, AXES, axis_types=types, devices=slices[index]).devices for index in sorted(slices)]
+    return Mesh(np.concatenate(parts), AXES, axis_types=types)
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     """The mesh of `num_devices` devices that need not be there: enough to ask what would lie where."""
-    return AbstractMesh(config.shape(num_devices), ("data", "fsdp", "tensor"))
+    return AbstractMesh(config.shape(num_devices), AXES)
 
 
 def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_size: int, accumulation: int) -> None:
@@ -118,13 +136,23 @@ def rounded_to_mesh(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     return -(-batch_size // parts) * parts
 
 
-def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+def partition_spec(names: Sequence[str | None], over: Sequence[str] = AXES) -> PartitionSpec:
     """Mesh axes of an array whose axes have these logical names (None: not sharded).
+
+    Args:
+      names: of the array's axes.
+      over: mesh axes to name; inside a `shard_map` over the others, these are what is left.
 
     Raises:
       KeyError: a name without a rule.
     """
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    return PartitionSpec(*(None if name is None else _within(RULES[name], over) for name in names))
+
+
+def _within(axes: str | tuple[str, ...] | None, over: Sequence[str]) -> str | tuple[str, ...] | None:
+    if isinstance(axes, tuple):
+        return tuple(axis for axis in axes if axis in over) or None
+    return axes if axes in over else None
 
 
 def constrain(mesh: Mesh, x: jax.Array, *axes: str) -> jax.Array:

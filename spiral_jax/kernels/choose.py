@@ -1,7 +1,7 @@
 """Which attention runs on a mesh: splash on TPU, cuDNN on GPU where it takes the dtype, plain XLA otherwise."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -12,13 +12,16 @@ from spiral_jax.model.config import ModelConfig
 from spiral_jax.sharding import partition_spec
 
 
-def attention_for(mesh: Mesh, model: ModelConfig, choice: str = "auto") -> Callable[..., jax.Array]:
+def attention_for(
+    mesh: Mesh, model: ModelConfig, choice: str = "auto", manual: Sequence[str] = ()
+) -> Callable[..., jax.Array]:
     """What `model.neox.Backend.attention` is on a mesh.
 
     Args:
       mesh: devices, which need not be there: ahead-of-time compilation describes them.
       model: the architecture; its dtype and head width decide what a kernel takes.
       choice: `train.attention`: `auto` for the fastest there is, or the name of one.
+      manual: axes of the mesh that the caller's `shard_map` has cut already.
 
     Returns:
       (q, k, v) of [B, L, H, K] to [B, L, H, K], causal, B and H divisible over the mesh.
@@ -38,9 +41,9 @@ def attention_for(mesh: Mesh, model: ModelConfig, choice: str = "auto") -> Calla
     )
     name = kernels[0] if choice == "auto" else choice
     if name == "splash":
-        return per_device(mesh, functools.partial(splash.causal_attention, device_kind=device.device_kind))
+        return per_device(mesh, functools.partial(splash.causal_attention, device_kind=device.device_kind), manual)
     if name == "cudnn":
-        return per_device(mesh, cudnn.causal_attention)
+        return per_device(mesh, cudnn.causal_attention, manual)
     return xla.causal_attention
 
 
@@ -53,8 +56,13 @@ def kernels_of(device: jax.Device, model: ModelConfig) -> tuple[str, ...]:
     return ("xla",)
 
 
-def per_device(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def per_device(mesh: Mesh, attention: Callable[..., jax.Array], manual: Sequence[str] = ()) -> Callable[..., jax.Array]:
     """Runs an attention on each device's rows and heads: the compiler cannot cut a kernel, and would gather for it."""
-    spec = partition_spec(("batch", "length", "heads", "head_width"))
+    rest = [axis for axis in mesh.axis_names if axis not in manual]
+    spec = partition_spec(("batch", "length", "heads", "head_width"), rest)
+    # Inside another `shard_map` the mesh is that one's, some of its axes cut.
+    where = {} if manual else {"mesh": mesh}
     # Kernels do not say over which mesh axes their outputs vary, so that is not checked; they vary over all of them.
-    return jax.shard_map(attention, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return jax.shard_map(
+        attention, in_specs=(spec, spec, spec), out_specs=spec, axis_names=set(rest), check_vma=False, **where
+    )

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from spiral_jax.kernels.names import ATTENTION
 
 # What cuDNN takes (`model.dtype` has no float16 today).
 DTYPES = ("bfloat16", "float16")
@@ -22,7 +25,8 @@ def causal_attention(q_BxLxHxK: jax.Array, k_BxLxHxK: jax.Array, v_BxLxHxK: jax.
     # Gradients need an even length. Padding on the right is in no query's past, and its own query is cut off again.
     padding = ((0, 0), (0, L % 2), (0, 0), (0, 0))
     qkv = (jnp.pad(x, padding) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
-    return jax.nn.dot_product_attention(*qkv, scale=K**-0.5, is_causal=True, implementation="cudnn")[:, :L]
+    out_BxLxHxK = jax.nn.dot_product_attention(*qkv, scale=K**-0.5, is_causal=True, implementation="cudnn")[:, :L]
+    return checkpoint_name(out_BxLxHxK, ATTENTION)
 
 
 def takes(device: jax.Device, dtype: str, head_width: int) -> bool:

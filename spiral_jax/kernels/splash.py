@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.kernels import xla
+from spiral_jax.kernels.names import ATTENTION
 
 # Rows of queries and keys that a kernel holds at a time, by `device_kind` and head width: the most of 512 and 1024 that
 # the TPU compiler fits into VMEM in bfloat16, forward and backward, at 8 rows of the batch (1 or 2 take less). 2048
@@ -16,8 +17,6 @@ LARGEST_BLOCK = {
 HEAD_WIDTHS = (64, 128, 256)
 # Lengths that the kernel takes are multiples of this.
 LANES = 128
-# The name under which `jax.checkpoint` policies find the output and its log-sum-exp.
-RESIDUALS = "attention"
 
 
 def causal_attention(
@@ -100,5 +99,5 @@ def _kernel(num_heads: int, length: int, size: int, interpret: bool):
     )
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * num_heads)
     return splash_attention_kernel.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=RESIDUALS, interpret=interpret
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=ATTENTION, interpret=interpret
     )

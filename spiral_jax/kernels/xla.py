@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from spiral_jax.kernels.names import ATTENTION
 
 
 def causal_attention(q_BxLxHxK: jax.Array, k_BxLxHxK: jax.Array, v_BxLxHxK: jax.Array) -> jax.Array:
@@ -17,4 +20,4 @@ def causal_attention(q_BxLxHxK: jax.Array, k_BxLxHxK: jax.Array, v_BxLxHxK: jax.
     score_BxHxLxL = jnp.einsum("bqhk,bphk->bhqp", q_BxLxHxK, k_BxLxHxK, preferred_element_type=dtype) * K**-0.5
     mask_LxL = jnp.tril(jnp.ones((L, L), bool))
     weight_BxHxLxL = jax.nn.softmax(jnp.where(mask_LxL, score_BxHxLxL, -jnp.inf), axis=-1).astype(q_BxLxHxK.dtype)
-    return jnp.einsum("bhqp,bphk->bqhk", weight_BxHxLxL, v_BxLxHxK)
+    return checkpoint_name(jnp.einsum("bhqp,bphk->bqhk", weight_BxHxLxL, v_BxLxHxK), ATTENTION)

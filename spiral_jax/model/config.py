@@ -11,7 +11,7 @@ Topology = Literal["base", "residual", "anchor", "anchor_star", "mesh"]
 Pooling = Literal["self_aggregation", "mean"]
 Allocation = Literal["learned", "uniform"]
 UpdateScale = Literal["sqrt", "linear", "none"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["keep_all", "keep_products", "keep_attention", "keep_inputs"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -55,8 +55,9 @@ class ModelConfig:
       rotary_base: base of the rotary frequencies.
       layer_norm_epsilon: epsilon of every LayerNorm.
       dtype: compute dtype. Parameters are float32 (float64 when computing in float64, which needs jax_enable_x64).
-      remat: what the backward pass recomputes: `none` keeps all activations, `dots` keeps only the outputs of
-        weight matmuls, `full` keeps only each layer's input.
+      remat: what the forward pass keeps of a layer for the backward pass, which recomputes the rest: all activations
+        (`keep_all`), its input and the outputs of weight products and attention (`keep_products`), its input and
+        attention's output (`keep_attention`), or its input alone (`keep_inputs`).
       unroll: unrolls the scans over layers and iterations: faster steps on CPU, compile time grows with depth.
     """
 
@@ -79,7 +80,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     layer_norm_epsilon: float = 1e-5
     dtype: Dtype = "bfloat16"
-    remat: Remat = "none"
+    remat: Remat = "keep_all"
     unroll: bool = False
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.kernels.names import ATTENTION
 from spiral_jax.kernels.xla import causal_attention
 from spiral_jax.model.config import ModelConfig, Remat
 from spiral_jax.model.resolution import at_least_float32
@@ -26,10 +27,13 @@ class Backend(NamedTuple):
     Attributes:
       attention: (q, k, v) of [B, L, H, K] to [B, L, H, K], causal.
       constrain: (x, *logical axis names) to x, pinned to the mesh; by default it does nothing.
+      gather: one layer's variables as they are stored to those it computes with, called anew by the backward pass;
+        None where they are the same.
     """
 
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = causal_attention
     constrain: Callable[..., jax.Array] = _anywhere
+    gather: Callable[[dict], dict] | None = None
 
 
 def small_init(config: ModelConfig, divide_by: float = 1.0) -> nn.initializers.Initializer:
@@ -128,9 +132,11 @@ class Stack(nn.Module):
         if self.num_layers == 0:
             return h_BxLxD
         layer = Layer
-        if self.config.remat != "none":
+        if self.backend.gather is not None:
+            layer = nn.map_variables(Layer, "params", trans_in_fn=self.backend.gather)
+        if self.config.remat != "keep_all" or self.backend.gather is not None:
             # prevent_cse guards against what a scan cannot do anyway, and costs fusions.
-            layer = nn.remat(Layer, policy=remat_policy(self.config.remat), prevent_cse=self.config.unroll)
+            layer = nn.remat(layer, policy=remat_policy(self.config.remat), prevent_cse=self.config.unroll)
         scan = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -146,6 +152,20 @@ class Stack(nn.Module):
         return h_BxLxD
 
 
-def remat_policy(remat: Remat) -> Callable | None:
-    """What `jax.checkpoint` may keep under a remat setting; None is nothing but the inputs."""
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+def remat_policy(remat: Remat) -> Callable:
+    """What `jax.checkpoint` may keep of a layer beside its input under a remat setting; gathered parameters never."""
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(ATTENTION)
+    return {
+        "keep_all": lambda primitive, *_, **params: not _gathers(primitive, params),
+        "keep_products": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+        "keep_attention": attention,
+        "keep_inputs": policies.nothing_saveable,
+    }[remat]
+
+
+def _gathers(primitive, params: dict) -> bool:
+    """Whether an operation is `all_gather`, or the function with a gradient of its own that calls it."""
+    inner = params.get("call_jaxpr")
+    inner_primitives = [] if inner is None else [equation.primitive for equation in inner.eqns]
+    return jax.lax.all_gather_p in (primitive, *inner_primitives)

@@ -173,7 +173,7 @@ class SpiralFormer(nn.Module):
 
     def _light(self, function: Callable) -> Callable:
         """Cheap elementwise work in float32: under remat it is recomputed rather than kept."""
-        return function if self.config.remat == "none" else jax.checkpoint(function)
+        return function if self.config.remat == "keep_all" else jax.checkpoint(function)
 
 
 class Embedding(nn.Module):

@@ -8,6 +8,7 @@ from spiral_jax.errors import require
 
 Schedule = Literal["cosine", "wsd", "constant"]
 Attention = Literal["auto", "xla", "splash", "cudnn"]
+GatherCore = Literal["iteration", "step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,9 @@ class TrainConfig:
       loss_block: positions of a sequence whose logits exist at one time.
       attention: what computes it: `splash` (TPU), `cudnn` (GPU, bfloat16), `xla` (anywhere; materialises the L x L
         scores), or `auto` for the best of them that the devices have.
+      gather_core: with `mesh.fsdp` above 1, a layer of the shared core is gathered whenever an `iteration` runs it, as
+        other layers are; or the core once per `step` and kept: it is sent, and its gradients are, once instead of once
+        per iteration, for the memory of all its matrices in the compute dtype and of their gradients in float32.
     """
 
     steps: int = 120_818
@@ -30,10 +34,11 @@ class TrainConfig:
     accumulation: int = 1
     loss_block: int = 512
     attention: Attention = "auto"
+    gather_core: GatherCore = "iteration"
 
     def __post_init__(self):
-        attentions = get_args(Attention)
-        require(self.attention in attentions, "train.attention", self.attention, ", ".join(attentions))
+        for field, choices in (("attention", get_args(Attention)), ("gather_core", get_args(GatherCore))):
+            require(getattr(self, field) in choices, f"train.{field}", getattr(self, field), ", ".join(choices))
         for field in ("steps", "batch_size", "sequence_length", "accumulation", "loss_block"):
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
 

@@ -1,52 +1,126 @@
-"""Cross-entropy a block of positions at a time."""
+"""Cross-entropy a block of positions at a time: logits never exist for all of them at once."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.model.resolution import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer, unembed
 
 
-def token_nats(
+def window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> jax.Array:
+    """-log p of tokens 1..L of windows of L + 1 tokens: nats_BxL, at least float32. For scoring, not for training."""
+    h_BxLxD, _ = model.apply({"params": params}, windows_BxW[:, :-1], method="hidden")
+    kernel_DxV, constrain = _head(model, params), model.backend.constrain
+
+    def nats_of_block(_, xs):
+        return None, _nats(_logits(xs[0], kernel_DxV, constrain), xs[1])[0]
+
+    B, L, _ = h_BxLxD.shape
+    _, nats_NxBxP = jax.lax.scan(nats_of_block, None, _blocks(h_BxLxD, windows_BxW[:, 1:], block)[:2])
+    return nats_NxBxP.swapaxes(0, 1).reshape(B, -1)[:, :L]
+
+
+def mean_window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> tuple[jax.Array, dict]:
+    """The mean of `window_nats`, to be differentiated, and the model's metrics.
+
+    Args:
+      model: the model, tied to its mesh.
+      params: its parameters.
+      windows_BxW: tokens, W = L + 1.
+      block: positions whose logits exist at one time.
+    """
+    h_BxLxD, metrics = model.apply({"params": params}, windows_BxW[:, :-1], method="hidden")
+    kernel_DxV = _head(model, params)
+    return mean_nats(h_BxLxD, kernel_DxV, windows_BxW[:, 1:], block, model.backend.constrain), metrics
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def mean_nats(
     h_BxLxD: jax.Array, kernel_DxV: jax.Array, targets_BxL: jax.Array, block: int, constrain: Callable
 ) -> jax.Array:
-    """-log p(target) at every position, without ever holding the logits of more than `block` positions.
+    """Mean of -log p(target) over all positions, at least float32.
 
-    The scan's body is checkpointed, so the backward pass walks the same blocks, computing each one's logits again.
+    When it is differentiated, the gradients of a block are computed with its loss, as they differ from those of any
+    function of the mean by a factor only: three products with the head, where recomputing the logits would take four.
 
     Args:
       h_BxLxD: final hidden states.
-      kernel_DxV: the head.
+      kernel_DxV: the head, float32 whatever the compute dtype, as its gradient is summed over blocks.
       targets_BxL: the token to predict at each position.
       block: positions per block.
       constrain: pins activations to the mesh (`model.neox.Backend.constrain`).
-
-    Returns:
-      nats_BxL, at least float32.
     """
+    xs = _blocks(h_BxLxD, targets_BxL, block)
+    dtype = at_least_float32(h_BxLxD.dtype)
+
+    def add(total, xs):
+        h_BxPxD, targets_BxP, is_real_P = xs
+        return total + jnp.sum(_nats(_logits(h_BxPxD, kernel_DxV, constrain), targets_BxP)[0] * is_real_P), None
+
+    return jax.lax.scan(add, jnp.zeros((), dtype), xs)[0] / targets_BxL.size
+
+
+def _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain):
+    B, L, D = h_BxLxD.shape
+    dtype = at_least_float32(h_BxLxD.dtype)
+
+    def add(carry, xs):
+        total, d_kernel_DxV = carry
+        h_BxPxD, targets_BxP, is_real_P = xs
+        logits_BxPxV = _logits(h_BxPxD, kernel_DxV, constrain)
+        nats_BxP, log_sum_BxP, is_target_BxPxV = _nats(logits_BxPxV, targets_BxP)
+        p_BxPxV = jnp.exp(logits_BxPxV - log_sum_BxP[..., None])
+        d_logits_BxPxV = (p_BxPxV - is_target_BxPxV) * (is_real_P / targets_BxL.size)[:, None]
+        # Inputs of the products in the compute dtype, sums at least in float32, as in `unembed`.
+        d_logits_BxPxV = d_logits_BxPxV.astype(h_BxPxD.dtype)
+        kernel = kernel_DxV.astype(h_BxPxD.dtype)
+        d_h_BxPxD = jnp.einsum("bpv,dv->bpd", d_logits_BxPxV, kernel, preferred_element_type=dtype)
+        d_kernel_DxV += jnp.einsum("bpd,bpv->dv", h_BxPxD, d_logits_BxPxV, preferred_element_type=dtype)
+        d_kernel_DxV = constrain(d_kernel_DxV, "activation_embed", "vocab")
+        return (total + jnp.sum(nats_BxP * is_real_P), d_kernel_DxV), d_h_BxPxD.astype(h_BxPxD.dtype)
+
+    start = jnp.zeros((), dtype), jnp.zeros(kernel_DxV.shape, dtype)
+    (total, d_kernel_DxV), d_h_NxBxPxD = jax.lax.scan(add, start, _blocks(h_BxLxD, targets_BxL, block))
+    d_h_BxLxD = d_h_NxBxPxD.swapaxes(0, 1).reshape(B, -1, D)[:, :L]
+    return total / targets_BxL.size, (d_h_BxLxD, d_kernel_DxV.astype(kernel_DxV.dtype))
+
+
+def _scaled_gradients(block, constrain, gradients, factor):
+    del block, constrain
+    d_h_BxLxD, d_kernel_DxV = gradients
+    return (d_h_BxLxD * factor.astype(d_h_BxLxD.dtype), d_kernel_DxV * factor, None)
+
+
+mean_nats.defvjp(_mean_nats_and_gradients, _scaled_gradients)
+
+
+def _head(model: SpiralFormer, params) -> jax.Array:
+    # Pinned once, not once per block.
+    return model.backend.constrain(params["head"]["kernel"], "activation_embed", "vocab")
+
+
+def _blocks(h_BxLxD: jax.Array, targets_BxL: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """h_NxBxPxD, targets_NxBxP and is_real_NxP, 0 where the last block goes beyond the sequence."""
     B, L, D = h_BxLxD.shape
     block = min(block, L)
     padding = -L % block
     h_NxBxPxD = jnp.pad(h_BxLxD, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, block, D).swapaxes(0, 1)
     targets_NxBxP = jnp.pad(targets_BxL, ((0, 0), (0, padding))).reshape(B, -1, block).swapaxes(0, 1)
-    # Gathered over fsdp once, not once per block; and float32, so that its gradient is summed in float32.
-    kernel_DxV = constrain(kernel_DxV, "activation_embed", "vocab")
-
-    @jax.checkpoint
-    def nats_of_block(h_BxPxD, targets_BxP):
-        logits_BxPxV = constrain(unembed(h_BxPxD, kernel_DxV), "batch", "length", "vocab")
-        # A comparison instead of a gather: it stays local where the vocabulary is sharded.
-        is_target_BxPxV = jnp.arange(logits_BxPxV.shape[-1]) == targets_BxP[..., None]
-        target_BxP = jnp.sum(jnp.where(is_target_BxPxV, logits_BxPxV, 0), axis=-1)
-        return jax.nn.logsumexp(logits_BxPxV, axis=-1) - target_BxP
-
-    _, nats_NxBxP = jax.lax.scan(lambda _, xs: (None, nats_of_block(*xs)), None, (h_NxBxPxD, targets_NxBxP))
-    return nats_NxBxP.swapaxes(0, 1).reshape(B, -1)[:, :L]
+    is_real_NxP = (jnp.arange(L + padding) < L).astype(at_least_float32(h_BxLxD.dtype)).reshape(-1, block)
+    return h_NxBxPxD, targets_NxBxP, is_real_NxP
 
 
-def window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> tuple[jax.Array, dict]:
-    """-log p of tokens 1..L of windows of L + 1 tokens: nats_BxL and the model's metrics."""
-    h_BxLxD, metrics = model.apply({"params": params}, windows_BxW[:, :-1], method="hidden")
-    nats_BxL = token_nats(h_BxLxD, params["head"]["kernel"], windows_BxW[:, 1:], block, model.backend.constrain)
-    return nats_BxL, metrics
+def _logits(h_BxPxD: jax.Array, kernel_DxV: jax.Array, constrain: Callable) -> jax.Array:
+    return constrain(unembed(h_BxPxD, kernel_DxV), "batch", "length", "vocab")
+
+
+def _nats(logits_BxPxV: jax.Array, targets_BxP: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-log p(target), the logits' log-sum-exp, and where the targets are."""
+    # A comparison instead of a gather: it stays local where the vocabulary is sharded.
+    is_target_BxPxV = jnp.arange(logits_BxPxV.shape[-1]) == targets_BxP[..., None]
+    target_BxP = jnp.sum(jnp.where(is_target_BxPxV, logits_BxPxV, 0), axis=-1)
+    log_sum_BxP = jax.nn.logsumexp(logits_BxPxV, axis=-1)
+    return log_sum_BxP - target_BxP, log_sum_BxP, is_target_BxPxV

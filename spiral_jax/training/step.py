@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from spiral_jax.config import RunConfig
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.sharding import batch_sharding, constrain, replicated, shardings_of
-from spiral_jax.training.loss import window_nats
+from spiral_jax.training import fsdp
+from spiral_jax.training.loss import mean_window_nats, window_nats
 from spiral_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -83,11 +84,14 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    specs = fsdp.specs_over_rows(shardings.params)
+    local = fsdp.model_of_a_device(config.model, config.train, mesh, specs)
     batch, everywhere = batch_sharding(mesh), replicated(mesh)
     window_shape = (config.train.batch_size, config.train.sequence_length + 1)
 
     def train_step(state: TrainState, windows_BxW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, metrics), grads = _gradients(config, model, shardings.params, state.params, windows_BxW)
+        loss, metrics, grads = _gradients(config, mesh, local, specs, state.params, windows_BxW)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
@@ -98,8 +102,12 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     def eval_step(params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
-        nats_BxL, _ = window_nats(model, params, windows_BxW, config.train.loss_block)
-        return jnp.sum(nats_BxL * weights_BxL, axis=-1)
+        def nats(params, windows_BxW, weights_BxL):
+            nats_BxL = window_nats(local, fsdp.gather_rest(params, specs), windows_BxW, config.train.loss_block)
+            return jnp.sum(nats_BxL * weights_BxL, axis=-1)
+
+        rows = PartitionSpec(fsdp.ROWS)
+        return fsdp.on_each_device(mesh, nats, (specs, rows, rows), rows)(params, windows_BxW, weights_BxL)
 
     return Program(
         model=model,
@@ -132,27 +140,39 @@ def _initial_state(config: RunConfig, key: jax.Array) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
 
 
-def _gradients(config: RunConfig, model: SpiralFormer, shardings, params, windows_BxW: jax.Array):
-    """((loss, metrics), gradients) of the batch's mean loss, over `accumulation` micro-batches one after the other."""
+def _gradients(config: RunConfig, mesh: Mesh, model: SpiralFormer, specs, params, windows_BxW: jax.Array):
+    """Loss, metrics and gradients of the batch's mean loss, over `accumulation` micro-batches one after the other."""
+    A = config.train.accumulation
+    core_is_whole = fsdp.holds_core(config.model, config.train, mesh)
 
     def loss_of(params, windows_BxW):
-        nats_BxL, metrics = window_nats(model, params, windows_BxW, config.train.loss_block)
-        return jnp.mean(nats_BxL), metrics
+        return mean_window_nats(model, params, windows_BxW, config.train.loss_block)
 
-    def gradient(params, windows_BxW):
-        value, grads = jax.value_and_grad(loss_of, has_aux=True)(params, windows_BxW)
-        return value, jax.lax.with_sharding_constraint(grads, shardings)
+    def on_a_device(params, windows_BxW):
+        params = fsdp.gather_rest(params, specs)
+        if core_is_whole:
+            params = fsdp.gather_core(params, specs, config.model.dtype)
 
-    A = config.train.accumulation
-    if A == 1:
-        return gradient(params, windows_BxW)
-    # Row a of every device's share goes to micro-batch a, so that no row moves between devices.
-    windows_AxBxW = windows_BxW.reshape(-1, A, windows_BxW.shape[-1]).swapaxes(0, 1)
+        def gradient(windows_BxW):
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, windows_BxW)
+            return {"loss": loss} | metrics, fsdp.without_values(grads)
 
-    def add(total, windows_BxW):
-        windows_BxW = model.backend.constrain(windows_BxW, "batch", "length")
-        return jax.tree.map(jnp.add, total, gradient(params, windows_BxW)), None
+        if A == 1:
+            metrics, grads = gradient(windows_BxW)
+        else:
+            # Row a of every device's share goes to micro-batch a, so that no row moves between devices.
+            windows_AxBxW = windows_BxW.reshape(-1, A, windows_BxW.shape[-1]).swapaxes(0, 1)
+            shapes = jax.eval_shape(gradient, windows_AxBxW[0])
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (metrics, grads), _ = jax.lax.scan(
+                lambda total, windows_BxW: (jax.tree.map(jnp.add, total, gradient(windows_BxW)), None),
+                zeros,
+                windows_AxBxW,
+            )
+        share = 1 / (A * mesh.shape["data"] * mesh.shape["fsdp"])
+        total = fsdp.sum_over(metrics), fsdp.sum_over_rows(grads, specs, core_is_whole)
+        return jax.tree.map(functools.partial(jnp.multiply, share), total)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, windows_AxBxW[0]))
-    total, _ = jax.lax.scan(add, zeros, windows_AxBxW)
-    return jax.tree.map(functools.partial(jnp.multiply, 1 / A), total)
+    run = fsdp.on_each_device(mesh, on_a_device, (specs, PartitionSpec(fsdp.ROWS)), (PartitionSpec(), specs))
+    metrics, grads = run(params, windows_BxW)
+    return metrics.pop("loss"), metrics, grads

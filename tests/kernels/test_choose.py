@@ -51,7 +51,8 @@ def chosen(monkeypatch, device, model, choice="auto") -> str:
     """Name of the attention; a kernel's runs on each device of the mesh, and splash is told what they are."""
     meshes = []
 
-    def per_device(mesh, attention):
+    def per_device(mesh, attention, manual):
+        assert manual == ()
         meshes.append(mesh)
         return attention
 
@@ -136,15 +137,17 @@ def test_a_program_for_another_platform_gets_its_attention(monkeypatch):
     """`make_program` asks for the attention of its mesh and its configuration, and uses the answer."""
     asked = []
 
-    def answer(*arguments):
-        asked.append(arguments)
+    def answer(*arguments, **more):
+        asked.append((*arguments, *more.values()))
         return answer
 
     monkeypatch.setattr("spiral_jax.training.step.attention_for", answer)
+    monkeypatch.setattr("spiral_jax.training.fsdp.attention_for", answer)
     config = RunConfig(model=model_of(), train=TrainConfig(batch_size=8, sequence_length=16, attention="splash"))
     mesh = make_mesh(MeshConfig())
     assert make_program(config, mesh).model.backend.attention is answer
-    assert asked == [(mesh, config.model, "splash")]
+    # For the whole mesh, and for what is left of it within a device's rows.
+    assert asked == [(mesh, config.model, "splash"), (mesh, config.model, "splash", ("data", "fsdp"))]
 
 
 def test_cudnn_is_asked_for_causal_attention(monkeypatch, quick):

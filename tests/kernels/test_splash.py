@@ -84,10 +84,10 @@ MODEL = ModelConfig(vocab_size=64, d_model=128, num_heads=2, prelude_layers=0, c
 @pytest.mark.parametrize(
     "L, remat",
     [
-        (256, "dots"),
-        pytest.param(256, "none", marks=pytest.mark.slow),
-        pytest.param(256, "full", marks=pytest.mark.slow),
-        pytest.param(400, "none", marks=pytest.mark.slow),
+        (256, "keep_products"),
+        pytest.param(256, "keep_all", marks=pytest.mark.slow),
+        pytest.param(256, "keep_inputs", marks=pytest.mark.slow),
+        pytest.param(400, "keep_all", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_has_the_same_loss_and_gradients(L, remat, random_model, quick):

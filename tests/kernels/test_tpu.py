@@ -49,7 +49,7 @@ def kernel_calls(text: str) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    "remat", ["dots", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("none", "full"))]
+    "remat", ["keep_products", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("keep_all", "keep_inputs"))]
 )
 def test_every_level_from_128_chunks_calls_the_kernel(remat):
     """Forward and backward; and nothing of that length has scores, which the XLA program has at every level."""

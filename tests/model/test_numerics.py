@@ -35,7 +35,7 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-@pytest.fixture(scope="module", params=["none", "full"])
+@pytest.fixture(scope="module", params=["keep_all", "keep_inputs"])
 def bfloat16_equations(request):
     config = dataclasses.replace(SMALL, remat=request.param)
     model = SpiralFormer(config)

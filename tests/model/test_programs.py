@@ -17,7 +17,7 @@ MODELS = {
     "coarse": dataclasses.replace(TINY, chunks=(3, 3, 1), topology="mesh", prelude_layers=0),
 }
 TOKENS_BxL = np.random.default_rng(3).integers(TINY.vocab_size, size=(2, 11)).astype(np.int32)
-UNROLLED, DOTS, FULL = dict(unroll=True), dict(remat="dots"), dict(remat="full")
+UNROLLED, DOTS, FULL = dict(unroll=True), dict(remat="keep_products"), dict(remat="keep_inputs")
 
 
 def loss(config, params):
@@ -82,7 +82,7 @@ def test_remat_keeps_less_for_the_backward_pass():
         backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(vary, p)[0], p)[1], params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    none, dots, full = (residual_bytes(remat) for remat in ("none", "dots", "full"))
+    none, dots, full = (residual_bytes(remat) for remat in ("keep_all", "keep_products", "keep_inputs"))
     assert full < 0.9 * dots < 0.9 * 0.9 * none
 
 

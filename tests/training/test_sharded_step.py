@@ -48,8 +48,9 @@ DEFAULT = {
     "data8": changed((8, 1, 1)),
     "tensor2": changed((1, 1, 2)),
     "accumulation4": changed(accumulation=4),
-    "remat_full": changed(model=dict(remat="full")),
+    "remat_full": changed(model=dict(remat="keep_inputs")),
     "unrolled": changed(model=dict(unroll=True)),
+    "fsdp4_core_whole_accumulated": changed((1, 4, 1), gather_core="step", accumulation=2),
 }
 SLOW = {
     "tensor4": changed((1, 1, 4)),
@@ -62,11 +63,16 @@ SLOW = {
     "block8": changed(loss_block=8),
     "block16": changed(loss_block=16),
     "block_longer_than_sequence": changed(loss_block=512),
-    "remat_dots": changed(model=dict(remat="dots")),
-    "mixed_remat_dots": changed((2, 2, 2), model=dict(remat="dots")),
-    "mixed_remat_full_accumulated": changed((2, 2, 2), model=dict(remat="full"), accumulation=2),
+    "remat_dots": changed(model=dict(remat="keep_products")),
+    "mixed_remat_dots": changed((2, 2, 2), model=dict(remat="keep_products")),
+    "mixed_remat_full_accumulated": changed((2, 2, 2), model=dict(remat="keep_inputs"), accumulation=2),
+    "mixed_core_whole": changed((2, 2, 2), gather_core="step"),
+    "fsdp8_core_whole_remat": changed((1, 8, 1), model=dict(remat="keep_attention"), gather_core="step"),
+    "fsdp8_core_whole_unrolled": changed((1, 8, 1), model=dict(unroll=True), gather_core="step"),
+    "tensor2_core_whole": changed((1, 1, 2), gather_core="step"),
+    "mixed_remat_attention": changed((2, 2, 2), model=dict(remat="keep_attention")),
     "mixed_unrolled": changed((2, 2, 2), model=dict(unroll=True)),
-    "fsdp8_remat_full": changed((1, 8, 1), model=dict(remat="full")),
+    "fsdp8_remat_full": changed((1, 8, 1), model=dict(remat="keep_inputs")),
 }
 # Other families, each against its own plain program.
 FAMILIES = {
@@ -84,7 +90,7 @@ def plain(random_model, quick):
 
     def make(config: ModelConfig):
         # Remat and unrolling are other programs of the same function.
-        config = dataclasses.replace(config, remat="none", unroll=False)
+        config = dataclasses.replace(config, remat="keep_all", unroll=False)
         if config not in cache:
             params = jax.tree.map(np.asarray, random_model(config, scale=0.5)[2])
             model = SpiralFormer(config)

@@ -1,0 +1,139 @@
+"""What a train step should need by the closed forms: memory, matrix work, communication. Nothing is compiled."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.config import RunConfig
+from spiral_jax.sharding import abstract_mesh
+from spiral_jax.training.fsdp import holds_core
+from spiral_jax.training.step import abstract_state
+
+# Forward passes of a layer's matrix products and of its attention in a step, by `model.remat`. What is computed again
+# are QKV and the MLP's first product, 3 d^2 and 4 d^2 of 12: no gradient needs the outputs of the other two.
+AGAIN = 7 / 12
+FORWARD_PRODUCTS = {"keep_all": 1, "keep_products": 1, "keep_attention": 1 + AGAIN, "keep_inputs": 1 + AGAIN}
+FORWARD_ATTENTION = {"keep_all": 1, "keep_products": 1, "keep_attention": 1, "keep_inputs": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a step over all devices, two per multiply-add.
+
+    Attributes:
+      dense: of weight matrices, forward and backward, as the model needs them (SPEC section 3).
+      dense_executed: the same with what `model.remat` computes again.
+      attention: of scores and weighted sums, all of them.
+      attention_causal: those below the diagonal only.
+    """
+
+    dense: float
+    dense_executed: float
+    attention: float
+    attention_causal: float
+
+
+def flops(config: RunConfig) -> Flops:
+    """A step's FLOPs."""
+    model, train = config.model, config.train
+    d, L = model.d_model, train.sequence_length
+    layers = sum(24 * count * n * d**2 for count, n in model.executed_layers(L))
+    head = 2 * L * model.vocab_size * d
+    executed = (2 + FORWARD_PRODUCTS[model.remat]) * layers + 3 * head
+    return Flops(
+        train.batch_size * 3 * (layers + head),
+        train.batch_size * executed,
+        train.batch_size * (3 * model.prefill_flops(L) - 3 * (layers + head)),
+        train.batch_size * (3 * model.prefill_flops(L, causal=True) - 3 * (layers + head)),
+    )
+
+
+class Communication(NamedTuple):
+    """Bytes of the arrays that a device gathers and sums with others in a step, each array counted whole.
+
+    Attributes:
+      gathered_bytes: of parameters.
+      summed_bytes: of gradients.
+    """
+
+    gathered_bytes: float
+    summed_bytes: float
+
+
+def communication(config: RunConfig, num_devices: int) -> Communication:
+    """What the axes `data` and `fsdp` exchange; what `tensor` adds is not in it.
+
+    Per micro-batch every executed layer's matrices are gathered forward and
+    backward in the compute dtype, and their gradients are summed in float32. The rest, in float32, is gathered and
+    its gradients are summed once per step, and with `train.gather_core` `step` so are the core's matrices.
+    """
+    data, fsdp, tensor = config.check_mesh(num_devices)
+    model, train = config.model, config.train
+    mesh = abstract_mesh(config.mesh, num_devices)
+    state = abstract_state(config, mesh)
+    matrices = 12 * model.d_model**2 / tensor
+    held = holds_core(model, train, mesh)
+    runs = [(count, n) for count, n in model.executed_layers(train.sequence_length) if n]
+    outer = runs[0][0] + runs[-1][0]
+    core = sum(count for count, _ in runs[1:-1])
+    streamed = (outer + (0 if held else core)) * matrices
+    whole = model.core_layers * matrices if held else 0.0
+    rest = sum(_cut_rest(path, x, tensor) for path, x in jax.tree_util.tree_leaves_with_path(state.params))
+    A, itemsize = train.accumulation, jnp.dtype(model.dtype).itemsize
+    gathered = summed = 0.0
+    if fsdp > 1:
+        gathered = A * 2 * streamed * itemsize + 4 * rest + whole * itemsize
+        summed = 4 * (A * streamed + rest + whole)
+    if data > 1:
+        summed += 4 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
+    return Communication(float(gathered), float(summed))
+
+
+def _cut_rest(path, x, tensor: int) -> float:
+    """Elements of a parameter that is cut over `fsdp` and no matrix of a layer, 0 of others."""
+    names = [key.key for key in path]
+    spec = x.sharding.spec
+    if "fsdp" not in spec or ("layers" in names and names[-1] == "kernel"):
+        return 0.0
+    return math.prod(x.shape) / (tensor if "tensor" in spec else 1)
+
+
+def memory(config: RunConfig, num_devices: int) -> dict[str, Any]:
+    """Bytes per device that follow from the configuration; what the compiler adds is not in it.
+
+    `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch: each
+    executed layer's input, and unless `model.remat` is `keep_inputs` attention's output (d), and unless it is
+    `keep_attention` the outputs of the matrix products (QKV 3d, attention's d, MLP's 4d and d). `core` is what
+    `train.gather_core` `step` holds: matrices in the compute dtype and gradients in float32.
+
+    Raises:
+      SpiralError: a mesh that does not fit the devices, the batch or the model.
+    """
+    data, fsdp, tensor = config.check_mesh(num_devices)
+    mesh = abstract_mesh(config.mesh, num_devices)
+    state = abstract_state(config, mesh)
+    model, train = config.model, config.train
+    rows = train.batch_size // (data * fsdp * train.accumulation)
+    itemsize = jnp.dtype(model.dtype).itemsize
+    width = model.d_model * {"keep_inputs": 1, "keep_attention": 2}.get(model.remat, 11)
+    kept = sum(layers * n for layers, n in model.executed_layers(train.sequence_length)) * width
+    positions = min(train.loss_block, train.sequence_length)
+    core = model.core_layers * 12 * model.d_model**2 // tensor * (itemsize + 4)
+    return {
+        "devices": num_devices,
+        "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
+        "sequences_per_device": rows,
+        "parameters": _bytes_per_device(state.params),
+        "optimizer": _bytes_per_device(state.opt_state),
+        "gradients": _bytes_per_device(state.params),
+        "core": core if holds_core(model, train, mesh) else 0,
+        "activations_kept": rows * kept * itemsize,
+        "logits_block": rows * positions * model.vocab_size // tensor * 4,
+    }
+
+
+def _bytes_per_device(tree) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

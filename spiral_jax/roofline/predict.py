@@ -1,0 +1,241 @@
+"""How long a compiled step takes on a slice: a roofline over its operations, few constants fitted to measured runs."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.kernels import splash
+from spiral_jax.roofline.slices import Slice
+from spiral_jax.roofline.work import Collective, Kernel, Matmul, Operation
+
+# Products of two [block, head_width] or [block, block] operands that each splash kernel computes per block of scores:
+# fwd q k and p v; dq q k once more, do v, ds k; dkv q k a third time, p do, do v, ds q.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# The two chiplets of a chip talk over a link as fast as this many between chips (Google's page on TPU7x).
+LINKS_INSIDE_A_CHIP = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What of the published peaks a program gets.
+
+    Attributes:
+      mxu_efficiency: share of the peak FLOP/s of matrix products, their dimensions padded to the matrix unit's.
+      attention_efficiency: the same of splash kernels, whose softmax runs on the vector unit.
+      hbm_efficiency: share of the peak bandwidth.
+      ici_efficiency: share of the links' bandwidth.
+      hidden_share: of the time that cores compute, how much communication can at most be hidden.
+    """
+
+    mxu_efficiency: float
+    attention_efficiency: float
+    hbm_efficiency: float
+    ici_efficiency: float
+    hidden_share: float
+
+
+# November 2026, with programs of libtpu 0.0.52, all on v5p: attention fitted by `calibration.fit` to four training runs
+# of Levanter, products solved from a benchmark of its loss; see `calibration` for both. The others are assumed: those
+# runs hardly depend on them. Nothing was fitted to another generation, nor to a step of this package.
+FITTED = Constants(
+    mxu_efficiency=0.8, attention_efficiency=0.423, hbm_efficiency=0.7, ici_efficiency=0.8, hidden_share=0.5
+)
+
+
+class Place(NamedTuple):
+    """Where a device is.
+
+    Attributes:
+      slice_index: its slice.
+      coords: its chip's place along the axes of the slice.
+    """
+
+    slice_index: int
+    coords: tuple[int, ...]
+
+
+class Cost(NamedTuple):
+    """Seconds that one execution would take each part of the hardware at its peak.
+
+    Attributes:
+      times: executions per step.
+      matmul: matrix units, in products outside kernels.
+      attention: matrix units, in kernels.
+      hbm: memory.
+      ici: links within a slice.
+      dcn: network between slices.
+    """
+
+    times: int
+    matmul: float = 0.0
+    attention: float = 0.0
+    hbm: float = 0.0
+    ici: float = 0.0
+    dcn: float = 0.0
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step.
+
+    Attributes:
+      step_seconds: all of it.
+      compute_seconds: matrix products outside kernels, by themselves; so with the next four.
+      attention_seconds: kernels.
+      hbm_seconds: memory traffic.
+      ici_seconds: communication within slices.
+      dcn_seconds: communication between slices.
+      limits: step_seconds by what limits them: compute, attention, hbm, and of communication only what is not hidden.
+    """
+
+    step_seconds: float
+    compute_seconds: float
+    attention_seconds: float
+    hbm_seconds: float
+    ici_seconds: float
+    dcn_seconds: float
+    limits: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What limits most of the step: compute, attention, hbm, ici or dcn."""
+        return max(self.limits, key=self.limits.get)
+
+
+def predict(
+    operations: Iterable[Operation], chips: Slice, places: Sequence[Place], constants: Constants = FITTED
+) -> Prediction:
+    """Time of one step.
+
+    Args:
+      operations: of the compiled program (`work.operations`).
+      chips: the slice, or one of several.
+      places: of the devices, in the order of the program's mesh (`places_of`).
+      constants: shares of the peaks.
+    """
+    return total([cost(operation, chips, places) for operation in operations], constants)
+
+
+def places_of(devices: Iterable[jax.Device]) -> list[Place]:
+    """Where devices are, described ones too."""
+    # A device of a single slice may lack the attribute.
+    return [Place(getattr(device, "slice_index", 0), tuple(device.coords)) for device in devices]
+
+
+def total(costs: Iterable[Cost], constants: Constants) -> Prediction:
+    """The costs of a step's operations to its time.
+
+    An operation takes as long as its arithmetic or its memory traffic, whichever is longer, and operations run one
+    after the other. Communication runs beside them, but at most `hidden_share` of their time.
+    """
+    alone = dict.fromkeys(("compute", "attention", "hbm", "ici", "dcn"), 0.0)
+    limits = dict(alone)
+    for one in costs:
+        seconds = seconds_of(one, constants)
+        for what, time in seconds.items():
+            alone[what] += one.times * time
+        if seconds["hbm"] > seconds["compute"] + seconds["attention"]:
+            limits["hbm"] += one.times * seconds["hbm"]
+        else:
+            limits["compute"] += one.times * seconds["compute"]
+            limits["attention"] += one.times * seconds["attention"]
+    busy = sum(limits.values())
+    communication = alone["ici"] + alone["dcn"]
+    exposed = max(0.0, communication - constants.hidden_share * busy)
+    if exposed:
+        limits |= {what: exposed * alone[what] / communication for what in ("ici", "dcn")}
+    return Prediction(busy + exposed, *alone.values(), limits)
+
+
+def seconds_of(one: Cost, constants: Constants) -> dict[str, float]:
+    """Of one execution, each part of the hardware by itself."""
+    return {
+        "compute": one.matmul / constants.mxu_efficiency,
+        "attention": one.attention / constants.attention_efficiency,
+        "hbm": one.hbm / constants.hbm_efficiency,
+        "ici": one.ici / constants.ici_efficiency,
+        "dcn": one.dcn,
+    }
+
+
+def cost(operation: Operation, chips: Slice, places: Sequence[Place]) -> Cost:
+    """What an operation costs the devices of a slice at their peak."""
+    tile = chips.generation.mxu
+    ici, dcn = _communication(operation.collective, chips, places) if operation.collective else (0.0, 0.0)
+    return Cost(
+        operation.times,
+        matmul=sum(padded_flops(product, tile) for product in operation.matmuls) / chips.peak_flops,
+        attention=kernel_flops(operation.kernel, chips) / chips.peak_flops if operation.kernel else 0.0,
+        hbm=operation.hbm_bytes / chips.hbm_bandwidth,
+        ici=ici,
+        dcn=dcn,
+    )
+
+
+def padded_flops(product: Matmul, tile: int) -> float:
+    """Floating-point operations of a product whose dimensions are padded to multiples of `tile`, times its passes."""
+    return 2 * product.batch * math.prod(_padded(x, tile) for x in (product.m, product.n, product.k)) * product.passes
+
+
+def kernel_flops(kernel: Kernel, chips: Slice) -> float:
+    """Floating-point operations of a splash kernel: of whole blocks of scores, the head width padded to `mxu`."""
+    dtype = jnp.float32 if kernel.dtype == "f32" else jnp.bfloat16
+    blocks = kernel.length // splash.block_size(kernel.length, kernel.head_width, dtype, chips.generation.device_kind)
+    scores = kernel.rows * kernel.length**2 * (blocks + 1) / (2 * blocks)
+    # Products of float32 are six of bfloat16.
+    passes = 6 if dtype == jnp.float32 else 1
+    return 2 * scores * _padded(kernel.head_width, chips.generation.mxu) * KERNEL_PRODUCTS[kernel.kind] * passes
+
+
+def _padded(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
+
+
+def _communication(collective: Collective, chips: Slice, places: Sequence[Place]) -> tuple[float, float]:
+    """Seconds on links and on the network between slices, at their peak.
+
+    Over several axes of the torus a collective uses them all at once; over several slices, each slice works first and
+    then every device exchanges its part with those of the other slices.
+    """
+    if collective.kind == "dcn":
+        return 0.0, collective.bytes / chips.dcn_bandwidth
+    if collective.kind == "collective-permute":
+        hops = [_hop(chips, *(places[place] for place in pair)) for pair in collective.groups]
+        ici, dcn = (max(column, default=0.0) * collective.bytes for column in zip(*hops, strict=True))
+        return ici, dcn
+    group = [places[place] for place in collective.groups[0]]
+    here = [place for place in group if place.slice_index == group[0].slice_index]
+    num_slices = len(group) // len(here)
+    if collective.kind == "all-to-all":
+        # What goes half round a ring passes n / 2 links, on average n / 4.
+        moved, between = collective.bytes * len(here) / 4 * (len(here) > 1), collective.bytes
+    else:
+        rounds = 2 if collective.kind == "all-reduce" else 1
+        moved = rounds * collective.bytes * (len(here) - 1) / len(here)
+        between = rounds * collective.bytes / len(here)
+    ici = moved / _bandwidth(chips, here) if moved else 0.0
+    return ici, between * (num_slices - 1) / num_slices / chips.dcn_bandwidth
+
+
+def _bandwidth(chips: Slice, group: Sequence[Place]) -> float:
+    """Bytes/s at which a device of a group sends over all axes along which the group extends."""
+    total, link = 0.0, chips.generation.ici_bandwidth
+    for axis, ring in enumerate(chips.ring_bandwidths()):
+        extent = len({place.coords[axis] for place in group})
+        if extent > 1:
+            total += ring if extent == chips.shape[axis] else link
+    # Devices of one chip share its links.
+    return total / chips.generation.devices if total else LINKS_INSIDE_A_CHIP * link
+
+
+def _hop(chips: Slice, source: Place, target: Place) -> tuple[float, float]:
+    """Seconds per byte from one device to another, on links and between slices."""
+    if source.slice_index != target.slice_index:
+        return 0.0, 1 / chips.dcn_bandwidth
+    link, hops = chips.generation.ici_bandwidth, 0
+    for a, b, size, ring in zip(source.coords, target.coords, chips.shape, chips.ring_bandwidths(), strict=False):
+        hops += min(abs(a - b), size - abs(a - b)) if ring > link else abs(a - b)
+    return (hops / link if hops else 1 / (LINKS_INSIDE_A_CHIP * link)), 0.0

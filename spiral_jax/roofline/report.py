@@ -1,0 +1,211 @@
+"""The train step of a configuration compiled for a slice, and what the compiled program says of itself."""
+
+import collections
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from spiral_jax.config import RunConfig
+from spiral_jax.roofline import expected, hlo, memory, work
+from spiral_jax.roofline.compiling import compile_described
+from spiral_jax.roofline.predict import FITTED, places_of, predict
+from spiral_jax.roofline.slices import Slice, describe_devices
+from spiral_jax.roofline.unwanted import unwanted
+from spiral_jax.sharding import make_mesh
+from spiral_jax.training.step import Program, make_program
+
+LARGEST = 12  # buffers of the peak that a report names
+
+
+class DoesNotFit(Exception):
+    """The program needs more memory than a device has.
+
+    Attributes:
+      needed: bytes.
+      usable: bytes.
+    """
+
+    def __init__(self, needed: float, usable: float):
+        super().__init__(f"needs {needed / 2**30:.2f} GiB of {usable / 2**30:.2f} GiB")
+        self.needed, self.usable = needed, usable
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A train step compiled for devices that need not be there.
+
+    Attributes:
+      program: what was compiled.
+      compiled: the executable, which only its devices could run.
+      text: of the compiled program.
+      seconds: that compiling took.
+    """
+
+    program: Program
+    compiled: jax.stages.Compiled
+    text: str
+    seconds: float
+
+
+def compile_step(config: RunConfig, chips: Slice, num_slices: int = 1) -> CompiledStep:
+    """Compiles the step that `train` would run.
+
+    Args:
+      config: the run.
+      chips: the slice.
+      num_slices: how many of it; `mesh.data` lies across them.
+
+    Raises:
+      SpiralError: a mesh that does not fit the slice, the batch or the model; no libtpu.
+      DoesNotFit: by the compiler's account.
+    """
+    config.check_mesh(chips.devices * num_slices)
+    program = make_program(config, make_mesh(config.mesh, describe_devices(chips, num_slices)))
+    usable = chips.generation.hbm_bytes
+    started = time.perf_counter()
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    try:
+        compiled, text = compile_described(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        raise DoesNotFit(needed, usable) from None
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    if peak > usable:
+        raise DoesNotFit(peak, usable)
+    return CompiledStep(program, compiled, text, time.perf_counter() - started)
+
+
+def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep) -> dict[str, Any]:
+    """What a compiled step needs and does, as JSON values: memory, FLOPs, collectives, predicted time."""
+    module = hlo.parse(step.text)
+    operations = work.operations(module)
+    devices = step.program.mesh.devices.flatten()
+    places = places_of(devices)
+    found = predict(operations, chips, places)
+    model, train = config.model, config.train
+    form, num_devices = expected.flops(config), len(devices)
+    dense, held = work.dense_flops(operations) * num_devices, expected.memory(config, num_devices)
+    traffic = work.collectives(operations)
+    moved = collections.defaultdict(float, {kind: of_kind.bytes for kind, of_kind in traffic.items()})
+    peak_flops = chips.peak_flops * num_devices
+    return {
+        "slice": {
+            "topology": str(chips),
+            "accelerator_type": chips.accelerator_type,
+            "chips": chips.chips,
+            "slices": num_slices,
+            "devices": num_devices,
+        },
+        "model": {"notation": model.notation, "topology": model.topology, "parameters": model.total_parameters},
+        "step": {
+            "mesh": held["mesh"],
+            "batch_size": train.batch_size,
+            "sequence_length": train.sequence_length,
+            "accumulation": train.accumulation,
+            "sequences_per_device": held["sequences_per_device"],
+            "remat": model.remat,
+            "gather_core": train.gather_core,
+        },
+        "compile_seconds": round(step.seconds, 1),
+        "memory": _memory(module, step, chips),
+        "scores_and_logits_in_memory": unwanted(module, config, num_devices),
+        "flops": {
+            "dense_model": form.dense,
+            "dense_executed": dense,
+            "dense_executed_over_model": dense / form.dense,
+            "dense_executed_closed_form": form.dense_executed,
+            "attention_kernels": _kernels(operations),
+            "attention_model": form.attention,
+            "attention_model_causal": form.attention_causal,
+        },
+        "communication_per_device": {
+            "collectives": {kind: of_kind._asdict() for kind, of_kind in sorted(traffic.items())},
+            # The TPU compiler makes sums whose parts are kept of sums of which all is kept.
+            "gathered_bytes": moved["all-gather"],
+            "summed_bytes": moved["reduce-scatter"] + moved["all-reduce"],
+            "closed_form": expected.communication(config, num_devices)._asdict(),
+        },
+        "bytes_between_slices": sum(
+            operation.collective.bytes * operation.times for operation in operations if _crosses(operation, places)
+        ),
+        "prediction": {
+            "is": "a prediction by a roofline; no step of this program has run on a TPU",
+            "step_seconds": found.step_seconds,
+            "tokens_per_second_per_chip": train.tokens_per_step / found.step_seconds / (chips.chips * num_slices),
+            "mfu": (form.dense + form.attention_causal) / found.step_seconds / peak_flops,
+            "mfu_full_attention": (form.dense + form.attention) / found.step_seconds / peak_flops,
+            "bound": found.bound,
+            "seconds_by_limit": found.limits,
+            "seconds_alone": {
+                "matrix_products": found.compute_seconds,
+                "attention": found.attention_seconds,
+                "hbm": found.hbm_seconds,
+                "ici": found.ici_seconds,
+                "dcn": found.dcn_seconds,
+            },
+            "hbm_bytes_per_device": work.hbm_bytes(operations),
+            "constants": dataclasses.asdict(FITTED),
+        },
+    }
+
+
+def _memory(module: hlo.Module, step: CompiledStep, chips: Slice) -> dict[str, Any]:
+    """The peak by the compiler's account, and what holds it by ours."""
+    analysis, simulated = step.compiled.memory_analysis(), memory.peak(module)
+    arguments = (step.program.abstract_state, step.program.abstract_batch)
+    names = [_argument_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(arguments)]
+    usable = chips.generation.hbm_bytes
+    return {
+        "peak_bytes": analysis.peak_memory_in_bytes,
+        "usable_bytes": usable,
+        "share": analysis.peak_memory_in_bytes / usable,
+        "arguments_bytes": analysis.argument_size_in_bytes,
+        "program_bytes": analysis.generated_code_size_in_bytes,
+        "held_at_the_peak": memory.categories(simulated.buffers, names.__getitem__),
+        "simulated_peak_bytes": simulated.bytes,
+        "largest": [
+            {
+                "bytes": buffer.bytes,
+                "array": f"{buffer.dtype}[{','.join(map(str, buffer.dims))}]",
+                "of": buffer.source if buffer.argument is None else names[buffer.argument],
+            }
+            for buffer in simulated.buffers[:LARGEST]
+        ],
+    }
+
+
+def _kernels(operations: list[work.Operation]) -> dict[str, int]:
+    """Attention kernels that a device runs in a step, by kind."""
+    found = collections.Counter()
+    for operation in operations:
+        if operation.kernel:
+            found[operation.kernel.kind] += operation.times
+    return dict(found)
+
+
+def _argument_name(path) -> str:
+    name = getattr(path[1], "name", "") if len(path) > 1 else "batch"
+    return {"params": "parameters", "opt_state": "optimizer state"}.get(name, name)
+
+
+def _crosses(operation: work.Operation, places) -> bool:
+    if operation.collective is None:
+        return False
+    groups = operation.collective.groups
+    return operation.collective.kind == "dcn" or any(
+        len({places[i].slice_index for i in group}) > 1 for group in groups
+    )
+
+
+def _needed(message: str) -> float | None:
+    """Bytes that a program would have needed, of the compiler's message that there are not as many; None for others."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    return float(used[1]) * 1024 ** " KMGT".index(used[2] or " ") if used else math.inf

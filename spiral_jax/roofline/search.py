@@ -1,0 +1,172 @@
+"""The fastest way to lay a run out on a slice, by prediction: mesh, micro-batch, remat, when the core is gathered."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from spiral_jax.config import RunConfig
+from spiral_jax.errors import SpiralError
+from spiral_jax.model.config import Remat
+from spiral_jax.progress import Report
+from spiral_jax.roofline import expected
+from spiral_jax.roofline.predict import FITTED
+from spiral_jax.roofline.report import DoesNotFit, compile_step, report
+from spiral_jax.roofline.slices import Slice
+from spiral_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search has seen.
+
+    Attributes:
+      best: the report of the fastest predicted layout; None where nothing fitted.
+      config: its configuration.
+      tried: one entry for each compiled layout, in order.
+      left: layouts that might fit and were not compiled.
+    """
+
+    best: dict[str, Any] | None
+    config: RunConfig | None
+    tried: list[dict[str, Any]]
+    left: int
+
+
+def layouts(config: RunConfig, num_devices: int) -> Iterator[RunConfig]:
+    """Every layout that divides: tensor 1 or 2, fsdp and accumulation in powers of two, all remats."""
+    powers = [2**i for i in range(num_devices.bit_length())]
+    gathers = ("iteration", "step") if config.model.shared_core and config.model.num_iterations > 1 else ("iteration",)
+    for tensor, fsdp in itertools.product((1, 2), powers):
+        if num_devices % (tensor * fsdp):
+            continue
+        mesh = MeshConfig(num_devices // (tensor * fsdp), fsdp, tensor)
+        rows = config.train.batch_size // (mesh.data * fsdp)
+        accumulations = [2**i for i in range(rows.bit_length())]
+        for accumulation, remat, gather in itertools.product(accumulations, get_args(Remat), gathers):
+            if gather == "step" and fsdp == 1:
+                continue
+            layout = dataclasses.replace(
+                config,
+                mesh=mesh,
+                model=dataclasses.replace(config.model, remat=remat),
+                train=dataclasses.replace(config.train, accumulation=accumulation, gather_core=gather),
+            )
+            try:
+                layout.check_mesh(num_devices)
+            except SpiralError:
+                continue
+            yield layout
+
+
+def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: int, say: Report) -> Found:
+    """Compiles the most promising layouts, those first that should be fastest by the closed forms.
+
+    Layouts whose parameters and activations alone do not fit are not compiled, nor those that need more than one that
+    did not fit, nor those that could not be faster than the best so far if nothing but matrix products took time.
+
+    Args:
+      config: the run; its mesh, accumulation, remat and gathering are what is searched.
+      chips: the slice.
+      num_slices: how many of it.
+      max_compilations: where to stop; each takes minutes.
+      say: told what happens.
+    """
+    num_devices = chips.devices * num_slices
+    waiting = []
+    for layout in layouts(config, num_devices):
+        if layout.mesh.data % num_slices == 0 and _least_bytes(layout, num_devices) < chips.generation.hbm_bytes:
+            waiting.append(layout)
+    waiting.sort(key=lambda layout: (_estimate(layout, chips, num_devices), layout.train.accumulation))
+    best, best_config, tried = None, None, []
+    while waiting and len(tried) < max_compilations:
+        layout = waiting.pop(0)
+        name = flags_of(layout)
+        entry = {"flags": name}
+        tried.append(entry)
+        say(f"{len(tried)} of at most {max_compilations}: {name}")
+        try:
+            found = report(layout, chips, num_slices, compile_step(layout, chips, num_slices))
+        except DoesNotFit as error:
+            entry |= {"fits": False, "needed_bytes": error.needed}
+            say(f"  {error}")
+            least = _least_bytes(layout, num_devices)
+            # What is kept grows with both: the compiler's temporaries do as well.
+            waiting = [other for other in waiting if _least_bytes(other, num_devices) < least]
+            continue
+        seconds = found["prediction"]["step_seconds"]
+        entry |= {"fits": True, "peak_bytes": found["memory"]["peak_bytes"], "predicted_step_seconds": seconds}
+        say(f"  predicted {seconds:.3f} s, {found['memory']['peak_bytes'] / 2**30:.2f} GiB")
+        if best is None or seconds < best["prediction"]["step_seconds"]:
+            best, best_config = found, layout
+        fastest = best["prediction"]["step_seconds"]
+        waiting = [other for other in waiting if _product_seconds(other, chips, num_devices) < fastest]
+    return Found(best, best_config, tried, len(waiting))
+
+
+def flags_of(config: RunConfig) -> str:
+    """The command-line flags of a layout."""
+    mesh, train = config.mesh, config.train
+    return (
+        f"--config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp} --config.mesh.tensor={mesh.tensor} "
+        f"--config.train.accumulation={train.accumulation} --config.model.remat={config.model.remat} "
+        f"--config.train.gather_core={train.gather_core}"
+    )
+
+
+def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Report, tries: int = 4) -> str | None:
+    """Flags of the least change with which a run fits: less kept first, then more micro-batches; None if none is found.
+
+    Each try is a compilation.
+    """
+    num_devices = chips.devices * num_slices
+    data, fsdp, _ = config.check_mesh(num_devices)
+    rows = config.train.batch_size // (data * fsdp * config.train.accumulation)
+    changes = [(1, "keep_inputs")] if config.model.remat != "keep_inputs" else []
+    changes += [(factor, "keep_inputs") for factor in (2, 4, 8, 16, 32, 64) if rows % factor == 0]
+    for factor, remat in changes:
+        other = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, remat=remat),
+            train=dataclasses.replace(config.train, accumulation=config.train.accumulation * factor),
+        )
+        if _least_bytes(other, num_devices) >= chips.generation.hbm_bytes:
+            continue
+        if not tries:
+            break
+        tries -= 1
+        flags = f"--config.train.accumulation={other.train.accumulation} --config.model.remat={remat}"
+        say(f"does not fit; trying {flags}")
+        try:
+            compile_step(other, chips, num_slices)
+        except DoesNotFit as error:
+            say(f"  {error}")
+            continue
+        return flags
+    return None
+
+
+def _least_bytes(config: RunConfig, num_devices: int) -> int:
+    """What a device holds at least: parameters, optimizer, gradients, activations kept; not what the compiler adds."""
+    held = expected.memory(config, num_devices)
+    return sum(held[name] for name in ("parameters", "optimizer", "gradients", "core", "activations_kept"))
+
+
+def _product_seconds(config: RunConfig, chips: Slice, num_devices: int) -> float:
+    """Time of the matrix products alone."""
+    return expected.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
+
+
+def _estimate(config: RunConfig, chips: Slice, num_devices: int) -> float:
+    """Seconds of a step by the closed forms: products, attention, communication over one ring; only to sort by."""
+    form = expected.flops(config)
+    # Of three passes, forward is one and backward two.
+    attention = form.attention_causal * (2 + expected.FORWARD_ATTENTION[config.model.remat]) / 3
+    attention /= num_devices * chips.peak_flops * FITTED.attention_efficiency
+    moved = sum(expected.communication(config, num_devices))
+    # All-reduces of activations, two a layer forward and two backward.
+    if config.mesh.tensor > 1:
+        rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)
+        runs = config.model.executed_layers(config.train.sequence_length)
+        moved += 4 * rows * 2 * config.model.d_model * sum(layers * n for layers, n in runs)
+    return _product_seconds(config, chips, num_devices) + attention + moved / sum(chips.ring_bandwidths() or (1.0,))

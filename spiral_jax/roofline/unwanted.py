@@ -1,0 +1,52 @@
+"""Arrays that no train step should have in memory: all scores of a level, logits of all positions."""
+
+from collections.abc import Iterator
+
+from spiral_jax.config import RunConfig
+from spiral_jax.roofline.hlo import Array, Module
+
+
+def unwanted(module: Module, config: RunConfig, num_devices: int) -> list[str]:
+    """Names and shapes of the arrays in a compiled step that hold L x L scores or the logits of whole sequences.
+
+    What exists only within a fusion is in no memory and is not looked at.
+
+    Args:
+      module: the program of one device.
+      config: the run.
+      num_devices: of its mesh.
+    """
+    data, fsdp, tensor = config.check_mesh(num_devices)
+    model, train = config.model, config.train
+    rows = train.batch_size // (data * fsdp * train.accumulation)
+    heads, vocab = model.num_heads // tensor, model.vocab_size // tensor
+    # Levels of a few chunks have few scores, and at 128 they would look like what a kernel keeps in 128 lanes.
+    lengths = {n for _, n in model.executed_layers(train.sequence_length) if n > 128}
+
+    def is_unwanted(array: Array) -> bool:
+        dims = array.dims
+        scores = any(dims.count(n) >= 2 and array.size >= rows * heads * n * n for n in lengths)
+        return scores or (vocab in dims and array.size >= rows * train.sequence_length * vocab)
+
+    return sorted(
+        {
+            f"{array.dtype}[{','.join(map(str, array.dims))}] {name}"
+            for name, array in _stored(module)
+            if is_unwanted(array)
+        }
+    )
+
+
+def _stored(module: Module) -> Iterator[tuple[str, Array]]:
+    """Arrays of instructions outside fusions, each with its instruction's name."""
+    fused = {
+        name
+        for computation in module.computations.values()
+        for instruction in computation.instructions
+        if instruction.opcode == "fusion"
+        for name in instruction.called["calls"]
+    }
+    for name, computation in module.computations.items():
+        if name not in fused:
+            for instruction in computation.instructions:
+                yield from ((instruction.name, array) for array in instruction.arrays)

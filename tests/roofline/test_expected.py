@@ -1,0 +1,133 @@
+"""The closed forms against what compiled programs do, here for CPU devices; and against numbers worked out by hand."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from spiral_jax.config import RunConfig
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.roofline import expected, hlo, work
+from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.training.config import TrainConfig
+from spiral_jax.training.step import make_program
+
+MODEL = ModelConfig(vocab_size=64, d_model=64, num_heads=2, prelude_layers=2, core_layers=2, coda_layers=2,
+                    chunks=(2, 1), dtype="float32", remat="keep_inputs")  # fmt: skip
+TRAIN = TrainConfig(steps=10, batch_size=16, sequence_length=16, loss_block=16)
+
+
+def config_of(mesh=(1, 8, 1), model=None, **train) -> RunConfig:
+    return RunConfig(
+        model=dataclasses.replace(MODEL, **(model or {})),
+        train=dataclasses.replace(TRAIN, **train),
+        mesh=MeshConfig(*mesh),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(quick):
+    """A run's configuration to the operations of its compiled step."""
+    cache = {}
+
+    def make(config: RunConfig) -> list[work.Operation]:
+        if config not in cache:
+            sizes = dataclasses.astuple(config.mesh)
+            program = make_program(config, make_mesh(config.mesh, jax.devices()[: math.prod(sizes)]))
+            step = program.train_step.lower(program.abstract_state, program.abstract_batch)
+            cache[config] = work.operations(hlo.parse(step.compile(compiler_options=quick).as_text()))
+        return cache[config]
+
+    return make
+
+
+def moved(operations) -> expected.Communication:
+    """Bytes of arrays that are gathered, and that are summed (the compiler may sum all and keep a part)."""
+    found = {kind: traffic.bytes for kind, traffic in work.collectives(operations).items()}
+    return expected.Communication(
+        found.get("all-gather", 0), found.get("reduce-scatter", 0) + found.get("all-reduce", 0)
+    )
+
+
+def form(config: RunConfig) -> expected.Communication:
+    return expected.communication(config, math.prod(dataclasses.astuple(config.mesh)))
+
+
+THREE = dict(chunks=(4, 2, 1))
+CASES = {
+    "iteration": config_of(),
+    "step": config_of(gather_core="step"),
+    "step, more iterations": config_of(model=THREE, gather_core="step"),
+    "iteration, accumulated": config_of(accumulation=2),
+    "step, accumulated": config_of(accumulation=2, gather_core="step"),
+    "data": config_of((8, 1, 1)),
+}
+SLOW = {
+    "iteration, more iterations": config_of(model=THREE),
+    "both axes": config_of((2, 4, 1), gather_core="step"),
+    "keep_all": config_of(model=dict(remat="keep_all")),
+    "keep_products": config_of(model=dict(remat="keep_products")),
+    "keep_attention, step": config_of(model=dict(remat="keep_attention"), gather_core="step"),
+    "vanilla": config_of(model=dict(chunks=(), core_layers=0, topology="base")),
+    "unshared": config_of(model=dict(chunks=(1, 1), shared_core=False), gather_core="step"),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
+    config = (CASES | SLOW)[case]
+    assert moved(compiled(config)) == pytest.approx(form(config), rel=0.1)
+
+
+def test_a_core_gathered_once_is_gathered_once_whatever_the_iterations(compiled):
+    """Two iterations and three move the same, but for the vectors of the third; gathered anew, they do not."""
+    two, three = (moved(compiled(CASES[case])) for case in ("step", "step, more iterations"))
+    assert three == pytest.approx(two, rel=0.03)
+    anew = form(SLOW["iteration, more iterations"]).gathered_bytes
+    assert anew > 1.2 * form(CASES["iteration"]).gathered_bytes > 1.2 * two.gathered_bytes
+
+
+def test_communication_by_hand():
+    """No vector is left out: prelude, core and coda of one layer, two iterations, width 8, two devices."""
+    model = ModelConfig(vocab_size=10, d_model=8, num_heads=1, prelude_layers=1, core_layers=1, coda_layers=1,
+                        chunks=(2, 1), topology="base", rotary_fraction=0.25, dtype="bfloat16")  # fmt: skip
+    config = RunConfig(model=model, train=dataclasses.replace(TRAIN, accumulation=2), mesh=MeshConfig(1, 2, 1))
+    matrices = 12 * 8 * 8
+    vectors = 3 * 6 * 8 + 2 * 8  # four of LayerNorms and two biases a layer; the final LayerNorm
+    scalers = 8 + 8 * 2  # a scorer, and an allocator for two places
+    rest = 2 * 10 * 8 + vectors + scalers
+    assert expected.communication(config, 2) == (
+        2 * 4 * matrices * 2 * 2 + rest * 4,
+        (2 * 4 * matrices + rest) * 4,
+    )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gather_core="step"))
+    assert expected.communication(config, 2) == (
+        2 * 2 * matrices * 2 * 2 + rest * 4 + matrices * 2,
+        (2 * 2 * matrices + rest) * 4 + matrices * 4,
+    )
+
+
+def test_flops_by_hand():
+    """Two tokens a chunk: the core's first iteration runs at half the length."""
+    model = dataclasses.replace(MODEL, remat="keep_inputs")
+    config = RunConfig(model=model, train=TRAIN)
+    tokens, d = 16 * 16, 64
+    layers = 24 * d**2 * (2 * tokens + 2 * tokens // 2 + 2 * tokens + 2 * tokens)
+    head = 2 * 64 * d * tokens
+    found = expected.flops(config)
+    assert found.dense == 3 * (layers + head)
+    # QKV and the MLP's first product once more.
+    assert found.dense_executed == pytest.approx((3 + 7 / 12) * layers + 3 * head, rel=1e-12)
+    assert found.attention == 3 * 4 * d * 16 * (2 * 16**2 + 2 * 8**2 + 2 * 16**2 + 2 * 16**2)
+    kept = expected.flops(RunConfig(model=dataclasses.replace(model, remat="keep_all"), train=TRAIN))
+    assert kept.dense_executed == found.dense
+
+
+@pytest.mark.parametrize("remat", ["keep_inputs", pytest.param("keep_all", marks=pytest.mark.slow)])
+def test_matrix_work_is_that_of_the_closed_form(remat, compiled):
+    """Executed, on one device; the small rest is routers, scorers and what XLA on the CPU does of attention."""
+    config = config_of((1, 1, 1), model=dict(remat=remat, d_model=128, topology="anchor"))
+    form = expected.flops(config)
+    attention = form.attention * (2 + expected.FORWARD_ATTENTION[remat]) / 3
+    assert work.dense_flops(compiled(config)) == pytest.approx(form.dense_executed + attention, rel=0.01)

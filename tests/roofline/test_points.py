@@ -1,0 +1,39 @@
+"""The points of tpu/predictions: that they fit, do the work they should, and send what they should."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+POINTS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parents[2].glob("tpu/predictions/*.json")}
+
+
+def test_all_points_are_there():
+    families = ("vanilla", "mesh", "spiral_b", "spiral_l")
+    groups = ("160m-v5e-4x4", "1.4b-v5p-4x4x4", "1.4b-v6e-8x8")
+    assert POINTS.keys() == {f"{group}-{family}" for group in groups for family in families}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_a_point(name):
+    point = POINTS[name]
+    assert point["memory"]["peak_bytes"] <= point["memory"]["usable_bytes"]
+    assert point["scores_and_logits_in_memory"] == []
+    limit = {"keep_all": 1.01, "keep_inputs": 1.35}[point["step"]["remat"]]
+    assert 0.999 < point["flops"]["dense_executed_over_model"] <= limit
+    assert point["flops"]["dense_executed"] == pytest.approx(point["flops"]["dense_executed_closed_form"], rel=0.01)
+    sent = point["communication_per_device"]
+    for what in ("gathered_bytes", "summed_bytes"):
+        assert sent[what] == pytest.approx(sent["closed_form"][what], rel=0.1), what
+    assert point["step"]["batch_size"] * point["step"]["sequence_length"] == 512 * 4096
+    assert point["versions"].keys() >= {"jax", "libtpu"} and "spiral_jax.aot" in point["command"]
+
+
+@pytest.mark.parametrize("group", ["160m-v5e-4x4", "1.4b-v5p-4x4x4", "1.4b-v6e-8x8"])
+@pytest.mark.parametrize("family", ["spiral_b", "spiral_l"])
+def test_a_spiral_does_less_than_the_loop_in_the_proportion_of_the_closed_form(group, family):
+    """Matrix work, executed."""
+    spiral, loop = POINTS[f"{group}-{family}"]["flops"], POINTS[f"{group}-mesh"]["flops"]
+    found = spiral["dense_executed"] / loop["dense_executed"]
+    assert found == pytest.approx(spiral["dense_executed_closed_form"] / loop["dense_executed_closed_form"], rel=0.01)
+    assert found < 1
