@@ -11,6 +11,7 @@ Nothing of this has run on a chip.
 
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,8 +45,8 @@ def main(values: flags.FlagValues) -> None:
         raise SpiralError("--topology is missing: a TPU slice, as in v5p-128 or v5p:4x4x4")
     chips = parse_slice(values.topology)
     output = Path(values.output).expanduser().resolve() if values.output else None
-    if output is not None and not output.parent.is_dir():
-        raise SpiralError(f"--output: {output.parent} is not a folder; allowed: a file in one that exists")
+    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+        raise SpiralError(f"--output: found {output}; allowed: a file in a folder that exists and can be written to")
 
     found = run(config, chips, values)
     found |= {
@@ -63,25 +64,26 @@ def run(config: RunConfig, chips: Slice, values: flags.FlagValues) -> dict[str, 
     if values.search:
         found = search(config, chips, values.num_slices, values.max_compilations, _say)
         if found.best is None:
+            more = f", or --max_compilations above {values.max_compilations}" if found.left else ""
             raise SpiralError(
                 f"--search: none of the {len(found.tried)} layouts compiled fits {chips}, {found.left} were not tried; "
-                "allowed: a larger slice, or more --max_compilations"
+                f"allowed: a larger slice{more}"
             )
         return found.best | {"flags": flags_of(found.config), "tried": found.tried, "not_tried": found.left}
     try:
-        _say(f"compiling for {values.num_slices} x {chips}; this takes minutes")
-        return report(config, chips, values.num_slices, compile_step(config, chips, values.num_slices))
+        return report(config, chips, values.num_slices, compile_step(config, chips, values.num_slices, _say))
     except DoesNotFit as error:
         nearest = nearest_that_fits(config, chips, values.num_slices, _say)
         raise SpiralError(
-            f"--topology is {str(chips)!r}: a device {error}, {(error.needed - error.usable) / GIB:.2f} GiB too much; "
-            + (f"the nearest that fits: {nearest}" if nearest else "nothing near fits: allowed: a larger slice")
+            f"--topology is {str(chips)!r}: a device {error}; "
+            + (f"the nearest that fits: {nearest}" if nearest else "nothing near fits; allowed: a larger slice")
         ) from None
 
 
 def as_text(found: dict[str, Any]) -> str:
     """The report for people."""
     where, step, held, flops = found["slice"], found["step"], found["memory"], found["flops"]
+    unwanted = found["scores_and_logits_in_memory"]
     guess, mesh = found["prediction"], " x ".join(f"{axis} {size}" for axis, size in step["mesh"].items())
     slices = f"{where['slices']} x " if where["slices"] > 1 else ""
     lines = [
@@ -96,6 +98,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"{held['simulated_peak_bytes'] / GIB:.2f})",
     ]
     lines += [f"  {name:<20}{size / GIB:8.2f}" for name, size in list(held["held_at_the_peak"].items())[:8]]
+    if unwanted:
+        lines.append(f"in memory: L x L scores or all logits, {len(unwanted)} arrays, among them {unwanted[0]}")
     lines += [
         "",
         f"matrix products       {flops['dense_executed']:.4e} FLOP a step, {flops['dense_executed_over_model']:.3f} x "

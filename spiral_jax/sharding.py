@@ -88,7 +88,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = config.shape(len(devices))
     slices = collections.defaultdict(list)
     for device in devices:
-        slices[getattr(device, "slice_index", 0)].append(device)
+        # GPUs have the attribute as well, and mean other things by it.
+        slices[getattr(device, "slice_index", 0) if device.platform == "tpu" else 0].append(device)
     if shape[0] % len(slices):
         raise SpiralError(f"mesh.data is {shape[0]}; it must be a multiple of the {len(slices)} slices")
     of_slice = (shape[0] // len(slices), *shape[1:])

@@ -218,6 +218,11 @@ class SpiralFormerCache(Cache):
         if self.start_B is not None:
             self.batch_select_indices(torch.arange(len(self.start_B)).repeat_interleave(repeats))
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """That it stores tokens, which `transformers` would ask of the layers that this cache does not have."""
+        return [False]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens consumed, padding included."""
         return self.seen
@@ -412,6 +417,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: SpiralFormerCache | None = None,
     ) -> BaseModelOutputWithPast:
         """The states before the head.
 
@@ -424,7 +430,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
           use_cache: whether to return a cache; by default as the config says, never in training. One given is used.
           output_hidden_states: whether to the T + 3 states (embeddings, h(0), ..., h(T), output), [B, M, D].
           return_dict: False for a tuple.
+          cache: another name of past_key_values, since transformers 5.24.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, SpiralFormerCache):
@@ -548,15 +556,17 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: SpiralFormerCache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, M, V], at least float32, and with labels the loss.
 
         Args:
           labels: [B, M], -100 where there is none. Position i is scored on label i + 1.
           logits_to_keep: only the last so many positions, or these; 0 for all.
-          input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, return_dict: as
-            in `SpiralFormerModel.forward`.
+          input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, return_dict,
+            cache: as in `SpiralFormerModel.forward`.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.spiralformer(
@@ -581,10 +591,11 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """`generate` begins with a cache of ours; `transformers` would make one of keys and values alone."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r}: this model has its own")
-        if (cache := model_kwargs.get("past_key_values")) is not None:
+        name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+        if (cache := model_kwargs.get(name)) is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = SpiralFormerCache()
+            cache = model_kwargs[name] = SpiralFormerCache()
         speculative = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         if isinstance(cache, SpiralFormerCache) and speculative:
             cache.activate_past_recording()

@@ -57,7 +57,8 @@ class ModelConfig:
       dtype: compute dtype. Parameters are float32 (float64 when computing in float64, which needs jax_enable_x64).
       remat: what the forward pass keeps of a layer for the backward pass, which recomputes the rest: all activations
         (`keep_all`), its input and the outputs of weight products and attention (`keep_products`), its input and
-        attention's output (`keep_attention`), or its input alone (`keep_inputs`).
+        attention's output (`keep_attention`), or its input alone (`keep_inputs`). Splash attention is then not
+        computed again; the other kinds are, for what their own gradients need.
       unroll: unrolls the scans over layers and iterations: faster steps on CPU, compile time grows with depth.
     """
 

@@ -135,8 +135,9 @@ class Stack(nn.Module):
         if self.backend.gather is not None:
             layer = nn.map_variables(Layer, "params", trans_in_fn=self.backend.gather)
         if self.config.remat != "keep_all" or self.backend.gather is not None:
-            # prevent_cse guards against what a scan cannot do anyway, and costs fusions.
-            layer = nn.remat(layer, policy=remat_policy(self.config.remat), prevent_cse=self.config.unroll)
+            # prevent_cse guards against what a scan cannot do anyway, and costs fusions. A scan of one layer is none.
+            is_loop = self.num_layers > 1 and not self.config.unroll
+            layer = nn.remat(layer, policy=remat_policy(self.config.remat), prevent_cse=not is_loop)
         scan = nn.scan(
             layer,
             variable_axes={"params": 0},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from spiral_jax.config import RunConfig
 from spiral_jax.sharding import abstract_mesh
 from spiral_jax.training.fsdp import holds_core
-from spiral_jax.training.step import abstract_state
+from spiral_jax.training.step import TrainState, abstract_state
 
 # Forward passes of a layer's matrix products and of its attention in a step, by `model.remat`. What is computed again
 # are QKV and the MLP's first product, 3 d^2 and 4 d^2 of 12: no gradient needs the outputs of the other two.
@@ -63,33 +63,49 @@ class Communication(NamedTuple):
     summed_bytes: float
 
 
-def communication(config: RunConfig, num_devices: int) -> Communication:
+def state_on(config: RunConfig, num_devices: int) -> TrainState:
+    """Shapes and shardings of a run's state. Takes half a second, and is the same for all layouts of one mesh."""
+    return abstract_state(config, abstract_mesh(config.mesh, num_devices))
+
+
+def communication(config: RunConfig, num_devices: int, state: TrainState | None = None) -> Communication:
     """What the axes `data` and `fsdp` exchange; what `tensor` adds is not in it.
 
-    Per micro-batch every executed layer's matrices are gathered forward and
-    backward in the compute dtype, and their gradients are summed in float32. The rest, in float32, is gathered and
-    its gradients are summed once per step, and with `train.gather_core` `step` so are the core's matrices.
+    Per micro-batch every executed layer's matrices are gathered forward and backward in the compute dtype, and their
+    gradients are summed in float32. The rest, in float32, is gathered and its gradients are summed once per step, and
+    with `train.gather_core` `step` so are the core's matrices. Two things come from flax and the compiler: neighbouring
+    iterations of one level share the forward gathers, as no iteration of their scan changes them; and the head is
+    gathered in the compute dtype, as it is used in no other.
     """
     data, fsdp, tensor = config.check_mesh(num_devices)
     model, train = config.model, config.train
     mesh = abstract_mesh(config.mesh, num_devices)
-    state = abstract_state(config, mesh)
+    state = state_on(config, num_devices) if state is None else state
     matrices = 12 * model.d_model**2 / tensor
     held = holds_core(model, train, mesh)
-    runs = [(count, n) for count, n in model.executed_layers(train.sequence_length) if n]
-    outer = runs[0][0] + runs[-1][0]
-    core = sum(count for count, _ in runs[1:-1])
-    streamed = (outer + (0 if held else core)) * matrices
+    # Layers run backward, and gathered forward; a level without a single chunk does not run.
+    counts = [count for level, count in model.runs if level.num_chunks(train.sequence_length)]
+    backward = sum(model.core_layers * count for count in counts)
+    forward = sum(model.core_layers * (1 if _is_scanned(config) else count) for count in counts)
+    outer = model.prelude_layers + model.coda_layers
+    backward, forward = (outer + (0 if held else layers) for layers in (backward, forward))
     whole = model.core_layers * matrices if held else 0.0
+    head = model.vocab_size * model.d_model / tensor
     rest = sum(_cut_rest(path, x, tensor) for path, x in jax.tree_util.tree_leaves_with_path(state.params))
     A, itemsize = train.accumulation, jnp.dtype(model.dtype).itemsize
     gathered = summed = 0.0
     if fsdp > 1:
-        gathered = A * 2 * streamed * itemsize + 4 * rest + whole * itemsize
-        summed = 4 * (A * streamed + rest + whole)
+        streamed = A * (forward + backward) * matrices + whole + head
+        gathered = streamed * itemsize + 4 * (rest - head)
+        summed = 4 * (A * backward * matrices + rest + whole)
     if data > 1:
         summed += 4 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
     return Communication(float(gathered), float(summed))
+
+
+def _is_scanned(config: RunConfig) -> bool:
+    """Whether neighbouring iterations of one level are one scan."""
+    return config.model.shared_core and not config.model.unroll
 
 
 def _cut_rest(path, x, tensor: int) -> float:
@@ -101,27 +117,33 @@ def _cut_rest(path, x, tensor: int) -> float:
     return math.prod(x.shape) / (tensor if "tensor" in spec else 1)
 
 
-def memory(config: RunConfig, num_devices: int) -> dict[str, Any]:
+def memory(config: RunConfig, num_devices: int, state: TrainState | None = None) -> dict[str, Any]:
     """Bytes per device that follow from the configuration; what the compiler adds is not in it.
 
     `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch: each
     executed layer's input, and unless `model.remat` is `keep_inputs` attention's output (d), and unless it is
-    `keep_attention` the outputs of the matrix products (QKV 3d, attention's d, MLP's 4d and d). `core` is what
-    `train.gather_core` `step` holds: matrices in the compute dtype and gradients in float32.
+    `keep_attention` the products that gradients need (QKV 3d, the MLP's first 4d). `core` is the whole core: with
+    `train.gather_core` `step` its matrices in the compute dtype and their gradients in float32, otherwise the former
+    where neighbouring iterations of one level share them (`communication`).
 
     Raises:
       SpiralError: a mesh that does not fit the devices, the batch or the model.
     """
     data, fsdp, tensor = config.check_mesh(num_devices)
     mesh = abstract_mesh(config.mesh, num_devices)
-    state = abstract_state(config, mesh)
+    state = state_on(config, num_devices) if state is None else state
     model, train = config.model, config.train
     rows = train.batch_size // (data * fsdp * train.accumulation)
     itemsize = jnp.dtype(model.dtype).itemsize
-    width = model.d_model * {"keep_inputs": 1, "keep_attention": 2}.get(model.remat, 11)
+    width = model.d_model + {"keep_inputs": 0, "keep_attention": 1}.get(model.remat, 8) * model.d_model // tensor
     kept = sum(layers * n for layers, n in model.executed_layers(train.sequence_length)) * width
     positions = min(train.loss_block, train.sequence_length)
-    core = model.core_layers * 12 * model.d_model**2 // tensor * (itemsize + 4)
+    core = model.core_layers * 12 * model.d_model**2 // tensor
+    if holds_core(model, train, mesh):
+        core *= itemsize + 4
+    else:
+        is_shared = fsdp > 1 and _is_scanned(config) and any(count > 1 for _, count in model.runs)
+        core *= itemsize * is_shared
     return {
         "devices": num_devices,
         "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
@@ -129,7 +151,7 @@ def memory(config: RunConfig, num_devices: int) -> dict[str, Any]:
         "parameters": _bytes_per_device(state.params),
         "optimizer": _bytes_per_device(state.opt_state),
         "gradients": _bytes_per_device(state.params),
-        "core": core if holds_core(model, train, mesh) else 0,
+        "core": core,
         "activations_kept": rows * kept * itemsize,
         "logits_block": rows * positions * model.vocab_size // tensor * 4,
     }

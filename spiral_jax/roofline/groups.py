@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,9 +35,9 @@ def parse_groups(text: str, num_devices: int) -> Groups:
     raise UnreadableProgram(f"replica_groups {text[:200]!r} is of unknown form")
 
 
-def cross(groups: Groups, slice_of: tuple[int, ...]) -> bool:
-    """Whether a group has members in several slices; `slice_of` gives the slice at each place of the mesh."""
-    return any(len({slice_of[device] for device in group}) > 1 for group in groups)
+def cross(groups: Groups, part_of: Sequence[int]) -> bool:
+    """Whether a group has members in several parts, such as slices; `part_of` gives that of each place of the mesh."""
+    return any(len({part_of[device] for device in group}) > 1 for group in groups)
 
 
 def _mesh(text: str) -> Groups:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import re
 import time
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import jax
 
 from spiral_jax.config import RunConfig
+from spiral_jax.progress import Report
 from spiral_jax.roofline import expected, hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
+from spiral_jax.roofline.groups import cross
 from spiral_jax.roofline.predict import FITTED, places_of, predict
 from spiral_jax.roofline.slices import Slice, describe_devices
 from spiral_jax.roofline.unwanted import unwanted
@@ -22,16 +23,19 @@ LARGEST = 12  # buffers of the peak that a report names
 
 
 class DoesNotFit(Exception):
-    """The program needs more memory than a device has.
+    """The program needs more memory than a device has; the message says how much.
 
     Attributes:
-      needed: bytes.
-      usable: bytes.
+      needed: bytes of HBM; None where the compiler does not say, or another memory is too small.
     """
 
-    def __init__(self, needed: float, usable: float):
-        super().__init__(f"needs {needed / 2**30:.2f} GiB of {usable / 2**30:.2f} GiB")
-        self.needed, self.usable = needed, usable
+    def __init__(self, needed: float | None, usable: float, why: str = ""):
+        of = f"of {usable / 2**30:.2f} GiB"
+        if needed is None:
+            super().__init__(f"needs more than it has {of}: {why}")
+        else:
+            super().__init__(f"needs {needed / 2**30:.2f} GiB {of}, {(needed - usable) / 2**30:.2f} GiB too much")
+        self.needed = needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,14 @@ class CompiledStep:
     seconds: float
 
 
-def compile_step(config: RunConfig, chips: Slice, num_slices: int = 1) -> CompiledStep:
+def compile_step(config: RunConfig, chips: Slice, num_slices: int, say: Report) -> CompiledStep:
     """Compiles the step that `train` would run.
 
     Args:
       config: the run.
       chips: the slice.
       num_slices: how many of it; `mesh.data` lies across them.
+      say: told when everything is checked and compiling begins.
 
     Raises:
       SpiralError: a mesh that does not fit the slice, the batch or the model; no libtpu.
@@ -66,15 +71,15 @@ def compile_step(config: RunConfig, chips: Slice, num_slices: int = 1) -> Compil
     config.check_mesh(chips.devices * num_slices)
     program = make_program(config, make_mesh(config.mesh, describe_devices(chips, num_slices)))
     usable = chips.generation.hbm_bytes
+    say(f"compiling for {num_slices} x {chips}; this takes minutes")
     started = time.perf_counter()
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
     try:
         compiled, text = compile_described(lowered)
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
-        if needed is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(needed, usable) from None
+        raise DoesNotFit(_needed(str(error)), usable, " ".join(str(error).split())[:200]) from None
     peak = compiled.memory_analysis().peak_memory_in_bytes
     if peak > usable:
         raise DoesNotFit(peak, usable)
@@ -92,7 +97,12 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
     form, num_devices = expected.flops(config), len(devices)
     dense, held = work.dense_flops(operations) * num_devices, expected.memory(config, num_devices)
     traffic = work.collectives(operations)
-    moved = collections.defaultdict(float, {kind: of_kind.bytes for kind, of_kind in traffic.items()})
+    # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
+    rows = [place // step.program.mesh.shape["tensor"] for place in range(num_devices)]
+    moved = collections.Counter()
+    for operation in operations:
+        if _crosses(operation, rows):
+            moved[_purpose(operation)] += operation.collective.bytes * operation.times
     peak_flops = chips.peak_flops * num_devices
     return {
         "slice": {
@@ -126,13 +136,14 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
         },
         "communication_per_device": {
             "collectives": {kind: of_kind._asdict() for kind, of_kind in sorted(traffic.items())},
-            # The TPU compiler makes sums whose parts are kept of sums of which all is kept.
-            "gathered_bytes": moved["all-gather"],
-            "summed_bytes": moved["reduce-scatter"] + moved["all-reduce"],
+            "gathered_bytes": moved["gathered"],
+            "summed_bytes": moved["summed"],
             "closed_form": expected.communication(config, num_devices)._asdict(),
         },
         "bytes_between_slices": sum(
-            operation.collective.bytes * operation.times for operation in operations if _crosses(operation, places)
+            operation.collective.bytes * operation.times
+            for operation in operations
+            if _crosses(operation, [place.slice_index for place in places])
         ),
         "prediction": {
             "is": "a prediction by a roofline; no step of this program has run on a TPU",
@@ -194,18 +205,20 @@ def _argument_name(path) -> str:
     return {"params": "parameters", "opt_state": "optimizer state"}.get(name, name)
 
 
-def _crosses(operation: work.Operation, places) -> bool:
-    if operation.collective is None:
-        return False
-    groups = operation.collective.groups
-    return operation.collective.kind == "dcn" or any(
-        len({places[i].slice_index for i in group}) > 1 for group in groups
-    )
+def _purpose(operation: work.Operation) -> str:
+    """`gathered` or `summed`, by what the function asked for: the compiler may gather by summing shards and zeros."""
+    if operation.collective.kind == "all-gather" or "all_gather" in operation.source:
+        return "gathered"
+    return "summed" if operation.collective.kind in ("all-reduce", "reduce-scatter") else operation.collective.kind
+
+
+def _crosses(operation: work.Operation, part_of: list[int]) -> bool:
+    """Whether an operation sends something from one part of the mesh to another; the network is between slices."""
+    sent = operation.collective
+    return sent is not None and (sent.kind == "dcn" or cross(sent.groups, part_of))
 
 
 def _needed(message: str) -> float | None:
-    """Bytes that a program would have needed, of the compiler's message that there are not as many; None for others."""
-    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
-        return None
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
-    return float(used[1]) * 1024 ** " KMGT".index(used[2] or " ") if used else math.inf
+    """Bytes of HBM that a program would have needed, of the compiler's message; None where it does not say."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of \S+ hbm", message)
+    return float(used[1]) * 1024 ** " KMGT".index(used[2] or " ") if used else None

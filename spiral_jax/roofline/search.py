@@ -1,6 +1,7 @@
 """The fastest way to lay a run out on a slice, by prediction: mesh, micro-batch, remat, when the core is gathered."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -10,10 +11,14 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import Remat
 from spiral_jax.progress import Report
 from spiral_jax.roofline import expected
+from spiral_jax.roofline.hlo import UnreadableProgram
 from spiral_jax.roofline.predict import FITTED
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.roofline.slices import Slice
-from spiral_jax.sharding import MeshConfig
+from spiral_jax.sharding import MeshConfig, abstract_mesh
+from spiral_jax.training.config import GatherCore
+from spiral_jax.training.fsdp import holds_core
+from spiral_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +41,13 @@ class Found:
 def layouts(config: RunConfig, num_devices: int) -> Iterator[RunConfig]:
     """Every layout that divides: tensor 1 or 2, fsdp and accumulation in powers of two, all remats."""
     powers = [2**i for i in range(num_devices.bit_length())]
-    gathers = ("iteration", "step") if config.model.shared_core and config.model.num_iterations > 1 else ("iteration",)
     for tensor, fsdp in itertools.product((1, 2), powers):
         if num_devices % (tensor * fsdp):
             continue
         mesh = MeshConfig(num_devices // (tensor * fsdp), fsdp, tensor)
         rows = config.train.batch_size // (mesh.data * fsdp)
         accumulations = [2**i for i in range(rows.bit_length())]
-        for accumulation, remat, gather in itertools.product(accumulations, get_args(Remat), gathers):
-            if gather == "step" and fsdp == 1:
-                continue
+        for accumulation, remat, gather in itertools.product(accumulations, get_args(Remat), get_args(GatherCore)):
             layout = dataclasses.replace(
                 config,
                 mesh=mesh,
@@ -56,14 +58,16 @@ def layouts(config: RunConfig, num_devices: int) -> Iterator[RunConfig]:
                 layout.check_mesh(num_devices)
             except SpiralError:
                 continue
-            yield layout
+            if gather == "iteration" or holds_core(layout.model, layout.train, abstract_mesh(mesh, num_devices)):
+                yield layout
 
 
 def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: int, say: Report) -> Found:
     """Compiles the most promising layouts, those first that should be fastest by the closed forms.
 
-    Layouts whose parameters and activations alone do not fit are not compiled, nor those that need more than one that
-    did not fit, nor those that could not be faster than the best so far if nothing but matrix products took time.
+    Not compiled are layouts whose parameters and kept activations alone do not fit, those that keep as much or more of
+    as many or more rows on the same mesh as one that did not fit, and those that could not be faster than the best so
+    far if nothing but matrix products took time.
 
     Args:
       config: the run; its mesh, accumulation, remat and gathering are what is searched.
@@ -71,37 +75,61 @@ def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: i
       num_slices: how many of it.
       max_compilations: where to stop; each takes minutes.
       say: told what happens.
+
+    Raises:
+      SpiralError: no layout divides, or none can fit.
     """
     num_devices = chips.devices * num_slices
-    waiting = []
-    for layout in layouts(config, num_devices):
-        if layout.mesh.data % num_slices == 0 and _least_bytes(layout, num_devices) < chips.generation.hbm_bytes:
-            waiting.append(layout)
-    waiting.sort(key=lambda layout: (_estimate(layout, chips, num_devices), layout.train.accumulation))
+    every = [one for one in layouts(config, num_devices) if one.mesh.data % num_slices == 0]
+    if not every:
+        raise SpiralError(
+            f"train.batch_size is {config.train.batch_size}; with model.d_model {config.model.d_model} no mesh in "
+            f"powers of two divides it over {num_devices} devices"
+        )
+    state_on = functools.cache(lambda mesh: expected.state_on(dataclasses.replace(config, mesh=mesh), num_devices))
+    usable = chips.generation.hbm_bytes
+    least = [_least_bytes(one, num_devices, state_on(one.mesh)) for one in every]
+    if min(least) >= usable:
+        raise SpiralError(
+            f"--topology is {str(chips)!r}: no layout can fit; the smallest needs at least "
+            f"{min(least) / 2**30:.2f} GiB of {usable / 2**30:.2f} GiB a device; allowed: a larger slice"
+        )
+    waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
+    waiting.sort(key=lambda one: (_estimate(one, chips, num_devices, state_on(one.mesh)), one.train.accumulation))
     best, best_config, tried = None, None, []
     while waiting and len(tried) < max_compilations:
         layout = waiting.pop(0)
-        name = flags_of(layout)
-        entry = {"flags": name}
+        entry = {"flags": flags_of(layout)}
         tried.append(entry)
-        say(f"{len(tried)} of at most {max_compilations}: {name}")
+        say(f"{len(tried)} of at most {max_compilations}: {entry['flags']}")
         try:
-            found = report(layout, chips, num_slices, compile_step(layout, chips, num_slices))
-        except DoesNotFit as error:
-            entry |= {"fits": False, "needed_bytes": error.needed}
+            found = report(layout, chips, num_slices, compile_step(layout, chips, num_slices, say))
+        except (DoesNotFit, UnreadableProgram) as error:
+            # One layout's failure is a result, and no reason to lose those of the others.
+            entry |= {"failed": str(error)}
             say(f"  {error}")
-            least = _least_bytes(layout, num_devices)
-            # What is kept grows with both: the compiler's temporaries do as well.
-            waiting = [other for other in waiting if _least_bytes(other, num_devices) < least]
+            if isinstance(error, DoesNotFit):
+                waiting = [other for other in waiting if not _needs_as_much(other, layout)]
             continue
         seconds = found["prediction"]["step_seconds"]
-        entry |= {"fits": True, "peak_bytes": found["memory"]["peak_bytes"], "predicted_step_seconds": seconds}
+        entry |= {"peak_bytes": found["memory"]["peak_bytes"], "predicted_step_seconds": seconds}
         say(f"  predicted {seconds:.3f} s, {found['memory']['peak_bytes'] / 2**30:.2f} GiB")
         if best is None or seconds < best["prediction"]["step_seconds"]:
             best, best_config = found, layout
         fastest = best["prediction"]["step_seconds"]
         waiting = [other for other in waiting if _product_seconds(other, chips, num_devices) < fastest]
     return Found(best, best_config, tried, len(waiting))
+
+
+def _needs_as_much(layout: RunConfig, other: RunConfig) -> bool:
+    """Whether a layout surely needs no less memory than another: it keeps as much of as many rows, on the same mesh."""
+    kept = get_args(Remat)
+    same = layout.mesh == other.mesh and layout.train.gather_core == other.train.gather_core
+    return (
+        same
+        and layout.train.accumulation <= other.train.accumulation
+        and kept.index(layout.model.remat) <= kept.index(other.model.remat)
+    )
 
 
 def flags_of(config: RunConfig) -> str:
@@ -115,7 +143,7 @@ def flags_of(config: RunConfig) -> str:
 
 
 def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Report, tries: int = 4) -> str | None:
-    """Flags of the least change with which a run fits: less kept first, then more micro-batches; None if none is found.
+    """Flags with which a run fits: as much kept in micro-batches of half the rows, then only inputs kept, then both.
 
     Each try is a compilation.
     """
@@ -123,7 +151,10 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
     data, fsdp, _ = config.check_mesh(num_devices)
     rows = config.train.batch_size // (data * fsdp * config.train.accumulation)
     changes = [(1, "keep_inputs")] if config.model.remat != "keep_inputs" else []
+    if rows % 2 == 0:
+        changes.insert(0, (2, config.model.remat))
     changes += [(factor, "keep_inputs") for factor in (2, 4, 8, 16, 32, 64) if rows % factor == 0]
+    changes = list(dict.fromkeys(changes))
     for factor, remat in changes:
         other = dataclasses.replace(
             config,
@@ -138,7 +169,7 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
         flags = f"--config.train.accumulation={other.train.accumulation} --config.model.remat={remat}"
         say(f"does not fit; trying {flags}")
         try:
-            compile_step(other, chips, num_slices)
+            compile_step(other, chips, num_slices, say)
         except DoesNotFit as error:
             say(f"  {error}")
             continue
@@ -146,9 +177,9 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
     return None
 
 
-def _least_bytes(config: RunConfig, num_devices: int) -> int:
+def _least_bytes(config: RunConfig, num_devices: int, state: TrainState | None = None) -> int:
     """What a device holds at least: parameters, optimizer, gradients, activations kept; not what the compiler adds."""
-    held = expected.memory(config, num_devices)
+    held = expected.memory(config, num_devices, state)
     return sum(held[name] for name in ("parameters", "optimizer", "gradients", "core", "activations_kept"))
 
 
@@ -157,13 +188,13 @@ def _product_seconds(config: RunConfig, chips: Slice, num_devices: int) -> float
     return expected.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
 
 
-def _estimate(config: RunConfig, chips: Slice, num_devices: int) -> float:
+def _estimate(config: RunConfig, chips: Slice, num_devices: int, state: TrainState) -> float:
     """Seconds of a step by the closed forms: products, attention, communication over one ring; only to sort by."""
     form = expected.flops(config)
     # Of three passes, forward is one and backward two.
     attention = form.attention_causal * (2 + expected.FORWARD_ATTENTION[config.model.remat]) / 3
     attention /= num_devices * chips.peak_flops * FITTED.attention_efficiency
-    moved = sum(expected.communication(config, num_devices))
+    moved = sum(expected.communication(config, num_devices, state))
     # All-reduces of activations, two a layer forward and two backward.
     if config.mesh.tensor > 1:
         rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)

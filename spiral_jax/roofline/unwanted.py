@@ -26,7 +26,9 @@ def unwanted(module: Module, config: RunConfig, num_devices: int) -> list[str]:
     def is_unwanted(array: Array) -> bool:
         dims = array.dims
         scores = any(dims.count(n) >= 2 and array.size >= rows * heads * n * n for n in lengths)
-        return scores or (vocab in dims and array.size >= rows * train.sequence_length * vocab)
+        is_table = sorted(dims) == sorted((vocab, model.d_model))
+        logits = vocab in dims and array.size >= rows * train.sequence_length * vocab
+        return scores or (logits and not is_table)
 
     return sorted(
         {

@@ -4,7 +4,7 @@ Every device of the axes `data` and `fsdp` works on its own rows in one `shard_m
 compiler's guess; the axis `tensor` stays with the compiler. A matrix of a layer is gathered over `fsdp` in the compute
 dtype when the layer runs, forward and backward, and its gradient is summed over `fsdp` in float32 at once, each device
 keeping its part. For embedding, head and vectors both happen once per step, and on demand (`train.gather_core`) for the
-shared core.
+shared core. (Where neighbouring iterations have one level, flax moves their forward gathers out of the scan over them.)
 """
 
 import functools
@@ -108,7 +108,7 @@ def gather_rest(params: dict, specs: dict) -> dict:
     def gather(path, x, spec):
         return x if _is_of_layers(path) else _all_gather(x, spec)
 
-    return jax.tree_util.tree_map_with_path(gather, params, specs, is_leaf=_is_whole)
+    return jax.tree_util.tree_map_with_path(gather, params, specs)
 
 
 def without_values(grads: dict) -> dict:

@@ -69,6 +69,8 @@ SLOW = {
     "keep_all": config_of(model=dict(remat="keep_all")),
     "keep_products": config_of(model=dict(remat="keep_products")),
     "keep_attention, step": config_of(model=dict(remat="keep_attention"), gather_core="step"),
+    "scanned iterations": config_of(model=dict(chunks=(1, 1, 1))),
+    "unrolled iterations": config_of(model=dict(chunks=(1, 1, 1), unroll=True)),
     "vanilla": config_of(model=dict(chunks=(), core_layers=0, topology="base")),
     "unshared": config_of(model=dict(chunks=(1, 1), shared_core=False), gather_core="step"),
 }
@@ -96,15 +98,16 @@ def test_communication_by_hand():
     matrices = 12 * 8 * 8
     vectors = 3 * 6 * 8 + 2 * 8  # four of LayerNorms and two biases a layer; the final LayerNorm
     scalers = 8 + 8 * 2  # a scorer, and an allocator for two places
-    rest = 2 * 10 * 8 + vectors + scalers
+    head = 10 * 8
+    rest = 10 * 8 + vectors + scalers  # with the embedding
     assert expected.communication(config, 2) == (
-        2 * 4 * matrices * 2 * 2 + rest * 4,
-        (2 * 4 * matrices + rest) * 4,
+        2 * 4 * matrices * 2 * 2 + rest * 4 + head * 2,
+        (2 * 4 * matrices + rest + head) * 4,
     )
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, gather_core="step"))
     assert expected.communication(config, 2) == (
-        2 * 2 * matrices * 2 * 2 + rest * 4 + matrices * 2,
-        (2 * 2 * matrices + rest) * 4 + matrices * 4,
+        2 * 2 * matrices * 2 * 2 + rest * 4 + head * 2 + matrices * 2,
+        (2 * 2 * matrices + rest + head) * 4 + matrices * 4,
     )
 
 

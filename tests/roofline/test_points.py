@@ -23,8 +23,13 @@ def test_a_point(name):
     assert 0.999 < point["flops"]["dense_executed_over_model"] <= limit
     assert point["flops"]["dense_executed"] == pytest.approx(point["flops"]["dense_executed_closed_form"], rel=0.01)
     sent = point["communication_per_device"]
-    for what in ("gathered_bytes", "summed_bytes"):
-        assert sent[what] == pytest.approx(sent["closed_form"][what], rel=0.1), what
+    form = sent["closed_form"]
+    if "v5p" in name:
+        # The compiler gathers over a whole cube by summing, and when these were made the two were not told apart.
+        assert sent["collectives"].keys() == {"all-reduce"}
+        assert sent["summed_bytes"] == pytest.approx(sum(form.values()), rel=0.1)
+    else:
+        assert (sent["gathered_bytes"], sent["summed_bytes"]) == pytest.approx(tuple(form.values()), rel=0.1)
     assert point["step"]["batch_size"] * point["step"]["sequence_length"] == 512 * 4096
     assert point["versions"].keys() >= {"jax", "libtpu"} and "spiral_jax.aot" in point["command"]
 
