@@ -48,7 +48,7 @@ def never_compiled(monkeypatch):
         ((PILE, "--topology=v5e:4x4", "--output=/no/folder/report.json"), "--output: found /no/folder"),
         ((PILE, "--topology=v5e:4x4", "--output=/tmp"), "--output: found /tmp"),
         ((PILE, "--topology=v5e:4x4", "--search", "--config.train.batch_size=500"), "train.batch_size is 500"),
-        ((PILE, "--topology=v5e:1x1", "--search", "--config.model.d_model=8192"), "no layout can fit"),
+        ((PILE, "--topology=v5e:1x1", "--search", "--config.model.d_model=12288"), "no layout can fit"),
         ((PILE, "--topology=v5e:4x4", "--num_slices=0"), "num_slices"),
         ((PILE, "--topology=v5e:4x4", "--config.train.attention=cudnn"), "train.attention is 'cudnn'"),
         ((PILE, "--topology=v5e:4x4", "--num_slices=2"), "mesh.data is 1; it must be a multiple of the 2 slices"),
@@ -141,6 +141,8 @@ def test_layouts_divide():
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
          "15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5 * 2**30),
         ("RESOURCE_EXHAUSTED: ... memory space hbm. Used 900.00M of 15.75G hbm.", 900 * 2**20),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (106.93G) exceeds available HBM (15.75G). HLO module: jit_train_step.", 106.93 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack", None),
     ],
 )  # fmt: skip
@@ -184,7 +186,9 @@ def test_a_small_program_is_what_the_closed_forms_say(small_report, tmp_path):
     assert found["scores_and_logits_in_memory"] == []
     held = found["memory"]
     assert 0 < held["peak_bytes"] < held["usable_bytes"]
-    assert held["simulated_peak_bytes"] == pytest.approx(held["peak_bytes"], rel=0.15)
+    # The compiler's peak of so small a program counts what lies in VMEM as well; that of real ones does not
+    # (tests/roofline/test_points.py).
+    assert 0.5 < held["simulated_peak_bytes"] / held["peak_bytes"] < 1.05
     assert {"parameters", "optimizer state"} <= held["held_at_the_peak"].keys()
     assert found["prediction"]["step_seconds"] > 0 and "prediction" in found["prediction"]["is"]
     assert found["versions"]["libtpu"] and "aot" in found["command"]
@@ -221,4 +225,5 @@ def test_between_slices_only_gradients_are_summed(small_report):
 def test_running_out_of_memory_is_a_result(small_report):
     flags = [flag for flag in SMALL if "batch_size" not in flag and "vocab" not in flag]
     status, errors = call(aot, *flags, "--config.train.batch_size=65536", "--config.model.remat=keep_products")
-    assert status == 2 and "too much" in errors.splitlines()[-1], errors
+    last = errors.splitlines()[-1]
+    assert status == 2 and "too much" in last and "the nearest that fits: --config.train.accumulation=" in last, errors

@@ -69,7 +69,7 @@ def state_on(config: RunConfig, num_devices: int) -> TrainState:
 
 
 def communication(config: RunConfig, num_devices: int, state: TrainState | None = None) -> Communication:
-    """What the axes `data` and `fsdp` exchange; what `tensor` adds is not in it.
+    """What the axes `data` and `fsdp` exchange for a scanned model; what `tensor` adds is not in it.
 
     Per micro-batch every executed layer's matrices are gathered forward and backward in the compute dtype, and their
     gradients are summed in float32. The rest, in float32, is gathered and its gradients are summed once per step, and
@@ -86,7 +86,7 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
     # Layers run backward, and gathered forward; a level without a single chunk does not run.
     counts = [count for level, count in model.runs if level.num_chunks(train.sequence_length)]
     backward = sum(model.core_layers * count for count in counts)
-    forward = sum(model.core_layers * (1 if _is_scanned(config) else count) for count in counts)
+    forward = sum(model.core_layers * (1 if model.shared_core else count) for count in counts)
     outer = model.prelude_layers + model.coda_layers
     backward, forward = (outer + (0 if held else layers) for layers in (backward, forward))
     whole = model.core_layers * matrices if held else 0.0
@@ -101,11 +101,6 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
     if data > 1:
         summed += 4 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
     return Communication(float(gathered), float(summed))
-
-
-def _is_scanned(config: RunConfig) -> bool:
-    """Whether neighbouring iterations of one level are one scan."""
-    return config.model.shared_core and not config.model.unroll
 
 
 def _cut_rest(path, x, tensor: int) -> float:
@@ -142,7 +137,7 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
     if holds_core(model, train, mesh):
         core *= itemsize + 4
     else:
-        is_shared = fsdp > 1 and _is_scanned(config) and any(count > 1 for _, count in model.runs)
+        is_shared = fsdp > 1 and model.shared_core and any(count > 1 for _, count in model.runs)
         core *= itemsize * is_shared
     return {
         "devices": num_devices,

@@ -220,5 +220,9 @@ def _crosses(operation: work.Operation, part_of: list[int]) -> bool:
 
 def _needed(message: str) -> float | None:
     """Bytes of HBM that a program would have needed, of the compiler's message; None where it does not say."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of \S+ hbm", message)
-    return float(used[1]) * 1024 ** " KMGT".index(used[2] or " ") if used else None
+    size = r"([\d.]+)([KMGT]?)"
+    used = re.search(rf"Used {size} of \S+ hbm|\({size}\) exceeds available HBM", message)
+    if not used:
+        return None
+    number, unit = filter(None, used.groups(""))
+    return float(number) * 1024 ** " KMGT".index(unit)

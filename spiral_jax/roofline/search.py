@@ -143,19 +143,19 @@ def flags_of(config: RunConfig) -> str:
 
 
 def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Report, tries: int = 4) -> str | None:
-    """Flags with which a run fits: as much kept in micro-batches of half the rows, then only inputs kept, then both.
+    """Flags with which a run fits: micro-batches of half the rows, or only inputs kept, in ever smaller ones; or None.
 
     Each try is a compilation.
     """
     num_devices = chips.devices * num_slices
     data, fsdp, _ = config.check_mesh(num_devices)
     rows = config.train.batch_size // (data * fsdp * config.train.accumulation)
-    changes = [(1, "keep_inputs")] if config.model.remat != "keep_inputs" else []
-    if rows % 2 == 0:
-        changes.insert(0, (2, config.model.remat))
-    changes += [(factor, "keep_inputs") for factor in (2, 4, 8, 16, 32, 64) if rows % factor == 0]
-    changes = list(dict.fromkeys(changes))
-    for factor, remat in changes:
+    kept = config.model.remat
+    changes = [(factor, kept) for factor in (2,) if rows % factor == 0]
+    changes += [(factor, "keep_inputs") for factor in (2**i for i in range(rows.bit_length())) if rows % factor == 0]
+    changes = [change for change in dict.fromkeys(changes) if change != (1, kept)]
+    while changes and tries:
+        (factor, remat), *changes = changes
         other = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, remat=remat),
@@ -163,8 +163,6 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
         )
         if _least_bytes(other, num_devices) >= chips.generation.hbm_bytes:
             continue
-        if not tries:
-            break
         tries -= 1
         flags = f"--config.train.accumulation={other.train.accumulation} --config.model.remat={remat}"
         say(f"does not fit; trying {flags}")
@@ -172,6 +170,10 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
             compile_step(other, chips, num_slices, say)
         except DoesNotFit as error:
             say(f"  {error}")
+            if error.needed:
+                # Most of what is needed goes with the rows: smaller steps than this would be minutes for nothing.
+                least = 0.7 * factor * error.needed / chips.generation.hbm_bytes
+                changes = [change for change in changes if change[0] >= least or change[1] != remat]
             continue
         return flags
     return None

@@ -70,7 +70,6 @@ SLOW = {
     "keep_products": config_of(model=dict(remat="keep_products")),
     "keep_attention, step": config_of(model=dict(remat="keep_attention"), gather_core="step"),
     "scanned iterations": config_of(model=dict(chunks=(1, 1, 1))),
-    "unrolled iterations": config_of(model=dict(chunks=(1, 1, 1), unroll=True)),
     "vanilla": config_of(model=dict(chunks=(), core_layers=0, topology="base")),
     "unshared": config_of(model=dict(chunks=(1, 1), shared_core=False), gather_core="step"),
 }
