@@ -24,9 +24,7 @@ from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.roofline.search import flags_of, nearest_that_fits, search
-from spiral_jax.roofline.slices import Slice, parse_slice
-
-GIB = 2**30
+from spiral_jax.roofline.slices import GIB, Slice, parse_slice
 
 
 def define(values: flags.FlagValues) -> None:

@@ -1,6 +1,7 @@
 """The environment jax reads when imported (8 CPU devices, a compilation cache), and what tests of models share."""
 
 import functools
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from spiral_jax.convert.huggingface import config_to_huggingface, params_from_tensors  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
+from spiral_jax.roofline.slices import describe_devices, no_compilation_cache, parse_slice  # noqa: E402
 
 # Code generation in less time; the operations are the same.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -51,6 +53,24 @@ def golden(request) -> Golden:
     config = json.loads((folder / "config.json").read_text())
     arrays = [np.load(folder / f"{name}.npy") for name in ("tokens", "logits")]
     return Golden(config, load_file(folder / "model.safetensors"), *arrays)
+
+
+@pytest.fixture
+def libtpu():
+    """Skips where the TPU compiler is not installed; what describing a slice puts into the environment is undone."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def described(libtpu):
+    """(topology) to the devices of a slice that is not there, while programs do not go to the compilation cache."""
+    with no_compilation_cache():
+        yield lambda topology: describe_devices(parse_slice(topology))
 
 
 @pytest.fixture(scope="session")

@@ -54,9 +54,9 @@ def never_compiled(monkeypatch):
         ((PILE, "--topology=v5e:4x4", "--num_slices=2"), "mesh.data is 1; it must be a multiple of the 2 slices"),
     ],
 )
-def test_mistakes_are_one_line(arguments, named, never_compiled):
-    if named.startswith(("mesh.data", "train.attention")) and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
+def test_mistakes_are_one_line(arguments, named, never_compiled, request):
+    if named.startswith(("mesh.data", "train.attention")):
+        request.getfixturevalue("libtpu")
     status, errors = call(aot, *arguments)
     assert status == 2 and errors.count("\n") == 1 and named in errors, errors
 
@@ -161,10 +161,8 @@ SMALL = (
 
 
 @pytest.fixture
-def small_report(capsys):
+def small_report(libtpu, capsys):
     """Flags to the report of SMALL with them."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
 
     def make(*flags):
         status, errors = call(aot, *SMALL, *flags)

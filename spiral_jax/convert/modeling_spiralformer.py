@@ -566,11 +566,10 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
           input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, return_dict,
             cache: as in `SpiralFormerModel.forward`.
         """
-        past_key_values = cache if past_key_values is None else past_key_values
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.spiralformer(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, cache=cache
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BxMxV = wide_linear(self.embed_out, outputs.last_hidden_state[:, keep])

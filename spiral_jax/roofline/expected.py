@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from spiral_jax.config import RunConfig
 from spiral_jax.sharding import abstract_mesh
-from spiral_jax.training.fsdp import holds_core
+from spiral_jax.training.fsdp import holds_core, is_of_layers
 from spiral_jax.training.step import TrainState, abstract_state
 
 # Forward passes of a layer's matrix products and of its attention in a step, by `model.remat`. What is computed again
@@ -105,9 +105,8 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
 
 def _cut_rest(path, x, tensor: int) -> float:
     """Elements of a parameter that is cut over `fsdp` and no matrix of a layer, 0 of others."""
-    names = [key.key for key in path]
     spec = x.sharding.spec
-    if "fsdp" not in spec or ("layers" in names and names[-1] == "kernel"):
+    if "fsdp" not in spec or is_of_layers(path):
         return 0.0
     return math.prod(x.shape) / (tensor if "tensor" in spec else 1)
 

@@ -14,7 +14,7 @@ from spiral_jax.roofline import expected, hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
 from spiral_jax.roofline.predict import FITTED, places_of, predict
-from spiral_jax.roofline.slices import Slice, describe_devices
+from spiral_jax.roofline.slices import GIB, Slice, describe_devices
 from spiral_jax.roofline.unwanted import unwanted
 from spiral_jax.sharding import make_mesh
 from spiral_jax.training.step import Program, make_program
@@ -30,11 +30,11 @@ class DoesNotFit(Exception):
     """
 
     def __init__(self, needed: float | None, usable: float, why: str = ""):
-        of = f"of {usable / 2**30:.2f} GiB"
+        of = f"of {usable / GIB:.2f} GiB"
         if needed is None:
             super().__init__(f"needs more than it has {of}: {why}")
         else:
-            super().__init__(f"needs {needed / 2**30:.2f} GiB {of}, {(needed - usable) / 2**30:.2f} GiB too much")
+            super().__init__(f"needs {needed / GIB:.2f} GiB {of}, {(needed - usable) / GIB:.2f} GiB too much")
         self.needed = needed
 
 
@@ -95,10 +95,12 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
     found = predict(operations, chips, places)
     model, train = config.model, config.train
     form, num_devices = expected.flops(config), len(devices)
-    dense, held = work.dense_flops(operations) * num_devices, expected.memory(config, num_devices)
+    dense, state = work.dense_flops(operations) * num_devices, step.program.abstract_state
+    held = expected.memory(config, num_devices, state)
     traffic = work.collectives(operations)
     # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
     rows = [place // step.program.mesh.shape["tensor"] for place in range(num_devices)]
+    slice_of = [place.slice_index for place in places]
     moved = collections.Counter()
     for operation in operations:
         if _crosses(operation, rows):
@@ -138,12 +140,10 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
             "collectives": {kind: of_kind._asdict() for kind, of_kind in sorted(traffic.items())},
             "gathered_bytes": moved["gathered"],
             "summed_bytes": moved["summed"],
-            "closed_form": expected.communication(config, num_devices)._asdict(),
+            "closed_form": expected.communication(config, num_devices, state)._asdict(),
         },
         "bytes_between_slices": sum(
-            operation.collective.bytes * operation.times
-            for operation in operations
-            if _crosses(operation, [place.slice_index for place in places])
+            operation.collective.bytes * operation.times for operation in operations if _crosses(operation, slice_of)
         ),
         "prediction": {
             "is": "a prediction by a roofline; no step of this program has run on a TPU",

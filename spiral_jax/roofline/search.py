@@ -14,7 +14,7 @@ from spiral_jax.roofline import expected
 from spiral_jax.roofline.hlo import UnreadableProgram
 from spiral_jax.roofline.predict import FITTED
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
-from spiral_jax.roofline.slices import Slice
+from spiral_jax.roofline.slices import GIB, Slice
 from spiral_jax.sharding import MeshConfig, abstract_mesh
 from spiral_jax.training.config import GatherCore
 from spiral_jax.training.fsdp import holds_core
@@ -92,7 +92,7 @@ def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: i
     if min(least) >= usable:
         raise SpiralError(
             f"--topology is {str(chips)!r}: no layout can fit; the smallest needs at least "
-            f"{min(least) / 2**30:.2f} GiB of {usable / 2**30:.2f} GiB a device; allowed: a larger slice"
+            f"{min(least) / GIB:.2f} GiB of {usable / GIB:.2f} GiB a device; allowed: a larger slice"
         )
     waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
     waiting.sort(key=lambda one: (_estimate(one, chips, num_devices, state_on(one.mesh)), one.train.accumulation))
@@ -113,7 +113,7 @@ def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: i
             continue
         seconds = found["prediction"]["step_seconds"]
         entry |= {"peak_bytes": found["memory"]["peak_bytes"], "predicted_step_seconds": seconds}
-        say(f"  predicted {seconds:.3f} s, {found['memory']['peak_bytes'] / 2**30:.2f} GiB")
+        say(f"  predicted {seconds:.3f} s, {found['memory']['peak_bytes'] / GIB:.2f} GiB")
         if best is None or seconds < best["prediction"]["step_seconds"]:
             best, best_config = found, layout
         fastest = best["prediction"]["step_seconds"]
@@ -151,7 +151,7 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
     data, fsdp, _ = config.check_mesh(num_devices)
     rows = config.train.batch_size // (data * fsdp * config.train.accumulation)
     kept = config.model.remat
-    changes = [(factor, kept) for factor in (2,) if rows % factor == 0]
+    changes = [(2, kept)] if rows % 2 == 0 else []
     changes += [(factor, "keep_inputs") for factor in (2**i for i in range(rows.bit_length())) if rows % factor == 0]
     changes = [change for change in dict.fromkeys(changes) if change != (1, kept)]
     while changes and tries:

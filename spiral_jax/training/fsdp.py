@@ -73,7 +73,7 @@ def model_of_a_device(config: ModelConfig, train: TrainConfig, mesh: Mesh, specs
 
     gather = None
     if mesh.shape["fsdp"] > 1 and config.stored_layers:
-        gather = functools.partial(_gather_layer, _layer_axes(specs), config.dtype)
+        gather = functools.partial(_gather_layer, _layer_specs(specs), config.dtype)
     attention = attention_for(mesh, config, train.attention, manual=ROWS)
     return SpiralFormer(config, Backend(attention, constrain, gather))
 
@@ -91,7 +91,7 @@ def gather_core(params: dict, specs: dict, dtype) -> dict:
     """
 
     def gather(path, x, spec):
-        if not _is_of_layers(path):
+        if not is_of_layers(path):
             return x
         x = _all_gather(x.astype(dtype), spec)
         return Whole(x, jnp.zeros(x.shape, at_least_float32(dtype)))
@@ -106,7 +106,7 @@ def gather_rest(params: dict, specs: dict) -> dict:
     """
 
     def gather(path, x, spec):
-        return x if _is_of_layers(path) else _all_gather(x, spec)
+        return x if is_of_layers(path) else _all_gather(x, spec)
 
     return jax.tree_util.tree_map_with_path(gather, params, specs)
 
@@ -128,7 +128,7 @@ def sum_over_rows(grads: dict, specs: dict, core_is_whole: bool) -> dict:
     """
 
     def total(path, x, spec):
-        if not _is_of_layers(path) or (core_is_whole and path[0].key == "core"):
+        if not is_of_layers(path) or (core_is_whole and path[0].key == "core"):
             x = _reduce_scatter(x, spec)
         return sum_over(x, ROWS if _axis(spec) is None else ("data",))
 
@@ -142,35 +142,28 @@ def sum_over(tree, axes: Sequence[str] = ROWS):
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def _gather_layer(axes: dict, dtype, variables: dict) -> dict:
+def _gather_layer(specs: dict, dtype, variables: dict) -> dict:
     """One layer's matrices as `on_each_device` has them to those it computes with."""
 
-    def gather(axis, x):
-        if isinstance(x, Whole):
+    def gather(spec, x):
+        if _is_whole(x):
             return _used(*x)
-        return x if axis < 0 else _gathered(x, axis, dtype)
+        return x if _axis(spec) is None else _gathered(x, spec, dtype)
 
-    return jax.tree.map(gather, axes, variables)
-
-
-def _layer_axes(specs: dict) -> dict:
-    """The axis of every matrix of one layer that is cut over `fsdp`; -1 for what `gather_rest` gathers.
-
-    All stacks have the same layers.
-    """
-    stacks = (stack for name, stack in specs.items() if _is_stack(stack))
-
-    def axis(path, spec):
-        return spec.index("fsdp") - 1 if _is_of_layers(path) else -1
-
-    return {"params": jax.tree_util.tree_map_with_path(axis, next(stacks))["layers"]}
+    return jax.tree.map(gather, specs, variables)
 
 
-def _is_stack(tree) -> bool:
-    return isinstance(tree, dict) and "layers" in tree
+def _layer_specs(specs: dict) -> dict:
+    """How one layer's matrices are cut; what `gather_rest` gathers is not any more. All stacks have the same layers."""
+    stack = next(stack for stack in specs.values() if "layers" in stack)
+
+    def of_layer(path, spec):
+        return PartitionSpec(*spec[1:]) if is_of_layers(path) else PartitionSpec()
+
+    return {"params": jax.tree_util.tree_map_with_path(of_layer, stack)["layers"]}
 
 
-def _is_of_layers(path) -> bool:
+def is_of_layers(path) -> bool:
     """Whether a path is that of stacked matrices of layers."""
     return path[-1].key == "kernel" and "layers" in (key.key for key in path)
 
@@ -194,18 +187,17 @@ def _reduce_scatter(x, spec):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x, axis: int, dtype):
+def _gathered(x, spec: PartitionSpec, dtype):
     """A shard to the whole in `dtype`; its gradient is summed at least in float32, and scattered."""
-    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+    return _all_gather(x.astype(dtype), spec)
 
 
-def _gathered_forward(x, axis, dtype):
-    return _gathered(x, axis, dtype), None
+def _gathered_forward(x, spec, dtype):
+    return _gathered(x, spec, dtype), None
 
 
-def _gathered_backward(axis, dtype, _, gradient):
-    gradient = gradient.astype(at_least_float32(dtype))
-    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
+def _gathered_backward(spec, dtype, _, gradient):
+    return (_reduce_scatter(gradient.astype(at_least_float32(dtype)), spec),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -53,14 +53,7 @@ def mean_nats(
       block: positions per block.
       constrain: pins activations to the mesh (`model.neox.Backend.constrain`).
     """
-    xs = _blocks(h_BxLxD, targets_BxL, block)
-    dtype = at_least_float32(h_BxLxD.dtype)
-
-    def add(total, xs):
-        h_BxPxD, targets_BxP, is_real_P = xs
-        return total + jnp.sum(_nats(_logits(h_BxPxD, kernel_DxV, constrain), targets_BxP)[0] * is_real_P), None
-
-    return jax.lax.scan(add, jnp.zeros((), dtype), xs)[0] / targets_BxL.size
+    return _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain)[0]
 
 
 def _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import flax.linen as nn
@@ -71,25 +70,9 @@ def test_every_level_from_128_chunks_calls_the_kernel(remat):
 
 
 @pytest.fixture
-def devices(monkeypatch):
+def devices(described):
     """(generation) to the devices of a slice, which are only described."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    from jax.experimental import topologies
-
-    # Several test processes each load the library, and no metadata server is asked which TPU this is.
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    # A program for devices that are not there can be written to the cache, but not read back.
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-
-    def describe(generation):
-        options = {"chip_config_name": "megacore"} if generation == "v4" else {}
-        return topologies.get_topology_desc(TOPOLOGIES[generation], "tpu", **options).devices
-
-    yield describe
-    jax.config.update("jax_enable_compilation_cache", cached)
+    return lambda generation: described(TOPOLOGIES[generation])
 
 
 def compile_attention(devices, L, K, dtype) -> str:

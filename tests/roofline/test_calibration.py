@@ -1,8 +1,6 @@
 """The four measured runs: their sizes, their work as it was counted and written down, the constants fitted to them."""
 
 import dataclasses
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -111,19 +109,8 @@ def test_saved_counts_come_back(tmp_path):
     assert load(tmp_path / "counts.json") == counts
 
 
-@pytest.fixture
-def environment():
-    """Describing a slice sets variables, which are unset afterwards."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.mark.slow
-def test_compiling_the_smallest_again_counts_the_same(environment):
+def test_compiling_the_smallest_again_counts_the_same(libtpu):
     counted, written = calibration.count(RUNS["130m"], calibration.compile_run(RUNS["130m"])), COUNTS["130m"]
     assert counted[1:] == pytest.approx(written[1:], rel=0.02)
     assert predict_run(counted) == pytest.approx(predict_run(written), rel=0.02)

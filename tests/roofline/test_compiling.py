@@ -1,8 +1,5 @@
 """Text of programs for TPUs that are not there."""
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,20 +10,9 @@ from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache, parse_slice
 
 
-@pytest.fixture
-def environment():
-    """Describing a slice sets variables, which are unset afterwards."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 # as_text() of the last one's compiled program fails.
 @pytest.mark.parametrize("text", ["v5e-1", "v4-8", "tpu7x-2"])
-def test_the_text_is_the_program(text, environment):
+def test_the_text_is_the_program(text, libtpu):
     mesh = jax.make_mesh((parse_slice(text).devices,), ("x",), devices=describe_devices(parse_slice(text)))
     left, right = (
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -1,7 +1,5 @@
 """Live memory of compiled programs: snippets worked out by hand, and the TPU compiler's own peak."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.roofline.hlo import parse
 from spiral_jax.roofline.memory import Buffer, categories, category, peak
-from spiral_jax.roofline.slices import no_compilation_cache
 
 # Arrays of 1,024 bytes. Argument 0 is overwritten with the result.
 STEP = """HloModule m, is_scheduled=true, input_output_alias={ {}: (0, {}, may-alias) }
@@ -105,15 +102,9 @@ def test_categories(source, name):
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_the_tpu_compilers_peak(donate, monkeypatch):
+def test_the_tpu_compilers_peak(donate, described):
     """Within 2% of what the compiler says, with gradients that are results of their own or overwrite the weights."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    from jax.experimental import topologies
-
-    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}.items():
-        monkeypatch.setenv(name, value)
-    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    devices = described("v5e:2x2")
     sharding = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), PartitionSpec())
     w_NxDxD, x_BxD = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in ((12, 1024, 1024), (4096, 1024))
@@ -123,7 +114,6 @@ def test_the_tpu_compilers_peak(donate, monkeypatch):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BxD, w_NxDxD)[0].sum()
 
     step = jax.jit(jax.grad(loss), donate_argnums=0 if donate else ())
-    with no_compilation_cache():
-        compiled = step.lower(w_NxDxD, x_BxD).compile()
+    compiled = step.lower(w_NxDxD, x_BxD).compile()
     expected = compiled.memory_analysis().peak_memory_in_bytes
     assert peak(parse(compiled.as_text())).bytes == pytest.approx(expected, rel=0.02)

@@ -98,19 +98,8 @@ def test_missing_libtpu_names_the_extra(monkeypatch):
         describe_devices(parse_slice("v5e-4"))
 
 
-@pytest.fixture
-def environment():
-    """What describing sets is unset afterwards."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.mark.parametrize("text", ["v4-16", "v5e-8", "v5p-16", "v6e-8", "tpu7x-16"])
-def test_described_devices(text, environment):
+def test_described_devices(text, libtpu):
     chips = parse_slice(text)
     devices = describe_devices(chips)
     assert len(devices) == chips.devices
@@ -119,20 +108,20 @@ def test_described_devices(text, environment):
     assert len({device.process_index for device in devices}) == chips.hosts
 
 
-def test_several_slices(environment):
+def test_several_slices(libtpu):
     devices = describe_devices(parse_slice("v5e-8"), num_slices=3)
     assert [device.slice_index for device in devices] == [0] * 8 + [1] * 8 + [2] * 8
     assert len({device.process_index for device in devices}) == 3 * 2
 
 
-def test_what_the_user_set_stays(environment, monkeypatch):
+def test_what_the_user_set_stays(libtpu, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1")
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     describe_devices(parse_slice("v5e-4"))
     assert (os.environ["TPU_WORKER_HOSTNAMES"], os.environ["TPU_SKIP_MDS_QUERY"]) == ("127.0.0.1", "1")
 
 
-def test_every_shape_can_be_described(environment):
+def test_every_shape_can_be_described(libtpu):
     for generation in GENERATIONS:
         for shape in generation.shapes:
             chips = Slice(generation, shape)

@@ -1,7 +1,6 @@
 """Work of compiled programs: snippets with numbers worked out by hand, and real programs against closed forms."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spiral_jax.kernels import splash
 from spiral_jax.roofline.hlo import UnreadableProgram, parse
 from spiral_jax.roofline.matmul import Matmul
-from spiral_jax.roofline.slices import no_compilation_cache
 from spiral_jax.roofline.work import Kernel, Traffic, collectives, dense_flops, hbm_bytes, operations
 
 
@@ -366,25 +364,11 @@ def test_products_of_a_compiled_program():
 
 
 @pytest.fixture
-def devices(monkeypatch):
-    """Devices of v5e:2x2, which are only described."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    from jax.experimental import topologies
-
-    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}.items():
-        monkeypatch.setenv(name, value)
-    return topologies.get_topology_desc("v5e:2x2", "tpu").devices
+def devices(described):
+    return described("v5e:2x2")
 
 
-@pytest.fixture
-def no_cache():
-    """Programs for other machines than this one do not go to the compilation cache."""
-    with no_compilation_cache():
-        yield
-
-
-def test_a_tpu_program_with_gathered_matrices(devices, no_cache):
+def test_a_tpu_program_with_gathered_matrices(devices):
     """Layers gathered in a scan, gradients scattered back: products and bytes against the closed form."""
     mesh = Mesh(np.array(devices), ("fsdp",))
     layers, rows, width, hidden = 6, 512, 512, 1024
@@ -419,7 +403,7 @@ def test_a_tpu_program_with_gathered_matrices(devices, no_cache):
     assert all(op.collective.groups == ((0, 1, 2, 3),) for op in found if op.collective)
 
 
-def test_a_tpu_program_with_attention_kernels(devices, no_cache):
+def test_a_tpu_program_with_attention_kernels(devices):
     """Forward and backward of the splash kernel in a scan of 3."""
     mesh = Mesh(np.array(devices[:1]), ("data",))
     attention = functools.partial(splash.causal_attention, device_kind="TPU v5 lite")
