@@ -22,6 +22,7 @@ from spiral_jax.convert.folder import CONFIG, read_config, read_params
 from spiral_jax.convert.output import output_folder, whole_folder
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.model.config import PROGRAM
 from spiral_jax.training.config import TrainConfig
 
 # Windows that are scored at a time where no configuration says.
@@ -71,7 +72,7 @@ def import_folder(source: Path, workdir: Path, given: RunConfig | None = None, t
     if given is None:
         config = RunConfig(model=model, train=TrainConfig(batch_size=BATCH_SIZE, sequence_length=length))
     else:
-        model = dataclasses.replace(model, remat=given.model.remat, unroll=given.model.unroll)
+        model = dataclasses.replace(model, **{field: getattr(given.model, field) for field in PROGRAM})
         config = dataclasses.replace(given, model=model)
     tokenizer = _tokenizer(source, tokenizer_file, config.data.separator)
     if tokenizer.vocab_size > model.vocab_size:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.config import PROGRAM, ModelConfig
 
 # Ours, within a layer, to GPT-NeoX's module names.
 LAYER_MODULES = {
@@ -33,7 +33,7 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
     values["offsets"] = tuple(level.offset for level in config.schedule)
     values["shifts"] = tuple(level.shift for level in config.schedule)
     values["memory_slots"] = config.num_slots if config.topology == "mesh" else None
-    free = ["dtype", "remat", "unroll"]
+    free = ["dtype", *PROGRAM]
     if not config.chunks:
         free += ["shared_core", "pooling", "allocation", "update_scale"]
     return {field: value for field, value in values.items() if field not in free}

@@ -14,6 +14,9 @@ UpdateScale = Literal["sqrt", "linear", "none"]
 Remat = Literal["keep_all", "keep_products", "keep_attention", "keep_inputs"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
+# Fields of `ModelConfig` that choose among programs of one function.
+PROGRAM = ("remat", "unroll", "scan_iterations_from")
+
 
 class Level(NamedTuple):
     """The resolution of one loop iteration (SPEC section 3): r = 1 / chunk."""
@@ -60,6 +63,9 @@ class ModelConfig:
         attention's output (`keep_attention`), or its input alone (`keep_inputs`). Splash attention is then not
         computed again; the other kinds are, for what their own gradients need.
       unroll: unrolls the scans over layers and iterations: faster steps on CPU, compile time grows with depth.
+      scan_iterations_from: neighbouring iterations of one level are one scan if they are at least this many, and are
+        written out one after another if fewer. A scan compiles in the same time however many there are, and holds what
+        one iteration keeps for the backward pass twice: for a loop of two, a third of the activations on top.
     """
 
     vocab_size: int = 50304
@@ -83,6 +89,7 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     remat: Remat = "keep_all"
     unroll: bool = False
+    scan_iterations_from: int = 4
 
     def __post_init__(self):
         for field in ("vocab_size", "d_model", "num_heads"):
@@ -117,6 +124,7 @@ class ModelConfig:
             require(0 < value < math.inf, f"model.{field}", value, "a positive number")
         if self.memory_slots is not None and self.memory_slots < 1:
             raise SpiralError(f"model.memory_slots is {self.memory_slots}; it must be at least 1")
+        require(self.scan_iterations_from >= 2, "model.scan_iterations_from", self.scan_iterations_from, "2 or more")
         self._check_schedule()
 
     def _check_schedule(self):
@@ -147,8 +155,12 @@ class ModelConfig:
 
     @property
     def runs(self) -> tuple[tuple[Level, int], ...]:
-        """Neighbouring iterations of one level, as (level, how many): each run is compiled once."""
+        """Neighbouring iterations of one level, as (level, how many)."""
         return tuple((level, len(list(group))) for level, group in itertools.groupby(self.schedule))
+
+    def scans(self, count: int) -> bool:
+        """Whether a run of `count` iterations is one scan."""
+        return self.shared_core and not self.unroll and count >= self.scan_iterations_from
 
     @property
     def num_iterations(self) -> int:

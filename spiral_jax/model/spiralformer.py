@@ -109,7 +109,7 @@ class SpiralFormer(nn.Module):
                 steps["scorer"] = self.scorers[str(k)]()
             if level.chunk > 1 and c.allocation == "learned":
                 steps["allocator"] = self.allocators[str(k)]()
-            if count > 1 and c.shared_core and not c.unroll:
+            if c.scans(count):
                 h_BxLxD, memory, entropy = self._scan(level, count, steps, h_BxLxD, memory, h0_BxLxD, h_emb_BxLxD)
                 entropies.append(entropy)
             else:

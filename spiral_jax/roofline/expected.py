@@ -69,13 +69,13 @@ def state_on(config: RunConfig, num_devices: int) -> TrainState:
 
 
 def communication(config: RunConfig, num_devices: int, state: TrainState | None = None) -> Communication:
-    """What the axes `data` and `fsdp` exchange for a scanned model; what `tensor` adds is not in it.
+    """What the axes `data` and `fsdp` exchange for scanned layers; what `tensor` adds is not in it.
 
     Per micro-batch every executed layer's matrices are gathered forward and backward in the compute dtype, and their
     gradients are summed in float32. The rest, in float32, is gathered and its gradients are summed once per step, and
-    with `train.gather_core` `step` so are the core's matrices. Two things come from flax and the compiler: neighbouring
-    iterations of one level share the forward gathers, as no iteration of their scan changes them; and the head is
-    gathered in the compute dtype, as it is used in no other.
+    with `train.gather_core` `step` so are the core's matrices. Two things come from jax and the compiler: iterations
+    of one scan share the forward gathers, as none of them changes them; and the head is gathered in the compute dtype,
+    as it is used in no other.
     """
     data, fsdp, tensor = config.check_mesh(num_devices)
     model, train = config.model, config.train
@@ -86,7 +86,7 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
     # Layers run backward, and gathered forward; a level without a single chunk does not run.
     counts = [count for level, count in model.runs if level.num_chunks(train.sequence_length)]
     backward = sum(model.core_layers * count for count in counts)
-    forward = sum(model.core_layers * (1 if model.shared_core else count) for count in counts)
+    forward = sum(model.core_layers * (1 if model.scans(count) else count) for count in counts)
     outer = model.prelude_layers + model.coda_layers
     backward, forward = (outer + (0 if held else layers) for layers in (backward, forward))
     whole = model.core_layers * matrices if held else 0.0
@@ -118,7 +118,7 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
     executed layer's input, and unless `model.remat` is `keep_inputs` attention's output (d), and unless it is
     `keep_attention` the products that gradients need (QKV 3d, the MLP's first 4d). `core` is the whole core: with
     `train.gather_core` `step` its matrices in the compute dtype and their gradients in float32, otherwise the former
-    where neighbouring iterations of one level share them (`communication`).
+    where the iterations of one scan share them (`communication`).
 
     Raises:
       SpiralError: a mesh that does not fit the devices, the batch or the model.
@@ -136,7 +136,7 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
     if holds_core(model, train, mesh):
         core *= itemsize + 4
     else:
-        is_shared = fsdp > 1 and model.shared_core and any(count > 1 for _, count in model.runs)
+        is_shared = fsdp > 1 and any(model.scans(count) for _, count in model.runs)
         core *= itemsize * is_shared
     return {
         "devices": num_devices,

@@ -4,7 +4,8 @@ Every device of the axes `data` and `fsdp` works on its own rows in one `shard_m
 compiler's guess; the axis `tensor` stays with the compiler. A matrix of a layer is gathered over `fsdp` in the compute
 dtype when the layer runs, forward and backward, and its gradient is summed over `fsdp` in float32 at once, each device
 keeping its part. For embedding, head and vectors both happen once per step, and on demand (`train.gather_core`) for the
-shared core. (Where neighbouring iterations have one level, flax moves their forward gathers out of the scan over them.)
+shared core. (Iterations that are one scan, `model.scan_iterations_from`, share their forward gathers: jax moves them
+out of it.)
 """
 
 import functools

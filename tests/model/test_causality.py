@@ -14,7 +14,7 @@ TINY = ModelConfig(vocab_size=29, d_model=16, num_heads=2, prelude_layers=1, cor
 MODELS = {
     "spiral_b": dict(chunks=(8, 4, 2, 1), topology="mesh"),
     "odd_far_shift": dict(chunks=(3, 5, 2), offsets=(2, 1, 1), shifts=(2, 6, 1), topology="mesh"),
-    "scanned": dict(chunks=(4, 4, 1, 1), topology="residual"),
+    "scanned": dict(chunks=(4, 4, 1, 1), topology="residual", scan_iterations_from=2),
     "no_offset_mean_uniform": dict(chunks=(6, 3), offsets=(0, 0), topology="anchor", pooling="mean",
                                    allocation="uniform"),
 }  # fmt: skip

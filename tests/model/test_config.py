@@ -43,6 +43,7 @@ REFUSED = [
     ("layer_norm_epsilon", dict(layer_norm_epsilon=0.0)),
     ("dtype", dict(dtype="float16")),
     ("remat", dict(remat="some")),
+    ("scan_iterations_from", dict(scan_iterations_from=1)),
 ]
 
 

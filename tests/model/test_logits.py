@@ -58,7 +58,7 @@ def combination(seed: int, length: int | None = None, **fixed) -> tuple[ModelCon
         rotary_base=pick(10000.0, 100.0),
         layer_norm_epsilon=pick(1e-5, 1e-2),
     )
-    sizes = dict(vocab_size=VOCAB, d_model=d_model, num_heads=num_heads, dtype="float64")
+    sizes = dict(vocab_size=VOCAB, d_model=d_model, num_heads=num_heads, dtype="float64", scan_iterations_from=2)
     config = ModelConfig(**sizes, chunks=chunks, offsets=offsets, shifts=shifts, **(drawn | fixed))
     return config, rng.integers(VOCAB, size=(2, length)).astype(np.int32)
 
@@ -134,6 +134,6 @@ def test_chosen_combinations_cover_the_options():
     }.items():
         coarse = [config for config in configs if any(g > 1 for g in config.chunks)]
         assert values <= {getattr(config, field) for config in coarse}, field
-    scanned = [config for config in configs if config.shared_core and any(n > 1 for _, n in config.runs)]
+    scanned = [config for config in configs if any(config.scans(n) for _, n in config.runs)]
     assert {"mesh", "residual"} <= {config.topology for config in scanned}
-    assert any(level.chunk > 1 and n > 2 for config in scanned for level, n in config.runs)
+    assert any(level.chunk > 1 and n > 2 and config.scans(n) for config in scanned for level, n in config.runs)

@@ -16,7 +16,7 @@ from spiral_jax.model.spiralformer import SpiralFormer
 # Widths that name their axis: V 53, D 24, K 12, S 11, G 5 and 3, L 20.
 SMALL = ModelConfig(vocab_size=53, d_model=24, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=1,
                     rotary_fraction=0.5, chunks=(5, 3, 3, 1), topology="mesh", memory_slots=11,
-                    dtype="bfloat16")  # fmt: skip
+                    dtype="bfloat16", scan_iterations_from=2)  # fmt: skip
 TOKENS_BxL = np.random.default_rng(2).integers(SMALL.vocab_size, size=(2, 20)).astype(np.int32)
 
 

@@ -11,13 +11,14 @@ from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
 
 TINY = ModelConfig(vocab_size=23, d_model=16, num_heads=2, prelude_layers=1, core_layers=2, coda_layers=1,
-                   rotary_fraction=0.5, chunks=(1,), dtype="float32")  # fmt: skip
+                   rotary_fraction=0.5, chunks=(1,), dtype="float32", scan_iterations_from=2)  # fmt: skip
 MODELS = {
     "looped": dataclasses.replace(TINY, chunks=(1, 1, 1), topology="mesh", prelude_layers=0, coda_layers=0),
     "coarse": dataclasses.replace(TINY, chunks=(3, 3, 1), topology="mesh", prelude_layers=0),
 }
 TOKENS_BxL = np.random.default_rng(3).integers(TINY.vocab_size, size=(2, 11)).astype(np.int32)
-UNROLLED, DOTS, FULL = dict(unroll=True), dict(remat="keep_products"), dict(remat="keep_inputs")
+UNROLLED, WRITTEN_OUT = dict(unroll=True), dict(scan_iterations_from=4)
+DOTS, FULL = dict(remat="keep_products"), dict(remat="keep_inputs")
 
 
 def loss(config, params):
@@ -51,10 +52,13 @@ def scanned(request, random_model, quick):
     [
         ("looped", UNROLLED),
         ("coarse", UNROLLED),
+        ("coarse", WRITTEN_OUT),
         ("coarse", DOTS),
         ("coarse", FULL),
         pytest.param("looped", DOTS, marks=pytest.mark.slow),
         pytest.param("looped", FULL, marks=pytest.mark.slow),
+        pytest.param("looped", WRITTEN_OUT, marks=pytest.mark.slow),
+        pytest.param("looped", FULL | WRITTEN_OUT, marks=pytest.mark.slow),
         pytest.param("coarse", DOTS | UNROLLED, marks=pytest.mark.slow),
         pytest.param("coarse", FULL | UNROLLED, marks=pytest.mark.slow),
     ],

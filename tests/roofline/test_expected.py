@@ -69,7 +69,8 @@ SLOW = {
     "keep_all": config_of(model=dict(remat="keep_all")),
     "keep_products": config_of(model=dict(remat="keep_products")),
     "keep_attention, step": config_of(model=dict(remat="keep_attention"), gather_core="step"),
-    "scanned iterations": config_of(model=dict(chunks=(1, 1, 1))),
+    "scanned iterations": config_of(model=dict(chunks=(1, 1, 1), scan_iterations_from=2)),
+    "iterations of one level": config_of(model=dict(chunks=(1, 1, 1))),
     "vanilla": config_of(model=dict(chunks=(), core_layers=0, topology="base")),
     "unshared": config_of(model=dict(chunks=(1, 1), shared_core=False), gather_core="step"),
 }
