@@ -22,9 +22,10 @@ from absl import flags
 from spiral_jax import __version__, atomic, command
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
+from spiral_jax.hardware import GIB
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.roofline.search import flags_of, nearest_that_fits, search
-from spiral_jax.roofline.slices import GIB, Slice, parse_slice
+from spiral_jax.roofline.slices import Slice, parse_slice
 
 
 def define(values: flags.FlagValues) -> None:

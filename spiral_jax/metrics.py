@@ -12,20 +12,6 @@ from typing import Any
 from spiral_jax import atomic
 from spiral_jax.errors import SpiralError, require
 
-# Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind; longer names first.
-PEAK_FLOPS = {
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
@@ -49,13 +35,6 @@ class LoggingConfig:
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "1 or more")
         require(self.seconds >= 0, "logging.seconds", self.seconds, "0 or more")
         require(self.peak_flops is None or self.peak_flops > 0, "logging.peak_flops", self.peak_flops, "more than 0")
-
-
-def peak_flops(device_kind: str, override: float | None = None) -> float | None:
-    """FLOP/s to measure MFU against; None where it is not known (CPU)."""
-    if override is not None:
-        return override
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
 class MetricsWriter:

@@ -33,6 +33,7 @@ from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, open_tasks_of_run
+from spiral_jax.hardware import peak_flops
 from spiral_jax.provenance import parameter_table, write_environment
 from spiral_jax.runs import check_same_data, claim, open_data, read_model, save_data, tokenizer_of
 from spiral_jax.sharding import batch_sharding, make_mesh
@@ -256,7 +257,7 @@ def complete_row(config: RunConfig, order: WindowOrder, row: dict) -> dict:
     epochs_of_stores = order.epochs_of_sources(row["step"])
     if epochs_of_stores is not None:
         row["epochs_of_stores"] = epochs_of_stores
-    peak = metrics.peak_flops(jax.devices()[0].device_kind, config.logging.peak_flops)
+    peak = config.logging.peak_flops or peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
         for name, causal in (("mfu", True), ("mfu_full_attention", False)):
             flops = config.model.train_flops_per_token(config.train.sequence_length, causal=causal)

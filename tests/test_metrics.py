@@ -10,7 +10,7 @@ from spiral_jax import train
 from spiral_jax.config import RunConfig
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.errors import SpiralError
-from spiral_jax.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, peak_flops, read_rows
+from spiral_jax.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, read_rows
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.training.config import TrainConfig
 
@@ -88,28 +88,6 @@ def test_a_missing_extra_is_one_line(monkeypatch, field, value):
     monkeypatch.setattr("spiral_jax.metrics.importlib.import_module", absent)
     with pytest.raises(SpiralError, match=rf"^logging\.{field} needs .*pip install 'spiral_jax\[{field}\]'$"):
         check_extras(LoggingConfig(**{field: value}))
-
-
-@pytest.mark.parametrize(
-    "kind, peak",
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5e", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU v6e", 918e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("cpu", None),
-        ("NVIDIA A10G", None),
-    ],
-)
-def test_peak_flops_by_device_kind(kind, peak):
-    assert peak_flops(kind) == peak
-    assert peak_flops(kind, 1e12) == 1e12
 
 
 # Rows are completed by the train command.

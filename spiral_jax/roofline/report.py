@@ -9,12 +9,13 @@ from typing import Any
 import jax
 
 from spiral_jax.config import RunConfig
+from spiral_jax.hardware import GIB
 from spiral_jax.progress import Report
 from spiral_jax.roofline import expected, hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
 from spiral_jax.roofline.predict import FITTED, places_of, predict
-from spiral_jax.roofline.slices import GIB, Slice, describe_devices
+from spiral_jax.roofline.slices import Slice, describe_devices
 from spiral_jax.roofline.unwanted import unwanted
 from spiral_jax.sharding import make_mesh
 from spiral_jax.training.step import Program, make_program

@@ -8,13 +8,14 @@ from typing import Any, get_args
 
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
+from spiral_jax.hardware import GIB
 from spiral_jax.model.config import Remat
 from spiral_jax.progress import Report
 from spiral_jax.roofline import expected
 from spiral_jax.roofline.hlo import UnreadableProgram
 from spiral_jax.roofline.predict import FITTED
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
-from spiral_jax.roofline.slices import GIB, Slice
+from spiral_jax.roofline.slices import Slice
 from spiral_jax.sharding import MeshConfig, abstract_mesh
 from spiral_jax.training.config import GatherCore
 from spiral_jax.training.fsdp import holds_core

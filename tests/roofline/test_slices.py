@@ -6,7 +6,8 @@ import os
 import pytest
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.roofline.slices import GENERATIONS, GIB, Slice, describe_devices, parse_slice
+from spiral_jax.hardware import GENERATIONS, GIB
+from spiral_jax.roofline.slices import Slice, describe_devices, parse_slice
 
 
 @pytest.mark.parametrize(
