@@ -110,7 +110,7 @@ def as_text(description: dict[str, Any]) -> str:
         )
     mesh = " x ".join(f"{axis} {size}" for axis, size in held["mesh"].items())
     lines += ["", f"memory per device on {held['devices']} ({mesh}), {held['sequences_per_device']} sequences each"]
-    for name in ("parameters", "optimizer", "gradients", "core", "activations_kept", "logits_block"):
+    for name in ("parameters", "optimizer", "gradients", "core", "gathered_rest", "activations_kept", "logits_block"):
         lines.append(f"  {name.replace('_', ' '):<20}{held[name] / 2**20:>12,.1f} MiB")
     return "\n".join(lines)
 

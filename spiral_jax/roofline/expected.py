@@ -91,7 +91,7 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
     backward, forward = (outer + (0 if held else layers) for layers in (backward, forward))
     whole = model.core_layers * matrices if held else 0.0
     head = model.vocab_size * model.d_model / tensor
-    rest = sum(_cut_rest(path, x, tensor) for path, x in jax.tree_util.tree_leaves_with_path(state.params))
+    rest = _rest(state, tensor)
     A, itemsize = train.accumulation, jnp.dtype(model.dtype).itemsize
     gathered = summed = 0.0
     if fsdp > 1:
@@ -103,12 +103,13 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
     return Communication(float(gathered), float(summed))
 
 
-def _cut_rest(path, x, tensor: int) -> float:
-    """Elements of a parameter that is cut over `fsdp` and no matrix of a layer, 0 of others."""
-    spec = x.sharding.spec
-    if "fsdp" not in spec or is_of_layers(path):
-        return 0.0
-    return math.prod(x.shape) / (tensor if "tensor" in spec else 1)
+def _rest(state: TrainState, tensor: int) -> int:
+    """Elements, per device of `tensor`, of the parameters that are cut over `fsdp` and no matrices of layers."""
+    return sum(
+        math.prod(x.shape) // (tensor if "tensor" in x.sharding.spec else 1)
+        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+        if "fsdp" in x.sharding.spec and not is_of_layers(path)
+    )
 
 
 def memory(config: RunConfig, num_devices: int, state: TrainState | None = None) -> dict[str, Any]:
@@ -116,9 +117,11 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
 
     `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch: each
     executed layer's input, and unless `model.remat` is `keep_inputs` attention's output (d), and unless it is
-    `keep_attention` the products that gradients need (QKV 3d, the MLP's first 4d). `core` is the whole core: with
-    `train.gather_core` `step` its matrices in the compute dtype and their gradients in float32, otherwise the former
-    where the iterations of one scan share them (`communication`).
+    `keep_attention` the products that gradients need (QKV 3d, the MLP's first 4d); with a MeSH memory also what was
+    written to it (embeddings, prelude, T updates), and h(t) of every coarse iteration, whose router looks at it.
+    `core` is the whole core: with `train.gather_core` `step` its matrices in the compute dtype and their gradients in
+    float32, otherwise the former where the iterations of one scan share them (`communication`). `gathered_rest` is
+    embedding, head and vectors whole, with their gradients, in float32.
 
     Raises:
       SpiralError: a mesh that does not fit the devices, the batch or the model.
@@ -131,6 +134,9 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
     itemsize = jnp.dtype(model.dtype).itemsize
     width = model.d_model + {"keep_inputs": 0, "keep_attention": 1}.get(model.remat, 8) * model.d_model // tensor
     kept = sum(layers * n for layers, n in model.executed_layers(train.sequence_length)) * width
+    if model.topology == "mesh":
+        vectors = 2 + model.num_iterations + sum(level.chunk > 1 for level in model.schedule)
+        kept += vectors * train.sequence_length * model.d_model
     positions = min(train.loss_block, train.sequence_length)
     core = model.core_layers * 12 * model.d_model**2 // tensor
     if holds_core(model, train, mesh):
@@ -146,6 +152,7 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
         "optimizer": _bytes_per_device(state.opt_state),
         "gradients": _bytes_per_device(state.params),
         "core": core,
+        "gathered_rest": 2 * 4 * _rest(state, tensor) if fsdp > 1 else 0,
         "activations_kept": rows * kept * itemsize,
         "logits_block": rows * positions * model.vocab_size // tensor * 4,
     }

@@ -21,6 +21,7 @@ from spiral_jax.sharding import make_mesh
 from spiral_jax.training.step import Program, make_program
 
 LARGEST = 12  # buffers of the peak that a report names
+IN_STEP = ("devices", "mesh", "sequences_per_device")  # of `expected.memory`, what is no memory
 
 
 class DoesNotFit(Exception):
@@ -126,7 +127,8 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
             "gather_core": train.gather_core,
         },
         "compile_seconds": round(step.seconds, 1),
-        "memory": _memory(module, step, chips),
+        "memory": _memory(module, step, chips)
+        | {"closed_form": {name: size for name, size in held.items() if name not in IN_STEP}},
         "scores_and_logits_in_memory": unwanted(module, config, num_devices),
         "flops": {
             "dense_model": form.dense,

@@ -231,19 +231,15 @@ def _collective(
     parts: list[tuple[Computation, Instruction]],
     starts: Starts,
 ) -> Collective | None:
-    if instruction.opcode in ("send", "recv") and instruction.attributes.get("is_host_transfer") != "true":
-        arrays = computation.operand(instruction, 0).arrays if instruction.opcode == "send" else instruction.arrays[:1]
-        return _dcn(arrays)
-    if instruction.opcode == "send" and "megascale" in instruction.rest:
-        return _dcn(computation.operand(instruction, 0).arrays)
+    # A transfer is counted where it is sent; its recv is the same bytes. Megascale sends by way of the host.
+    is_to_host = instruction.attributes.get("is_host_transfer") == "true" and "megascale" not in instruction.rest
+    if instruction.opcode == "send" and not is_to_host:
+        arrays = computation.operand(instruction, 0).arrays
+        return Collective("dcn", sum(array.bytes for array in arrays), 2, (), arrays[0].dtype)
     for where, part in parts:
         if _base(part) in COLLECTIVES and (where is computation or _counts(where, part, starts)):
             return _described(module, where, part)
     return None
-
-
-def _dcn(arrays: list[Array]) -> Collective:
-    return Collective("dcn", sum(array.bytes for array in arrays), 2, (), arrays[0].dtype)
 
 
 def _described(module: Module, computation: Computation, instruction: Instruction) -> Collective:

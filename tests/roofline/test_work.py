@@ -330,13 +330,19 @@ def test_collectives_that_share_a_channel():
 
 
 def test_transfers_between_slices():
-    (operation,) = program(
+    """Counted once, where it is sent; what goes to the host alone is none."""
+    found = program(
         """  %p = f32[8,8] parameter(0)
   %t = token[] after-all()
+  %r = (f32[8,8], u32[], token[]) recv(%t), channel_id=1
+  %rd = (f32[8,8], token[]) recv-done(%r), channel_id=1
   %s = (f32[8,8], u32[], token[]) send(%p, %t), channel_id=1
-  ROOT %d = token[] send-done(%s), channel_id=1"""
+  %sd = token[] send-done(%s), channel_id=1
+  %h = (f32[8,8], u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true
+  %hd = token[] send-done(%h), channel_id=2, is_host_transfer=true
+  ROOT %g = f32[8,8] get-tuple-element(%rd), index=0"""
     )
-    assert operation.collective.kind == "dcn" and operation.collective.bytes == 256
+    assert collectives(found) == {"dcn": Traffic(1, 256)}
 
 
 def test_an_unknown_kernel_is_an_error():
