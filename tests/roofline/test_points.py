@@ -24,25 +24,31 @@ def test_a_point(name):
     assert 0.999 < point["flops"]["dense_executed_over_model"] <= limit
     assert point["flops"]["dense_executed"] == pytest.approx(point["flops"]["dense_executed_closed_form"], rel=0.01)
     sent = point["communication_per_device"]
-    form = sent["closed_form"]
-    if "v5p" in name:
-        # The compiler gathers over a whole cube by summing, and when these were made the two were not told apart.
-        assert sent["collectives"].keys() == {"all-reduce"}
-        assert sent["summed_bytes"] == pytest.approx(sum(form.values()), rel=0.1)
-    else:
-        assert (sent["gathered_bytes"], sent["summed_bytes"]) == pytest.approx(tuple(form.values()), rel=0.1)
+    assert (sent["gathered_bytes"], sent["summed_bytes"]) == pytest.approx(tuple(sent["closed_form"].values()), rel=0.1)
     assert point["step"]["batch_size"] * point["step"]["sequence_length"] == 512 * 4096
     assert point["versions"].keys() >= {"jax", "libtpu"} and "spiral_jax.aot" in point["command"]
 
 
 @pytest.mark.parametrize("group", ["160m-v5e-4x4", "1.4b-v5p-4x4x4", "1.4b-v6e-8x8"])
 @pytest.mark.parametrize("family", ["spiral_b", "spiral_l"])
-def test_a_spiral_does_less_than_the_loop_in_the_proportion_of_the_closed_form(group, family):
-    """Matrix work, executed; and no more memory."""
+def test_a_spiral_stands_to_the_loop_as_the_closed_forms_do(group, family):
+    """Matrix work, executed, of which it does less; and activations.
+
+    Those are more where only layers' inputs are kept: the memory of four iterations holds more vectors than that of two.
+    """
     spiral, loop = POINTS[f"{group}-{family}"], POINTS[f"{group}-mesh"]
     found, form = (
         spiral["flops"][name] / loop["flops"][name] for name in ("dense_executed", "dense_executed_closed_form")
     )
     assert found == pytest.approx(form, rel=0.01)
     assert found < 1
-    assert spiral["memory"]["peak_bytes"] < loop["memory"]["peak_bytes"]
+
+    def activations(point):
+        """Kept by the closed form, and found: the peak without what else is there while the loss is computed."""
+        form = point["memory"]["closed_form"]
+        others = ("parameters", "optimizer", "gradients", "core", "gathered_rest", "logits_block")
+        return form["activations_kept"], point["memory"]["peak_bytes"] - sum(form[name] for name in others)
+
+    (kept, found), (loop_kept, loop_found) = activations(spiral), activations(loop)
+    assert kept < found and loop_kept < loop_found
+    assert found / loop_found == pytest.approx(kept / loop_kept, rel=0.15)
