@@ -194,7 +194,9 @@ def remat_policy(remat: Remat) -> Callable:
 
 
 def _gathers(primitive, params: dict) -> bool:
-    """Whether an operation is `all_gather`, or the function with a gradient of its own that calls it."""
-    inner = params.get("call_jaxpr")
-    inner_primitives = [] if inner is None else [equation.primitive for equation in inner.eqns]
-    return jax.lax.all_gather_p in (primitive, *inner_primitives)
+    """Whether an operation is `all_gather`, or a function with a gradient of its own or a `shard_map` that calls it."""
+    inner = params.get("call_jaxpr", params.get("jaxpr"))
+    called = [] if inner is None else inner.eqns
+    return primitive is jax.lax.all_gather_p or any(
+        _gathers(equation.primitive, equation.params) for equation in called
+    )

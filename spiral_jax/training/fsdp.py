@@ -41,19 +41,21 @@ class Whole(NamedTuple):
 
 
 def on_each_device(mesh: Mesh, function: Callable, in_specs, out_specs) -> Callable:
-    """`function` of the shards that one device of the axes `data` and `fsdp` holds; specs name these axes only."""
+    """`function` of the shards that one device of the axes `data` and `fsdp` holds; in specs only these count."""
+    in_specs, out_specs = (
+        jax.tree.map(lambda spec: _without(spec, "tensor"), specs) for specs in (in_specs, out_specs)
+    )
     # What is replicated is known here, not to the checker: collectives of AD's own making are not used.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS), check_vma=False
     )
 
 
-def specs_over_rows(shardings) -> Any:
-    """PartitionSpecs of parameters over `fsdp` alone; nothing is cut where it is one device."""
+def specs_of(shardings) -> Any:
+    """PartitionSpecs of parameters, without axes of one device: nothing is cut there."""
 
     def spec(sharding):
-        is_cut = sharding.mesh.shape["fsdp"] > 1
-        return PartitionSpec(*("fsdp" if is_cut and axis == "fsdp" else None for axis in sharding.spec))
+        return _without(sharding.spec, *(axis for axis, size in sharding.mesh.shape.items() if size == 1))
 
     return jax.tree.map(spec, shardings)
 
@@ -65,12 +67,13 @@ def model_of_a_device(config: ModelConfig, train: TrainConfig, mesh: Mesh, specs
       config: the architecture.
       train: `attention`.
       mesh: the devices.
-      specs: `specs_over_rows` of the parameters.
+      specs: `specs_of` the parameters.
     """
 
     def constrain(x, *axes):
-        # Rows are the device's own here: what is left to say is what lies on `tensor`.
-        return jax.lax.with_sharding_constraint(x, partition_spec(axes, ["tensor"]))
+        # Rows are the device's own here: what is left to say is what lies on `tensor`. (Where that is one device jax
+        # 0.8 refuses to be told.)
+        return jax.lax.with_sharding_constraint(x, partition_spec(axes, ["tensor"])) if mesh.shape["tensor"] > 1 else x
 
     gather = None
     if mesh.shape["fsdp"] > 1 and config.stored_layers:
@@ -124,7 +127,7 @@ def sum_over_rows(grads: dict, specs: dict, core_is_whole: bool) -> dict:
 
     Args:
       grads: `without_values`; those of matrices that layers gather one by one are shards already.
-      specs: `specs_over_rows` of the parameters.
+      specs: `specs_of` the parameters.
       core_is_whole: whether `gather_core` has gathered.
     """
 
@@ -177,14 +180,30 @@ def _axis(spec: PartitionSpec) -> int | None:
     return spec.index("fsdp") if "fsdp" in spec else None
 
 
+def _without(spec: PartitionSpec, *axes: str) -> PartitionSpec:
+    return PartitionSpec(*(None if axis in axes else axis for axis in spec))
+
+
 def _all_gather(x, spec):
     axis = _axis(spec)
-    return x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+    if axis is None:
+        return x
+    return _on_each_part(lambda x: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), spec)(x)
 
 
 def _reduce_scatter(x, spec):
     axis = _axis(spec)
-    return x if axis is None else jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    if axis is None:
+        return x
+    return _on_each_part(lambda x: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True), spec)(x)
+
+
+def _on_each_part(collective: Callable, spec: PartitionSpec) -> Callable:
+    """A collective of what each device of `tensor` holds: left to it, the compiler would first gather that too."""
+    if "tensor" not in spec:
+        return collective
+    part = _without(spec, *ROWS)
+    return jax.shard_map(collective, in_specs=part, out_specs=part, axis_names={"tensor"}, check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

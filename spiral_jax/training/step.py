@@ -84,7 +84,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    specs = fsdp.specs_over_rows(shardings.params)
+    specs = fsdp.specs_of(shardings.params)
     local = fsdp.model_of_a_device(config.model, config.train, mesh, specs)
     batch, everywhere = batch_sharding(mesh), replicated(mesh)
     window_shape = (config.train.batch_size, config.train.sequence_length + 1)

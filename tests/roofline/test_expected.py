@@ -9,6 +9,7 @@ import pytest
 from spiral_jax.config import RunConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.roofline import expected, hlo, work
+from spiral_jax.roofline.groups import cross
 from spiral_jax.sharding import MeshConfig, make_mesh
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import make_program
@@ -42,9 +43,12 @@ def compiled(quick):
     return make
 
 
-def moved(operations) -> expected.Communication:
+def moved(operations, tensor: int = 1) -> expected.Communication:
     """Bytes of arrays that are gathered, and that are summed (the compiler may sum all and keep a part)."""
-    found = {kind: traffic.bytes for kind, traffic in work.collectives(operations).items()}
+    # Devices of the mesh's last axis share their rows; what they exchange is no parameter.
+    rows = [device // tensor for device in range(8)]
+    across = [op for op in operations if op.collective and cross(op.collective.groups, rows)]
+    found = {kind: traffic.bytes for kind, traffic in work.collectives(across).items()}
     return expected.Communication(
         found.get("all-gather", 0), found.get("reduce-scatter", 0) + found.get("all-reduce", 0)
     )
@@ -62,10 +66,14 @@ CASES = {
     "iteration, accumulated": config_of(accumulation=2),
     "step, accumulated": config_of(accumulation=2, gather_core="step"),
     "data": config_of((8, 1, 1)),
+    "tensor": config_of((1, 2, 4), model=dict(num_heads=4)),
 }
 SLOW = {
     "iteration, more iterations": config_of(model=THREE),
     "both axes": config_of((2, 4, 1), gather_core="step"),
+    "all axes": config_of((2, 2, 2)),
+    "all axes, step": config_of((2, 2, 2), gather_core="step", accumulation=2),
+    "tensor, keep_all": config_of((1, 4, 2), model=dict(remat="keep_all")),
     "keep_all": config_of(model=dict(remat="keep_all")),
     "keep_products": config_of(model=dict(remat="keep_products")),
     "keep_attention, step": config_of(model=dict(remat="keep_attention"), gather_core="step"),
@@ -79,7 +87,24 @@ SLOW = {
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
 def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
     config = (CASES | SLOW)[case]
-    assert moved(compiled(config)) == pytest.approx(form(config), rel=0.1)
+    assert moved(compiled(config), config.mesh.tensor) == pytest.approx(form(config), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "case", ["tensor", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW if "all axes" in case)]
+)
+def test_nothing_but_activations_is_exchanged_along_tensor(case, compiled):
+    """Matrices stay cut. A layer sums what attention and MLP give, forward, and their inputs' gradients, backward."""
+    config = (CASES | SLOW)[case]
+    rows = [device // config.mesh.tensor for device in range(8)]
+    inside = [op for op in compiled(config) if op.collective and not cross(op.collective.groups, rows)]
+    assert {op.collective.kind for op in inside} <= {"all-reduce"}
+    train, model = config.train, config.model
+    micro = train.batch_size // (config.mesh.data * config.mesh.fsdp * train.accumulation)
+    layers = sum(count * n for count, n in model.executed_layers(train.sequence_length))
+    # With the embedding's rows, and the loss's gradient.
+    form = train.accumulation * micro * model.d_model * 4 * (4 * layers + 2 * train.sequence_length)
+    assert sum(op.collective.bytes * op.times for op in inside) == pytest.approx(form, rel=0.1)
 
 
 def test_a_core_gathered_once_is_gathered_once_whatever_the_iterations(compiled):

@@ -34,7 +34,7 @@ def test_a_point(name):
 def test_a_spiral_stands_to_the_loop_as_the_closed_forms_do(group, family):
     """Matrix work, executed, of which it does less; and activations.
 
-    Those are more where only layers' inputs are kept: the memory of four iterations holds more vectors than that of two.
+    Those are more where only layers' inputs are kept: the memory of four iterations holds more than that of two.
     """
     spiral, loop = POINTS[f"{group}-{family}"], POINTS[f"{group}-mesh"]
     found, form = (
