@@ -8,6 +8,7 @@ import os
 import re
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GENERATIONS, Generation, Shape
@@ -141,11 +142,17 @@ def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
 def no_compilation_cache():
     """Turns off the persistent cache: of programs for devices that are not there it takes what it cannot give back."""
     enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+
+    def enable(value: bool):
+        jax.config.update("jax_enable_compilation_cache", value)
+        # jax looks at the setting once, when it first compiles, unless told to look again.
+        compilation_cache.reset_cache()
+
+    enable(False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        enable(enabled)
 
 
 def _nearest(generation: Generation, chips: float) -> str:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,9 +25,26 @@ def test_the_text_is_the_program(text, libtpu):
     assert work.dense_flops(operations) == 2 * 512 * 256 * 1024
 
 
-def test_the_cache_is_off_only_meanwhile():
-    before = jax.config.jax_enable_compilation_cache
-    with pytest.raises(KeyError), no_compilation_cache():
-        assert not jax.config.jax_enable_compilation_cache
-        raise KeyError
-    assert jax.config.jax_enable_compilation_cache == before
+def test_the_cache_is_off_only_meanwhile(tmp_path):
+    """Though jax has compiled before, and with it looked at the setting."""
+    names = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in (*names, "jax_enable_compilation_cache")}
+
+    def entries(number: float) -> int:
+        """Compiles a program of its own and counts what the cache has then."""
+        jax.jit(lambda x: x * number).lower(np.float32(1)).compile()
+        return len(list(tmp_path.glob("*-cache")))
+
+    try:
+        with no_compilation_cache():
+            for name, value in names.items():
+                jax.config.update(name, value)
+        assert entries(2.5) == 1
+        with pytest.raises(KeyError), no_compilation_cache():
+            assert entries(3.5) == 1
+            raise KeyError
+        assert entries(4.5) == 2
+    finally:
+        with no_compilation_cache():
+            for name, value in before.items():
+                jax.config.update(name, value)
