@@ -194,6 +194,27 @@ def test_a_small_program_is_what_the_closed_forms_say(small_report, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--topology=" + topology] for topology in ("v4:2x2x2", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1")),
+        ["--topology=v5e:2x4", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"],
+        ["--topology=tpu7x:2x2x1", "--config.mesh.fsdp=2", "--config.mesh.tensor=4", "--config.train.gather_core=step"],
+    ],
+    ids=" ".join,
+)
+def test_other_programs_are_what_the_closed_forms_say(small_report, flags):
+    """Every generation, and tensor parallelism."""
+    # A width that is no level's length: activations of few rows would look like scores.
+    found = small_report(*flags, "--config.model.d_model=512", "--config.model.num_heads=8")
+    sent = found["communication_per_device"]
+    for what in ("gathered_bytes", "summed_bytes"):
+        assert sent[what] == pytest.approx(sent["closed_form"][what], rel=0.1)
+    assert found["flops"]["dense_executed"] == pytest.approx(found["flops"]["dense_executed_closed_form"], rel=0.03)
+    assert found["scores_and_logits_in_memory"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("remat", "forward"), [("keep_all", 1), ("keep_products", 1), ("keep_attention", 1), ("keep_inputs", 2)]
 )
 def test_what_is_kept_is_not_computed_again(small_report, remat, forward):

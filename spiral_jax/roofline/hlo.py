@@ -27,7 +27,10 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\],]')
 _COMMENT = re.compile(r"/\*.*?\*/")
-CALLS = ("calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation")
+CALLS = (
+    *("calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation"),
+    "called_computations",
+)
 
 
 class UnreadableProgram(Exception):

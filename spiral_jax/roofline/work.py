@@ -145,8 +145,16 @@ def _walk(module: Module, scope: Scope, times: int, starts: Starts) -> Iterator[
             names = called.get("branch_computations") or called["true_computation"] + called["false_computation"]
             branches = [list(inside(name)) for name in names]
             yield from max(branches, key=lambda found: (dense_flops(found), hbm_bytes(found)))
+        elif opcode == "custom-call" and _communicates(module, instruction):
+            yield from inside(*instruction.called["called_computations"])
         elif not _is_free(instruction):
             yield _operation(module, computation, instruction, times, starts)
+
+
+def _communicates(module: Module, instruction: Instruction) -> bool:
+    """Whether a custom call hands a collective to the sparse cores, as tpu7x does with all of some size."""
+    names = instruction.called.get("called_computations", ())
+    return any(_base(inner) in COLLECTIVES for name in names for inner in module.computations[name].instructions)
 
 
 def _is_free(instruction: Instruction) -> bool:

@@ -329,6 +329,19 @@ def test_collectives_that_share_a_channel():
     assert collectives(found) == {"all-gather": Traffic(3, 3 * 256), "reduce-scatter": Traffic(2, 2 * 512)}
 
 
+def test_collectives_on_the_sparse_cores():
+    """Those of tpu7x are behind a custom call of a computation."""
+    (operation,) = program(
+        """  %p = bf16[2,8] parameter(0)
+  ROOT %a = bf16[16,8] custom-call(%p), custom_call_target="TODO", called_computations={%sparse}""",
+        """%sparse (q: bf16[2,8]) -> bf16[16,8] {
+  %q = bf16[2,8] parameter(0)
+  ROOT %g = bf16[16,8] all-gather(%q), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+}""",
+    )
+    assert operation.collective.kind == "all-gather" and operation.collective.bytes == 256
+
+
 def test_transfers_between_slices():
     """Counted once, where it is sent; what goes to the host alone is none."""
     found = program(
