@@ -65,7 +65,7 @@ class ModelConfig:
       unroll: unrolls the scans over layers and iterations: faster steps on CPU, compile time grows with depth.
       scan_iterations_from: neighbouring iterations of one level are one scan if they are at least this many, and are
         written out one after another if fewer. A scan compiles in the same time however many there are, and holds what
-        one iteration keeps for the backward pass twice: for a loop of two, a third of the activations on top.
+        one iteration keeps for the backward pass twice: for a loop of two, a quarter of the activations on top.
     """
 
     vocab_size: int = 50304
