@@ -50,7 +50,7 @@ def scanned(request, random_model, quick):
 @pytest.mark.parametrize(
     "scanned, fields",
     [
-        ("looped", UNROLLED),
+        pytest.param("looped", UNROLLED, marks=pytest.mark.slow),
         ("coarse", UNROLLED),
         ("coarse", WRITTEN_OUT),
         ("coarse", DOTS),

@@ -63,12 +63,12 @@ CASES = {
     "iteration": config_of(),
     "step": config_of(gather_core="step"),
     "step, more iterations": config_of(model=THREE, gather_core="step"),
-    "iteration, accumulated": config_of(accumulation=2),
-    "step, accumulated": config_of(accumulation=2, gather_core="step"),
-    "data": config_of((8, 1, 1)),
     "tensor": config_of((1, 2, 4), model=dict(num_heads=4)),
 }
 SLOW = {
+    "iteration, accumulated": config_of(accumulation=2),
+    "step, accumulated": config_of(accumulation=2, gather_core="step"),
+    "data": config_of((8, 1, 1)),
     "iteration, more iterations": config_of(model=THREE),
     "both axes": config_of((2, 4, 1), gather_core="step"),
     "all axes": config_of((2, 2, 2)),

@@ -46,13 +46,13 @@ DEFAULT = {
     "mixed_accumulated": changed((2, 2, 2), accumulation=2),
     "fsdp8": changed((1, 8, 1)),
     "data8": changed((8, 1, 1)),
-    "tensor2": changed((1, 1, 2)),
-    "accumulation4": changed(accumulation=4),
     "remat_full": changed(model=dict(remat="keep_inputs")),
     "unrolled": changed(model=dict(unroll=True)),
     "fsdp4_core_whole_accumulated": changed((1, 4, 1), gather_core="step", accumulation=2),
 }
 SLOW = {
+    "tensor2": changed((1, 1, 2)),
+    "accumulation4": changed(accumulation=4),
     "tensor4": changed((1, 1, 4)),
     "fsdp2_tensor4": changed((1, 2, 4)),
     "data2_fsdp4": changed((2, 4, 1)),
