@@ -12,7 +12,7 @@ from absl import flags
 from spiral_jax import command
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
-from spiral_jax.roofline.expected import memory
+from spiral_jax.roofline.expected import layout, memory
 
 PREFILL_TOKENS = 4096
 
@@ -64,7 +64,7 @@ def describe(config: RunConfig, num_devices: int) -> dict[str, Any]:
             "tokens": config.train.steps * config.train.tokens_per_step,
         },
         "schedule": schedule(config),
-        "memory": memory(config, num_devices),
+        "memory": layout(config, num_devices) | memory(config, num_devices),
     }
 
 

@@ -84,15 +84,15 @@ GENERATIONS = (
     ),
 )  # fmt: skip
 
-# Dense bf16 peaks of GPUs, FLOP/s, by a part of jax's device_kind: NVIDIA's data sheets.
-_GPUS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12}
+# Dense bf16 peaks of one device, FLOP/s, by a part of jax's device_kind; some runtimes say `TPU v5p`. Of GPUs: NVIDIA's
+# data sheets.
+_PEAKS = {
+    **{kind: g.peak_flops / g.devices for g in GENERATIONS for kind in (g.device_kind, f"TPU {g.name}")},
+    **{"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12},
+}
 
 
 def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of bfloat16 products of one device, by `jax.Device.device_kind`; None where it is not known (CPU)."""
-    peaks = dict(_GPUS)
-    for g in GENERATIONS:
-        # Some runtimes say `TPU v5p`.
-        peaks |= dict.fromkeys((g.device_kind, f"TPU {g.name}"), g.peak_flops / g.devices)
-    # Longer names first: `TPU v5` is a part of `TPU v5 lite`.
-    return next((peaks[name] for name in sorted(peaks, key=len, reverse=True) if name in device_kind), None)
+    # The longest name: `TPU v5` is a part of `TPU v5 lite`.
+    return _PEAKS.get(max((name for name in _PEAKS if name in device_kind), key=len, default=None))

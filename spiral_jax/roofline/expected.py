@@ -112,7 +112,21 @@ def _rest(state: TrainState, tensor: int) -> int:
     )
 
 
-def memory(config: RunConfig, num_devices: int, state: TrainState | None = None) -> dict[str, Any]:
+def layout(config: RunConfig, num_devices: int) -> dict[str, Any]:
+    """How a run lies on devices.
+
+    Raises:
+      SpiralError: a mesh that does not fit the devices, the batch or the model.
+    """
+    data, fsdp, tensor = config.check_mesh(num_devices)
+    return {
+        "devices": num_devices,
+        "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
+        "sequences_per_device": config.train.batch_size // (data * fsdp * config.train.accumulation),
+    }
+
+
+def memory(config: RunConfig, num_devices: int, state: TrainState | None = None) -> dict[str, int]:
     """Bytes per device that follow from the configuration; what the compiler adds is not in it.
 
     `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch: each
@@ -145,9 +159,6 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
         is_shared = fsdp > 1 and any(model.scans(count) for _, count in model.runs)
         core *= itemsize * is_shared
     return {
-        "devices": num_devices,
-        "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
-        "sequences_per_device": rows,
         "parameters": _bytes_per_device(state.params),
         "optimizer": _bytes_per_device(state.opt_state),
         "gradients": _bytes_per_device(state.params),

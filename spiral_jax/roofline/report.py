@@ -21,7 +21,6 @@ from spiral_jax.sharding import make_mesh
 from spiral_jax.training.step import Program, make_program
 
 LARGEST = 12  # buffers of the peak that a report names
-IN_STEP = ("devices", "mesh", "sequences_per_device")  # of `expected.memory`, what is no memory
 
 
 class DoesNotFit(Exception):
@@ -98,7 +97,7 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
     model, train = config.model, config.train
     form, num_devices = expected.flops(config), len(devices)
     dense, state = work.dense_flops(operations) * num_devices, step.program.abstract_state
-    held = expected.memory(config, num_devices, state)
+    layout = expected.layout(config, num_devices)
     traffic = work.collectives(operations)
     # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
     rows = [place // step.program.mesh.shape["tensor"] for place in range(num_devices)]
@@ -118,17 +117,16 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
         },
         "model": {"notation": model.notation, "topology": model.topology, "parameters": model.total_parameters},
         "step": {
-            "mesh": held["mesh"],
+            "mesh": layout["mesh"],
             "batch_size": train.batch_size,
             "sequence_length": train.sequence_length,
             "accumulation": train.accumulation,
-            "sequences_per_device": held["sequences_per_device"],
+            "sequences_per_device": layout["sequences_per_device"],
             "remat": model.remat,
             "gather_core": train.gather_core,
         },
         "compile_seconds": round(step.seconds, 1),
-        "memory": _memory(module, step, chips)
-        | {"closed_form": {name: size for name, size in held.items() if name not in IN_STEP}},
+        "memory": _memory(module, step, chips) | {"closed_form": expected.memory(config, num_devices, state)},
         "scores_and_logits_in_memory": unwanted(module, config, num_devices),
         "flops": {
             "dense_model": form.dense,

@@ -239,9 +239,10 @@ def _collective(
     parts: list[tuple[Computation, Instruction]],
     starts: Starts,
 ) -> Collective | None:
-    # A transfer is counted where it is sent; its recv is the same bytes. Megascale sends by way of the host.
-    is_to_host = instruction.attributes.get("is_host_transfer") == "true" and "megascale" not in instruction.rest
-    if instruction.opcode == "send" and not is_to_host:
+    if instruction.opcode == "send":
+        # A transfer is counted where it is sent; its recv is the same bytes. Megascale sends by way of the host.
+        if instruction.attributes.get("is_host_transfer") == "true" and "megascale" not in instruction.rest:
+            return None
         arrays = computation.operand(instruction, 0).arrays
         return Collective("dcn", sum(array.bytes for array in arrays), 2, (), arrays[0].dtype)
     for where, part in parts:

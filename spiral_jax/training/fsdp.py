@@ -185,25 +185,26 @@ def _without(spec: PartitionSpec, *axes: str) -> PartitionSpec:
 
 
 def _all_gather(x, spec):
-    axis = _axis(spec)
-    if axis is None:
-        return x
-    return _on_each_part(lambda x: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), spec)(x)
+    return _on_each_part(lambda x, axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), x, spec)
 
 
 def _reduce_scatter(x, spec):
+    return _on_each_part(lambda x, axis: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True), x, spec)
+
+
+def _on_each_part(collective: Callable, x, spec: PartitionSpec):
+    """A collective along the axis that `fsdp` cuts, if it does, of what each device of `tensor` holds.
+
+    Left to it, the compiler would first gather what `tensor` cuts.
+    """
     axis = _axis(spec)
     if axis is None:
         return x
-    return _on_each_part(lambda x: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True), spec)(x)
-
-
-def _on_each_part(collective: Callable, spec: PartitionSpec) -> Callable:
-    """A collective of what each device of `tensor` holds: left to it, the compiler would first gather that too."""
-    if "tensor" not in spec:
-        return collective
-    part = _without(spec, *ROWS)
-    return jax.shard_map(collective, in_specs=part, out_specs=part, axis_names={"tensor"}, check_vma=False)
+    run = functools.partial(collective, axis=axis)
+    if "tensor" in spec:
+        part = _without(spec, *ROWS)
+        run = jax.shard_map(run, in_specs=part, out_specs=part, axis_names={"tensor"}, check_vma=False)
+    return run(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

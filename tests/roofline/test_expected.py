@@ -43,11 +43,19 @@ def compiled(quick):
     return make
 
 
+def by_rows(operations, tensor: int) -> tuple[list[work.Operation], list[work.Operation]]:
+    """Collectives between devices with different rows, and those along `tensor`, the mesh's last axis, alone."""
+    rows = [device // tensor for device in range(8)]
+    across, inside = [], []
+    for op in operations:
+        if op.collective:
+            (across if cross(op.collective.groups, rows) else inside).append(op)
+    return across, inside
+
+
 def moved(operations, tensor: int = 1) -> expected.Communication:
     """Bytes of arrays that are gathered, and that are summed (the compiler may sum all and keep a part)."""
-    # Devices of the mesh's last axis share their rows; what they exchange is no parameter.
-    rows = [device // tensor for device in range(8)]
-    across = [op for op in operations if op.collective and cross(op.collective.groups, rows)]
+    across, _ = by_rows(operations, tensor)
     found = {kind: traffic.bytes for kind, traffic in work.collectives(across).items()}
     return expected.Communication(
         found.get("all-gather", 0), found.get("reduce-scatter", 0) + found.get("all-reduce", 0)
@@ -96,8 +104,7 @@ def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
 def test_nothing_but_activations_is_exchanged_along_tensor(case, compiled):
     """Matrices stay cut. A layer sums what attention and MLP give, forward, and their inputs' gradients, backward."""
     config = (CASES | SLOW)[case]
-    rows = [device // config.mesh.tensor for device in range(8)]
-    inside = [op for op in compiled(config) if op.collective and not cross(op.collective.groups, rows)]
+    _, inside = by_rows(compiled(config), config.mesh.tensor)
     assert {op.collective.kind for op in inside} <= {"all-reduce"}
     train, model = config.train, config.model
     micro = train.batch_size // (config.mesh.data * config.mesh.fsdp * train.accumulation)
