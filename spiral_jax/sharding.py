@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.operators import Linear
 
 AXES = ("data", "fsdp", "tensor")
 # Every logical axis has a rule; an axis without one is an error (`partition_spec`).
@@ -28,10 +29,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "qkv": None,
     "head_width": None,
     "layers": None,
-    "iterations": None,
     "slots": None,
-    "score": None,
-    "place": None,
+    "features": None,
 }
 
 
@@ -129,6 +128,28 @@ def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_
             raise SpiralError(
                 f"model.{field} is {getattr(model, field)}; it must be a multiple of mesh.tensor {tensor}"
             )
+    sizes = dict(zip(AXES, mesh_shape, strict=True))
+    topology, pooling, spreading = model.operators
+    named = {f"model.topology {model.topology!r}": [topology.entry_linears(), *map(topology.linears, model.schedule)]}
+    coarse = [level for level in model.schedule if level.chunk > 1]
+    named[f"model.pooling {model.pooling!r}"] = list(map(pooling.linears, coarse))
+    named[f"model.allocation {model.allocation!r}"] = list(map(spreading.linears, coarse))
+    for operator, declared in named.items():
+        for name, linear in (pair for linears in declared for pair in linears.items()):
+            _check_linear(f"{operator}: Linear {name!r}", linear, sizes)
+
+
+def _check_linear(where: str, linear: Linear, mesh_sizes: dict[str, int]) -> None:
+    """Whether a declared Linear names its axes, all by rules, and they divide over the mesh."""
+    names = linear.in_axes + linear.out_axes
+    require(
+        len(names) == len(linear.kernel_shape), f"{where}: axes", names, f"a name for each of {linear.kernel_shape}"
+    )
+    for size, name in zip(linear.kernel_shape, names, strict=True):
+        require(name is None or name in RULES, f"{where}: axis", name, f"None, {', '.join(RULES)}")
+        axis = None if name is None else RULES[name]
+        parts = mesh_sizes[axis] if isinstance(axis, str) else 1
+        require(size % parts == 0, f"{where}: size of axis {name!r}", size, f"a multiple of mesh.{axis} {parts}")
 
 
 def rounded_to_mesh(batch_size: int, mesh: Mesh | AbstractMesh) -> int:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from spiral_jax.convert.fields import Fields
+from spiral_jax.model.topology import topologies
 
 # Spellings under which `transformers` computes the exact (erf) GELU; its "gelu_accurate" is the tanh approximation.
 EXACT_GELU = ("gelu", "gelu_python")
@@ -79,6 +80,6 @@ def _spiralformer(fields: Fields, name: str) -> dict[str, Any]:
         shifts=shifts,
         shared_core=fields.read("shared_core", bool, True),
         topology=topology,
-        memory_slots=fields.read("memory_slots", int) if topology == "mesh" else None,
+        **{field: fields.read(field, int) for field in topologies[topology].fields},
         **{field: fields.read(field, str) for field in ("pooling", "allocation", "update_scale")},
     )

@@ -13,16 +13,18 @@ from spiral_jax.convert.architecture import architecture_of
 from spiral_jax.convert.fields import Fields
 from spiral_jax.convert.layout import (
     LAYER_MODULES,
-    features_of,
     from_rows,
     is_vanilla,
-    iteration_linears,
+    operator_linears,
+    shapes_of,
     stacks,
     suffix_of,
     to_rows,
+    topology_fields,
 )
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.neox import layer_linears
 
 # Constants that checkpoints of `transformers` before 4.31 hold as if they were parameters.
 BUFFERS = re.compile(
@@ -52,10 +54,9 @@ def config_to_huggingface(config: ModelConfig, max_position_embeddings: int) -> 
             "use_parallel_residual": True,
             "attention_bias": True,
         }
-    slots = {"memory_slots": config.num_slots} if config.topology == "mesh" else {}
     return (
         common
-        | slots
+        | topology_fields(config)
         | {
             "model_type": "spiralformer",
             "architectures": ["SpiralFormerForCausalLM"],
@@ -112,16 +113,16 @@ def tensors_from_params(config: ModelConfig, params: Mapping, dtype: np.dtype | 
         f"{root}.final_layer_norm.bias": np.asarray(params["final_norm"]["bias"]),
         "embed_out.weight": np.asarray(params["head"]["kernel"]).T,
     }
+    linears = layer_linears(config)
     for stack, prefixes in stacks(config).items():
         for module, name in LAYER_MODULES.items():
             for field, array in params[stack]["layers"][module].items():
                 for prefix, layer in zip(prefixes, np.asarray(array), strict=True):
-                    tensors[f"{prefix}.{name}.{suffix_of(field)}"] = to_rows(config, module, field, layer)
-    for name, (group, index) in iteration_linears(config).items():
-        linear = params[group]
-        tensors[f"{name}.weight"] = np.asarray(linear["kernel"])[index].T
-        if "bias" in linear:
-            tensors[f"{name}.bias"] = np.asarray(linear["bias"])[index]
+                    rows = to_rows(linears[module], field, layer) if module in linears else layer
+                    tensors[f"{prefix}.{name}.{suffix_of(field)}"] = rows
+    for name, (group, linear_name), linear in operator_linears(config):
+        for field, array in params[group][linear_name].items():
+            tensors[f"{name}.{suffix_of(field)}"] = to_rows(linear, field, np.asarray(array))
     return {name: _cast(name, array, dtype or array.dtype) for name, array in tensors.items()}
 
 
@@ -174,33 +175,22 @@ def params_from_tensors(
         },
         "head": {"kernel": take("embed_out.weight", (config.vocab_size, D)).T},
     }
-    outputs = {"qkv": 3 * D, "out": D, "mlp_up": config.d_ff, "mlp_down": D}
-    inputs = {"qkv": D, "out": D, "mlp_up": D, "mlp_down": config.d_ff}
+    linears = layer_linears(config)
+    norm = {"scale": (D,), "bias": (D,)}
     for stack, prefixes in stacks(config).items():
         layers = {}
         for module, exported in LAYER_MODULES.items():
-            if module.endswith("_norm"):
-                shapes = {"scale": (D,), "bias": (D,)}
-            else:
-                shapes = {"kernel": (outputs[module], inputs[module]), "bias": (outputs[module],)}
-            layers[module] = {
-                field: np.stack(
-                    [
-                        from_rows(config, module, field, take(f"{prefix}.{exported}.{suffix_of(field)}", shape))
-                        for prefix in prefixes
-                    ]
-                )
-                for field, shape in shapes.items()
-            }
+            linear = linears.get(module)
+            layers[module] = {}
+            for field, shape in (shapes_of(linear) if linear else norm).items():
+                rows = [take(f"{prefix}.{exported}.{suffix_of(field)}", shape) for prefix in prefixes]
+                layers[module][field] = np.stack([from_rows(linear, field, x) if linear else x for x in rows])
         params[stack] = {"layers": layers}
-    for linear_name, (group, _) in iteration_linears(config).items():
-        linear = params.setdefault(group, {"kernel": []})
-        features = features_of(config, linear_name, group)
-        linear["kernel"].append(take(f"{linear_name}.weight", (features, D)).T)
-        if not linear_name.endswith(".scorer"):
-            linear.setdefault("bias", []).append(take(f"{linear_name}.bias", (features,)))
-    for group in {group for group, _ in iteration_linears(config).values()}:
-        params[group] = {field: np.stack(arrays) for field, arrays in params[group].items()}
+    for exported, (group, linear_name), linear in operator_linears(config):
+        params.setdefault(group, {})[linear_name] = {
+            field: from_rows(linear, field, take(f"{exported}.{suffix_of(field)}", shape))
+            for field, shape in shapes_of(linear).items()
+        }
     extra = sorted(key for key in set(tensors) - used if not BUFFERS.fullmatch(key))
     problems += [f"{key} {list(tensors[key].shape)} is not a tensor of this model" for key in extra]
     if problems:

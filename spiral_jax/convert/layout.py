@@ -5,11 +5,13 @@ leading axis here and numbered there.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spiral_jax.model.config import PROGRAM, ModelConfig
+from spiral_jax.model.operators import Linear
 
 # Ours, within a layer, to GPT-NeoX's module names.
 LAYER_MODULES = {
@@ -24,7 +26,7 @@ LAYER_MODULES = {
 
 def is_vanilla(config: ModelConfig) -> bool:
     """Whether the model is a plain GPT-NeoX, which `transformers` loads without any code of ours."""
-    return not config.chunks and config.topology != "mesh"
+    return not config.chunks and not config.operators.topology.enters
 
 
 def architecture(config: ModelConfig) -> dict[str, Any]:
@@ -32,11 +34,17 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values["offsets"] = tuple(level.offset for level in config.schedule)
     values["shifts"] = tuple(level.shift for level in config.schedule)
-    values["memory_slots"] = config.num_slots if config.topology == "mesh" else None
+    values |= {"memory_slots": None} | topology_fields(config)
     free = ["dtype", *PROGRAM]
     if not config.chunks:
         free += ["shared_core", "pooling", "allocation", "update_scale"]
     return {field: value for field, value in values.items() if field not in free}
+
+
+def topology_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields that the model's topology alone reads, with what they default to."""
+    resolved = {"memory_slots": config.num_slots}
+    return {field: resolved.get(field, getattr(config, field)) for field in config.operators.topology.fields}
 
 
 def stacks(config: ModelConfig) -> dict[str, list[str]]:
@@ -57,29 +65,35 @@ def stacks(config: ModelConfig) -> dict[str, list[str]]:
     return {stack: prefixes for stack, prefixes in named.items() if prefixes}
 
 
-def iteration_linears(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Exported name of each iteration's Linear: our group and the index into its leading axis."""
-    named = {}
-    if config.topology == "mesh":
-        for k in range(config.num_iterations + 1):
-            for side in ("write", "read"):
-                named[f"spiralformer.memory.{k}.{side}"] = (f"{side}_routers", k)
-    t = 0
-    for run, (level, count) in enumerate(config.runs):
-        for i in range(count):
-            if level.chunk > 1 and config.pooling == "self_aggregation":
-                named[f"spiralformer.steps.{t + i}.scorer"] = (f"scorers_{run}", i)
-            if level.chunk > 1 and config.allocation == "learned":
-                named[f"spiralformer.steps.{t + i}.allocator"] = (f"allocators_{run}", i)
-        t += count
-    return named
+class ExportedLinear(NamedTuple):
+    """A Linear of an iteration, or of the entry.
+
+    Attributes:
+      name: exported, without `.weight`.
+      path: of our group of it in the parameter tree.
+      linear: its declaration.
+    """
+
+    name: str
+    path: tuple[str, str]
+    linear: Linear
 
 
-def features_of(config: ModelConfig, name: str, group: str) -> int:
-    """Outputs of an iteration's Linear, given its exported name and our group."""
-    if group.endswith("_routers"):
-        return config.num_slots
-    return 1 if name.endswith(".scorer") else config.chunks[int(name.split(".")[2])]
+def operator_linears(config: ModelConfig) -> list[ExportedLinear]:
+    """Every Linear that the operators declare."""
+    topology, pooling, spreading = config.operators
+    found = [
+        ExportedLinear(f"spiralformer.{topology.exported(None, name)}", ("entry", name), linear)
+        for name, linear in topology.entry_linears().items()
+    ]
+    for t, level in enumerate(config.schedule):
+        own = {f"spiralformer.{topology.exported(t, name)}": name for name in topology.linears(level)}
+        if level.chunk > 1:
+            scalers = [*pooling.linears(level), *spreading.linears(level)]
+            own |= {f"spiralformer.steps.{t}.{name}": name for name in scalers}
+        declared = config.operators.linears(level)
+        found += [ExportedLinear(exported, (f"steps_{t}", name), declared[name]) for exported, name in own.items()]
+    return found
 
 
 def suffix_of(field: str) -> str:
@@ -87,17 +101,17 @@ def suffix_of(field: str) -> str:
     return "bias" if field == "bias" else "weight"
 
 
-def to_rows(config: ModelConfig, module: str, field: str, array: np.ndarray) -> np.ndarray:
-    """One layer's array as exported: kernels [in..., out...] to [out, in], biases flat."""
-    if field != "kernel":
-        return array.reshape(-1)
-    return array.reshape(config.d_ff if module == "mlp_down" else config.d_model, -1).T
+def to_rows(linear: Linear, field: str, array: np.ndarray) -> np.ndarray:
+    """A Linear's array as exported: kernels [*inputs, *outputs] to [out, in], biases flat."""
+    return array.reshape(math.prod(linear.inputs), -1).T if field == "kernel" else array.reshape(-1)
 
 
-def from_rows(config: ModelConfig, module: str, field: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_rows` for one module."""
-    H, K, D = config.num_heads, config.head_width, config.d_model
-    if field == "kernel":
-        array = array.T
-    shapes = {("qkv", "kernel"): (D, H, 3, K), ("qkv", "bias"): (H, 3, K), ("out", "kernel"): (H, K, D)}
-    return array.reshape(shapes.get((module, field), array.shape))
+def from_rows(linear: Linear, field: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_rows`."""
+    return array.T.reshape(linear.kernel_shape) if field == "kernel" else array.reshape(linear.outputs)
+
+
+def shapes_of(linear: Linear) -> dict[str, tuple[int, ...]]:
+    """Exported shapes of a Linear's arrays."""
+    outputs = math.prod(linear.outputs)
+    return {"kernel": (outputs, math.prod(linear.inputs))} | ({"bias": (outputs,)} if linear.bias else {})

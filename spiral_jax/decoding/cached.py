@@ -14,12 +14,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.decoding.entry import run_coarse, run_entry
-from spiral_jax.decoding.loop import advance, enter, iterations, layers_of, run_layers
-from spiral_jax.decoding.state import DecodeState, IterationState, Work, open_after, put, put_front, slots_after, take
+from spiral_jax.decoding.entry import open_after, run_coarse, run_entry
+from spiral_jax.decoding.loop import iterations, layers_of, run_layers
+from spiral_jax.decoding.state import DecodeState, IterationState, Work, put, put_front, slots_after, take
 from spiral_jax.errors import SpiralError
+from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
 from spiral_jax.model.neox import layer_norm, rotary_tables
-from spiral_jax.model.resolution import down_scale, up_scale
 from spiral_jax.model.spiralformer import Embedding, SpiralFormer, unembed
 
 
@@ -54,22 +54,23 @@ def prefill(
     h_BxPxD, new = run(layers_of(params, "prelude"), h_emb_BxPxD)
     prelude = put_front(state.prelude, new)
 
-    flow, after = enter(config, params, h_emb_BxPxD, h_BxPxD), []
+    (states, _), after = enter(config, params.get("entry", {}), h_emb_BxPxD, h_BxPxD), []
     for iteration, old in zip(iterations(config, params), state.iterations, strict=True):
-        level, h_BxPxD = iteration.level, flow.h_BxLxD
+        level, arrays = iteration.level, iteration.arrays
+        h_BxPxD = core_input(config, level, arrays, states)
         if level.chunk == 1:
             e_BxPxD, new = run(iteration.layers, h_BxPxD)
             after.append(old._replace(cache=put_front(old.cache, new)))
         else:
             cache, e_BxPxD, slots_BxRxD = old.cache, jnp.zeros_like(h_BxPxD), jnp.zeros_like(old.zhat_BxRxD)
             if level.num_chunks(P):
-                zhat_BxNxD, new = run(iteration.layers, down_scale(h_BxPxD, level, iteration.scorer))
+                zhat_BxNxD, new = run(iteration.layers, down_scale(config, level, arrays, h_BxPxD))
                 cache, slots_BxRxD = put_front(cache, new), slots_after(zhat_BxNxD, lengths_B, level)
-                e_BxPxD = up_scale(zhat_BxNxD, level, P, iteration.allocator, config.update_scale)
-            after.append(IterationState(cache, open_after(h_BxPxD, lengths_B, level, iteration.scorer), slots_BxRxD))
-        flow = advance(config, iteration, flow, e_BxPxD)
+                e_BxPxD = up_scale(config, level, arrays, zhat_BxNxD, P)
+            after.append(IterationState(cache, open_after(config, iteration, h_BxPxD, lengths_B), slots_BxRxD))
+        states, _ = advance(config, level, arrays, states, e_BxPxD)
 
-    h_BxPxD, new = run(layers_of(params, "coda"), flow.h_BxLxD)
+    h_BxPxD, new = run(layers_of(params, "coda"), states.h_BxLxD)
     work = jax.tree.map(jnp.zeros_like, state.work)
     state = DecodeState(lengths_B.astype(jnp.int32), prelude, tuple(after), put_front(state.coda, new), work)
     return logits(model, params, take(h_BxPxD, lengths_B[:, None] - 1)), state
@@ -99,18 +100,20 @@ def step(
     )
     prelude = put(state.prelude, new, position_B)
 
-    flow, after = enter(config, params, h_emb_Bx1xD, h_Bx1xD), []
+    (states, _), after = enter(config, params.get("entry", {}), h_emb_Bx1xD, h_Bx1xD), []
     core_calls, runs = state.work.core_calls, []
     every = zip(iterations(config, params), state.iterations, strict=True)
     for is_fine, group in itertools.groupby(every, key=lambda pair: pair[0].level.chunk == 1):
         group = list(group)
         if is_fine:
             for iteration, old in group:
+                level, arrays = iteration.level, iteration.arrays
+                h_Bx1xD = core_input(config, level, arrays, states)
                 e_Bx1xD, new = run_entry(
-                    model, iteration.layers, flow.h_BxLxD, position_B, state.capacity, [old.cache], [position_B]
+                    model, iteration.layers, h_Bx1xD, position_B, state.capacity, [old.cache], [position_B]
                 )
                 after.append(old._replace(cache=put(old.cache, new, position_B)))
-                flow = advance(config, iteration, flow, e_Bx1xD)
+                states, _ = advance(config, level, arrays, states, e_Bx1xD)
                 core_calls += 1
                 runs.append(jnp.sum(active_B, dtype=jnp.int32)[None])
             continue
@@ -118,15 +121,15 @@ def step(
         together = position_B.shape[0] > 1 and config.shared_core
         for part in [group] if together else [[pair] for pair in group]:
             olds = [old for _, old in part]
-            flow, new, work = run_coarse(
-                model, [iteration for iteration, _ in part], flow, position_B, active_B, state.capacity, olds
+            states, new, work = run_coarse(
+                model, [iteration for iteration, _ in part], states, position_B, active_B, state.capacity, olds
             )
             after += new
             core_calls += work.core_calls
             runs.append(work.runs_T)
 
     h_Bx1xD, new = run_entry(
-        model, layers_of(params, "coda"), flow.h_BxLxD, position_B, state.capacity, [state.coda], [position_B]
+        model, layers_of(params, "coda"), states.h_BxLxD, position_B, state.capacity, [state.coda], [position_B]
     )
     work = Work(core_calls, state.work.runs_T + jnp.concatenate([jnp.zeros(0, jnp.int32), *runs]))
     state = DecodeState(

@@ -1,17 +1,21 @@
 """One entry per row through layers with a cache, and neighbouring coarse iterations at one token."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spiral_jax.decoding.loop import Flow, Iteration, advance, run_layers
-from spiral_jax.decoding.state import IterationState, KeyValues, Work, fold, num_slots, pooled, put, scores, take
-from spiral_jax.model.config import Level, ModelConfig
+from spiral_jax.decoding.loop import Iteration, run_layers
+from spiral_jax.decoding.state import IterationState, KeyValues, Work, num_slots, put, take
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.iteration import add_member, advance, close_chunk, core_input, spread, where_rows
 from spiral_jax.model.neox import rotary_tables
-from spiral_jax.model.resolution import at_least_float32, up_scale
+from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.model.topology import States
 
 
 def run_entry(
@@ -67,12 +71,12 @@ def run_entry(
 def run_coarse(
     model: SpiralFormer,
     group: list[Iteration],
-    flow: Flow,
+    states: States,
     position_B: jax.Array,
     active_B: jax.Array,
     capacity: int,
     olds: list[IterationState],
-) -> tuple[Flow, list[IterationState], Work]:
+) -> tuple[States, list[IterationState], Work]:
     """Neighbouring coarse iterations at one token of each row, the core only where a chunk closes.
 
     Which levels close is known from the position, and what the others add comes from earlier chunks. So the first
@@ -82,7 +86,7 @@ def run_coarse(
     Args:
       model: the model.
       group: the iterations, all with the same core.
-      flow: the states before the first of them.
+      states: the states before the first of them.
       position_B: the token's.
       active_B: rows for which nothing is due whatever their position are not.
       capacity: positions are below.
@@ -101,21 +105,23 @@ def run_coarse(
     work = Work(jnp.int32(0), jnp.zeros(len(group), jnp.int32))
 
     def walk():
-        at, opened, pooled_chunks = flow, [], []
-        for iteration, old, slots_BxRxD in zip(group, olds, slots, strict=True):
-            level, h_BxD = iteration.level, at.h_BxLxD[:, 0]
-            chunk = fold(old.open, opens(position_B, level), scores(h_BxD, iteration.scorer), h_BxD)
-            opened.append(chunk)
-            pooled_chunks.append(pooled(chunk, level, iteration.scorer, h_BxD.dtype))
-            at = advance(config, iteration, at, update(config, iteration, slots_BxRxD, position_B))
-        return at, opened, pooled_chunks
+        at, opened, pooled = states, [], []
+        for iteration, old, slots_BxRxD, chunk_B in zip(group, olds, slots, chunks, strict=True):
+            level, arrays = iteration.level, iteration.arrays
+            h_BxD = core_input(config, level, arrays, at)[:, 0]
+            place_B, is_first_B = (position_B + level.offset) % level.chunk, opens(position_B, level)
+            opened.append(add_member(config, level, arrays, old.open, place_B, is_first_B, h_BxD))
+            pooled.append(close_chunk(config, level, arrays, opened[-1], chunk_B, h_BxD.dtype))
+            e_Bx1xD = update(config, iteration, slots_BxRxD, position_B)
+            at, _ = advance(config, level, arrays, at, e_Bx1xD)
+        return at, opened, pooled
 
     rank_TxB = jnp.cumsum(jnp.stack(due), axis=0) - 1
     for r in range(most_at_once(levels, capacity)):
         _, _, z = walk()
         chosen = [is_due_B & (rank_B == r) for is_due_B, rank_B in zip(due, rank_TxB, strict=True)]
         index_B = jnp.select(chosen, chunks, 0)
-        z_Bx1xD = jnp.select([chosen_B[:, None] for chosen_B in chosen], z, 0)[:, None].astype(flow.h_BxLxD.dtype)
+        z_Bx1xD = jnp.select([chosen_B[:, None] for chosen_B in chosen], z, 0)[:, None].astype(states.h_BxLxD.dtype)
         seen = [jnp.where(chosen_B, index_B, 0) for chosen_B in chosen]
 
         def run(z_Bx1xD, caches=caches, chosen=chosen, index_B=index_B, seen=seen):
@@ -136,8 +142,8 @@ def run_coarse(
             for x, chosen_B in zip(slots, chosen, strict=True)
         ]
 
-    flow, opened, _ = walk()
-    return flow, [IterationState(*state) for state in zip(caches, opened, slots, strict=True)], work
+    states, opened, _ = walk()
+    return states, [IterationState(*state) for state in zip(caches, opened, slots, strict=True)], work
 
 
 def run_if(is_due: jax.Array, run: Callable, x: jax.Array):
@@ -153,6 +159,30 @@ def locate(position_B: jax.Array, level: Level) -> tuple[jax.Array, jax.Array]:
     """The chunk that each row's token is in, and whether it closes it."""
     padded_B = position_B + level.offset
     return padded_B // level.chunk, padded_B % level.chunk == level.chunk - 1
+
+
+def open_after(config: ModelConfig, iteration: Iteration, h_BxLxD: jax.Array, lengths_B: jax.Array) -> Any:
+    """The open chunk of rows that have consumed the first `lengths_B` of these tokens, perhaps without members.
+
+    Args:
+      config: the model's.
+      iteration: which one.
+      h_BxLxD: what it started from at every token.
+      lengths_B: tokens consumed.
+    """
+    level = iteration.level
+    start_B = level.num_chunks(lengths_B) * level.chunk - level.offset
+    h_BxGxD = take(h_BxLxD, start_B[:, None] + jnp.arange(level.chunk))
+
+    def add(chunk, place):
+        index_B = start_B + place
+        place_B, is_first_B = jnp.full_like(start_B, place), opens(index_B, level)
+        h_BxD = jax.lax.dynamic_index_in_dim(h_BxGxD, place, axis=1, keepdims=False)
+        new = add_member(config, level, iteration.arrays, chunk, place_B, is_first_B, h_BxD)
+        return where_rows((index_B >= 0) & (index_B < lengths_B), new, chunk), None
+
+    empty = config.operators.pooling.open(level, h_BxLxD.shape[0])
+    return jax.lax.scan(add, empty, jnp.arange(level.chunk))[0]
 
 
 def opens(position_B: jax.Array, level: Level) -> jax.Array:
@@ -172,6 +202,5 @@ def update(config: ModelConfig, iteration: Iteration, slots_BxRxD: jax.Array, po
     source_B = position_B - shift
     chunk_B, place_B = (source_B + offset) // G, (source_B + offset) % G
     zhat_Bx1xD = take(slots_BxRxD, (chunk_B % num_slots(iteration.level))[:, None])
-    # A sequence of this one chunk, unshifted.
-    u_BxGxD = up_scale(zhat_Bx1xD, Level(G, 0, 0), G, iteration.allocator, config.update_scale)
+    u_BxGxD = spread(config, iteration.level, iteration.arrays, zhat_Bx1xD)[:, 0]
     return jnp.where(source_B[:, None, None] >= 0, take(u_BxGxD, place_B[:, None]), 0)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.decoding.state import KeyValues
-from spiral_jax.model.config import Level, ModelConfig
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.iteration import Arrays
 from spiral_jax.model.neox import Backend, Layer
-from spiral_jax.model.spiralformer import SpiralFormer, slice_of
-from spiral_jax.model.topology import Memory, empty_memory, next_state, route
+from spiral_jax.model.spiralformer import SpiralFormer
 
 
 class Iteration(NamedTuple):
@@ -19,23 +20,12 @@ class Iteration(NamedTuple):
     Attributes:
       level: its resolution.
       layers: parameters of its core, stacked; None with a core of 0 layers.
-      router, scorer, allocator: its own Linears, None where it has none.
+      arrays: of the Linears that its operators declare.
     """
 
     level: Level
     layers: dict | None
-    router: dict | None
-    scorer: dict | None
-    allocator: dict | None
-
-
-class Flow(NamedTuple):
-    """The token-level states on their way through the loop: h(t), and what topologies add to or read from."""
-
-    h_BxLxD: jax.Array
-    h0_BxLxD: jax.Array
-    h_emb_BxLxD: jax.Array
-    memory: Memory
+    arrays: Arrays
 
 
 def layers_of(params, part: str) -> dict | None:
@@ -44,43 +34,12 @@ def layers_of(params, part: str) -> dict | None:
 
 
 def iterations(config: ModelConfig, params) -> list[Iteration]:
-    """The loop's iterations in order, taken out of the runs in which parameters are kept."""
-    out = []
-    for k, (level, count) in enumerate(config.runs):
-        for i in range(count):
-            t = len(out)
-            out.append(
-                Iteration(
-                    level,
-                    layers_of(params, "core" if config.shared_core else f"cores_{t}"),
-                    router(params, t + 1) if config.topology == "mesh" else None,
-                    slice_of(params[f"scorers_{k}"], i) if f"scorers_{k}" in params else None,
-                    slice_of(params[f"allocators_{k}"], i) if f"allocators_{k}" in params else None,
-                )
-            )
-    return out
-
-
-def router(params, k: int) -> dict:
-    """MeSH's router pair k: 0 is the transition's."""
-    return {"write": slice_of(params["write_routers"], k), "read": slice_of(params["read_routers"], k)}
-
-
-def enter(config: ModelConfig, params, h_emb_BxLxD: jax.Array, h_BxLxD: jax.Array) -> Flow:
-    """From the prelude's output to h(0)."""
-    memory = Memory((), ())
-    if config.topology == "mesh":
-        memory = empty_memory(config.num_slots, h_emb_BxLxD)
-        h_BxLxD, memory, _ = route(router(params, 0), h_BxLxD, h_BxLxD, memory)
-    return Flow(h_BxLxD, h_BxLxD, h_emb_BxLxD, memory)
-
-
-def advance(config: ModelConfig, iteration: Iteration, flow: Flow, e_BxLxD: jax.Array) -> Flow:
-    """From h(t) and e(t) to h(t+1)."""
-    if config.topology == "mesh":
-        h_BxLxD, memory, _ = route(iteration.router, flow.h_BxLxD, e_BxLxD, flow.memory)
-        return flow._replace(h_BxLxD=h_BxLxD, memory=memory)
-    return flow._replace(h_BxLxD=next_state(config.topology, e_BxLxD, flow.h_BxLxD, flow.h0_BxLxD, flow.h_emb_BxLxD))
+    """The loop's iterations in order."""
+    cores = ["core" if config.shared_core else f"cores_{t}" for t in range(config.num_iterations)]
+    return [
+        Iteration(level, layers_of(params, core), params.get(f"steps_{t}", {}))
+        for t, (level, core) in enumerate(zip(config.schedule, cores, strict=True))
+    ]
 
 
 def run_layers(

@@ -1,15 +1,15 @@
 """What cached decoding remembers between tokens (SPEC section 4): all of static shape, every row at its own place."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.model.config import Level, ModelConfig
-from spiral_jax.model.resolution import HIGHEST, at_least_float32
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.config import ModelConfig
 from spiral_jax.sharding import partition_spec, replicated
 
 
@@ -27,32 +27,19 @@ class KeyValues(NamedTuple):
     values: jax.Array
 
 
-class OpenChunk(NamedTuple):
-    """The members so far of the chunk that a row is in, as a weighted sum on its way; at least float32.
-
-    Attributes:
-      top_B: the largest score, so that members weigh exp(score - top) and nothing overflows. The mean scores all 0.
-      total_B: sum of the weights.
-      sum_BxD: weighted sum of the members.
-    """
-
-    top_B: jax.Array
-    total_B: jax.Array
-    sum_BxD: jax.Array
-
-
 class IterationState(NamedTuple):
     """One iteration of the core.
 
     Attributes:
       cache: the core's keys and values at this iteration's resolution.
-      open: the unfinished chunk; None at full resolution.
+      open: the unfinished chunk, as the pooling keeps it: a pytree of arrays that begin with the axis B; None at full
+        resolution.
       zhat_BxRxD: what the core made of the last R = ceil((shift + 1) / chunk) chunks, chunk j in slot j % R: a token
         never reads further back. None at full resolution.
     """
 
     cache: KeyValues
-    open: OpenChunk | None
+    open: Any
     zhat_BxRxD: jax.Array | None
 
 
@@ -107,7 +94,6 @@ def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
     """
     if batch < 1 or capacity < 1:
         raise SpiralError(f"a decoding state of {batch} rows and {capacity} tokens; both must be at least 1")
-    wide = at_least_float32(config.dtype)
 
     def cache(layers: int, entries: int) -> KeyValues:
         shape = (layers, batch, entries, config.num_heads, config.head_width)
@@ -117,7 +103,7 @@ def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
         entries = cache(config.core_layers, level.num_chunks(capacity))
         if level.chunk == 1:
             return IterationState(entries, None, None)
-        chunk = OpenChunk(jnp.zeros(batch, wide), jnp.zeros(batch, wide), jnp.zeros((batch, config.d_model), wide))
+        chunk = config.operators.pooling.open(level, batch)
         return IterationState(entries, chunk, jnp.zeros((batch, num_slots(level), config.d_model), config.dtype))
 
     return DecodeState(
@@ -139,10 +125,8 @@ def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     cache = KeyValues(entries, entries)
 
     def iteration(old: IterationState) -> IterationState:
-        if old.open is None:
-            return IterationState(cache, None, None)
-        chunk = OpenChunk(place("batch"), place("batch"), place("batch", "activation_embed"))
-        return IterationState(cache, chunk, place("batch", "length", "activation_embed"))
+        rest = jax.tree.map(lambda _: place("batch"), old[1:])
+        return IterationState(cache, *rest)
 
     iterations = tuple(iteration(old) for old in state.iterations)
     return DecodeState(place("batch"), cache, iterations, cache, Work(replicated(mesh), replicated(mesh)))
@@ -200,49 +184,6 @@ def put(cache: KeyValues, new: KeyValues, index_B: jax.Array) -> KeyValues:
 def put_front(cache: KeyValues, new: KeyValues) -> KeyValues:
     """The first M entries of every row, `new` of [layers, B, M, H, K]."""
     return KeyValues(*(old.at[:, :, : x.shape[2]].set(x) for old, x in zip(cache, new, strict=True)))
-
-
-def scores(h: jax.Array, scorer: dict | None) -> jax.Array:
-    """Self-aggregation's scores of [..., D], at least float32; 0, which is equal weights, for the mean."""
-    dtype = at_least_float32(h.dtype)
-    if scorer is None:
-        return jnp.zeros(h.shape[:-1], dtype)
-    return jnp.einsum("...d,d->...", h.astype(dtype), scorer["kernel"][:, 0].astype(dtype), precision=HIGHEST)
-
-
-def fold(chunk: OpenChunk, is_first_B: jax.Array, score_B: jax.Array, h_BxD: jax.Array) -> OpenChunk:
-    """Adds one token to every row's open chunk.
-
-    Args:
-      chunk: the members so far.
-      is_first_B: the token opens a chunk, and what `chunk` holds is of the one before.
-      score_B: its score.
-      h_BxD: its state.
-    """
-    before_B = jnp.where(is_first_B, -jnp.inf, chunk.top_B)
-    top_B = jnp.maximum(before_B, score_B)
-    kept_B, weight_B = jnp.exp(before_B - top_B), jnp.exp(score_B - top_B)
-    sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD.astype(chunk.sum_BxD.dtype)
-    return OpenChunk(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
-
-
-def pooled(chunk: OpenChunk, level: Level, scorer: dict | None, dtype) -> jax.Array:
-    """z_BxD of the chunk, were it complete. The mean divides by the chunk size, also where the first is shorter."""
-    total_B = chunk.total_B if scorer is not None else jnp.full_like(chunk.total_B, level.chunk)
-    return (chunk.sum_BxD / total_B[:, None]).astype(dtype)
-
-
-def open_after(h_BxLxD: jax.Array, lengths_B: jax.Array, level: Level, scorer: dict | None) -> OpenChunk:
-    """The open chunk of rows that have consumed the first `lengths_B` of these tokens, perhaps without members."""
-    index_BxG = (level.num_chunks(lengths_B) * level.chunk - level.offset)[:, None] + jnp.arange(level.chunk)
-    is_member_BxG = (index_BxG >= 0) & (index_BxG < lengths_B[:, None])
-    h_BxGxD = take(h_BxLxD, index_BxG)
-    score_BxG = jnp.where(is_member_BxG, scores(h_BxGxD, scorer), -jnp.inf)
-    # Finite without members, so that no infinities are subtracted.
-    top_B = jnp.max(score_BxG, axis=1, initial=jnp.finfo(score_BxG.dtype).min)
-    weight_BxG = jnp.exp(score_BxG - top_B[:, None])
-    sum_BxD = jnp.einsum("bg,bgd->bd", weight_BxG, h_BxGxD.astype(weight_BxG.dtype), precision=HIGHEST)
-    return OpenChunk(top_B, jnp.sum(weight_BxG, axis=1), sum_BxD)
 
 
 def slots_after(zhat_BxNxD: jax.Array, lengths_B: jax.Array, level: Level) -> jax.Array:

@@ -3,31 +3,23 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.neox import layer_parameters, layer_weights
+from spiral_jax.model.operators import Linear
+from spiral_jax.model.pooling import Pooling, poolings
+from spiral_jax.model.spreading import Spreading, spreadings
+from spiral_jax.model.topology import Topology, topologies
 
-Topology = Literal["base", "residual", "anchor", "anchor_star", "mesh"]
-Pooling = Literal["self_aggregation", "mean"]
-Allocation = Literal["learned", "uniform"]
 UpdateScale = Literal["sqrt", "linear", "none"]
 Remat = Literal["keep_all", "keep_products", "keep_attention", "keep_inputs"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 # Fields of `ModelConfig` that choose among programs of one function.
 PROGRAM = ("remat", "unroll", "scan_iterations_from")
-
-
-class Level(NamedTuple):
-    """The resolution of one loop iteration (SPEC section 3): r = 1 / chunk."""
-
-    chunk: int  # g: tokens per chunk
-    offset: int  # w: chunk(i) = (i + w) // g
-    shift: int  # s: token i reads what was computed for token i - s
-
-    def num_chunks(self, length: int) -> int:
-        """Complete chunks in `length` tokens; the trailing incomplete one is dropped."""
-        return (length + self.offset) // self.chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +41,11 @@ class ModelConfig:
       shifts: right shift s of each iteration; None for g - 1, the least that keeps the model causal.
       shared_core: False gives every iteration layers of its own (Pythia+MeSH).
       topology: how an iteration's update e(t) becomes the next state: alone (`base`), added to h(t) (`residual`), to
-        the prelude's output (`anchor`), to the embeddings (`anchor_star`), or through a memory of slots (`mesh`).
+        the prelude's output (`anchor`), to the embeddings (`anchor_star`), or through a memory of slots (`mesh`); or
+        one of your own (docs/topologies.md).
       memory_slots: MeSH slots S; None for T + 3. Only read by topology `mesh`.
-      pooling: how a chunk becomes one vector: a learned weighted mean (`self_aggregation`) or the `mean`.
-      allocation: how a chunk's update is spread over its tokens: in `learned` or `uniform` shares.
+      pooling: how a chunk becomes one vector: a learned weighted mean (`self_aggregation`), the `mean`, or your own.
+      allocation: how a chunk's update is spread over its tokens: in `learned` or `uniform` shares, or your own way.
       update_scale: lambda of the up-scale: sqrt(g), g or 1.
       rotary_fraction: part of each head that is rotated.
       rotary_base: base of the rotary frequencies.
@@ -78,10 +71,10 @@ class ModelConfig:
     offsets: tuple[int, ...] | None = None
     shifts: tuple[int, ...] | None = None
     shared_core: bool = True
-    topology: Topology = "mesh"
+    topology: str = "mesh"
     memory_slots: int | None = None
-    pooling: Pooling = "self_aggregation"
-    allocation: Allocation = "learned"
+    pooling: str = "self_aggregation"
+    allocation: str = "learned"
     update_scale: UpdateScale = "sqrt"
     rotary_fraction: float = 0.25
     rotary_base: float = 10000.0
@@ -99,15 +92,14 @@ class ModelConfig:
             if getattr(self, field) < 0:
                 raise SpiralError(f"model.{field} is {getattr(self, field)}; it must be 0 or more")
         for field, allowed in (
-            ("topology", get_args(Topology)),
-            ("pooling", get_args(Pooling)),
-            ("allocation", get_args(Allocation)),
             ("update_scale", get_args(UpdateScale)),
             ("dtype", get_args(Dtype)),
             ("remat", get_args(Remat)),
         ):
             if getattr(self, field) not in allowed:
                 raise SpiralError(f"model.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        for registry, name in ((topologies, self.topology), (poolings, self.pooling), (spreadings, self.allocation)):
+            registry.check(name)
         if self.d_model % self.num_heads:
             raise SpiralError(
                 f"model.num_heads is {self.num_heads}, which does not divide model.d_model {self.d_model}"
@@ -160,7 +152,12 @@ class ModelConfig:
 
     def scans(self, count: int) -> bool:
         """Whether a run of `count` iterations is one scan."""
-        return self.shared_core and not self.unroll and count >= self.scan_iterations_from
+        return (
+            self.shared_core
+            and not self.unroll
+            and count >= self.scan_iterations_from
+            and self.operators.topology.scans
+        )
 
     @property
     def num_iterations(self) -> int:
@@ -207,28 +204,38 @@ class ModelConfig:
         resolutions = ",".join("1" if g == 1 else f"1/{g}" for g in self.chunks)
         return f"{self.prelude_layers}+{self.core_layers}x{{{resolutions}}}+{self.coda_layers}"
 
-    # Parameter counts (SPEC sections 1 to 3).
+    # What the operators declare.
+
+    @property
+    def operators(self) -> "Operators":
+        """The operators that the fields name."""
+        return Operators(
+            topologies[self.topology](self), poolings[self.pooling](self), spreadings[self.allocation](self)
+        )
+
+    # Parameter counts (docs/spec.md sections 1 to 3).
 
     @property
     def router_parameters(self) -> int:
-        """MeSH routers: T + 1 pairs of Linear d -> S with bias."""
-        if self.topology != "mesh":
-            return 0
-        return 2 * self.num_slots * (self.num_iterations + 1) * (self.d_model + 1)
+        """Of the topology: MeSH's T + 1 pairs of routers d -> S with bias."""
+        topology = self.operators.topology
+        declared = [topology.entry_linears(), *(topology.linears(level) for level in self.schedule)]
+        return sum(linear.parameters for linears in declared for linear in linears.values())
 
     @property
     def scaler_parameters(self) -> int:
-        """Scorers (d -> 1, no bias) and allocators (d -> g, with bias) of the iterations with g > 1."""
-        coarse = [g for g in self.chunks if g > 1]
-        scorers = len(coarse) * self.d_model if self.pooling == "self_aggregation" else 0
-        allocators = sum(g * (self.d_model + 1) for g in coarse) if self.allocation == "learned" else 0
-        return scorers + allocators
+        """Of pooling and allocation, in iterations with g > 1: scorers (d -> 1, no bias), allocators (d -> g)."""
+        _, pooling, spreading = self.operators
+        coarse = [level for level in self.schedule if level.chunk > 1]
+        declared = [operator.linears(level) for level in coarse for operator in (pooling, spreading)]
+        return sum(linear.parameters for linears in declared for linear in linears.values())
 
     @property
     def non_embedding_parameters(self) -> int:
         """Everything but the input embedding and the output head."""
-        d = self.d_model
-        return self.stored_layers * (12 * d**2 + 13 * d) + 2 * d + self.router_parameters + self.scaler_parameters
+        final_norm = 2 * self.d_model
+        layers = self.stored_layers * layer_parameters(self)
+        return layers + final_norm + self.router_parameters + self.scaler_parameters
 
     @property
     def total_parameters(self) -> int:
@@ -241,6 +248,32 @@ class ModelConfig:
         outer = ((self.prelude_layers, length), (self.coda_layers, length))
         return (outer[0], *((self.core_layers, level.num_chunks(length)) for level in self.schedule), outer[1])
 
+    def layer_flops(self, length: int) -> int:
+        """FLOPs of the layers' matrix products in one forward pass over `length` tokens."""
+        return sum(2 * layers * n * layer_weights(self) for layers, n in self.executed_layers(length))
+
+    def operator_flops(self, length: int) -> int:
+        """FLOPs of the matrix products that operators declare, in one forward pass over `length` tokens."""
+        topology, pooling, spreading = self.operators
+        flops = 2 * length * _matrix_weights(topology.entry_linears())
+        for level in self.schedule:
+            flops += 2 * length * _matrix_weights(topology.linears(level))
+            if level.chunk > 1:
+                flops += 2 * length * _matrix_weights(pooling.linears(level))
+                flops += 2 * level.num_chunks(length) * _matrix_weights(spreading.linears(level))
+        return flops
+
+    def attention_flops(self, length: int, *, causal: bool) -> int:
+        """FLOPs of the layers' scores and weighted sums in one forward pass: all, or those below the diagonal."""
+        d = self.d_model
+        return sum(
+            layers * (2 * n * (n + 1) * d if causal else 4 * n**2 * d) for layers, n in self.executed_layers(length)
+        )
+
+    def head_flops(self, length: int) -> int:
+        """FLOPs of the output head in one forward pass."""
+        return 2 * length * self.vocab_size * self.d_model
+
     def prefill_flops(self, length: int = 4096, *, causal: bool = False) -> int:
         """FLOPs of one forward pass over `length` tokens.
 
@@ -248,13 +281,26 @@ class ModelConfig:
           length: tokens of the sequence.
           causal: count only the attention scores a causal mask keeps; the papers count all of them.
         """
-        d = self.d_model
-        flops = 2 * length * self.vocab_size * d
-        for layers, n in self.executed_layers(length):
-            attention = 2 * n * (n + 1) * d if causal else 4 * n**2 * d
-            flops += layers * (24 * n * d**2 + attention)
-        return flops
+        products = self.layer_flops(length) + self.operator_flops(length) + self.head_flops(length)
+        return products + self.attention_flops(length, causal=causal)
 
     def train_flops_per_token(self, length: int, *, causal: bool = False) -> float:
         """FLOPs per token of a training step (forward and backward) at sequence length `length`."""
         return 3 * self.prefill_flops(length, causal=causal) / length
+
+
+class Operators(NamedTuple):
+    """The operators of a model."""
+
+    topology: Topology
+    pooling: Pooling
+    spreading: Spreading
+
+    def linears(self, level: Level) -> dict[str, Linear]:
+        """All Linears that an iteration at this level has of its own; at full resolution those of the topology."""
+        scalers = self.pooling.linears(level) | self.spreading.linears(level) if level.chunk > 1 else {}
+        return self.topology.linears(level) | scalers
+
+
+def _matrix_weights(linears: Mapping[str, Linear]) -> int:
+    return sum(linear.weights for linear in linears.values() if linear.is_matrix)

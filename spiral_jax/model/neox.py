@@ -1,7 +1,7 @@
 """The GPT-NeoX layer of Pythia, and a stack of them under one scan (SPEC section 1)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from spiral_jax.kernels.names import ATTENTION
 from spiral_jax.kernels.xla import causal_attention
-from spiral_jax.model.config import ModelConfig, Remat
-from spiral_jax.model.resolution import at_least_float32
+from spiral_jax.model.operators import Linear, at_least_float32
+
+if TYPE_CHECKING:
+    from spiral_jax.model.config import ModelConfig, Remat
 
 ACTIVATIONS = ("batch", "length", "activation_embed")
 
@@ -36,16 +38,16 @@ class Backend(NamedTuple):
     gather: Callable[[dict], dict] | None = None
 
 
-def small_init(config: ModelConfig, divide_by: float = 1.0) -> nn.initializers.Initializer:
+def small_init(config: "ModelConfig", divide_by: float = 1.0) -> nn.initializers.Initializer:
     """Normal with std sqrt(2 / (5 d)) / divide_by (SPEC section 5)."""
     return nn.initializers.normal((2 / (5 * config.d_model)) ** 0.5 / divide_by)
 
 
-def param_dtype(config: ModelConfig) -> jnp.dtype:
+def param_dtype(config: "ModelConfig") -> jnp.dtype:
     return at_least_float32(config.dtype)
 
 
-def rotary_tables(length: int, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(length: int, config: "ModelConfig") -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles at positions 0..L-1, each [L, rotary_dims / 2], at least float32."""
     half, dtype = config.rotary_dims // 2, at_least_float32(config.dtype)
     frequency_F = config.rotary_base ** -(jnp.arange(half, dtype=dtype) / max(half, 1))
@@ -90,7 +92,7 @@ def _apply_rotary_backward(tables, gradient_BxLxHxK):
 apply_rotary.defvjp(_apply_rotary_forward, _apply_rotary_backward)
 
 
-def layer_norm(config: ModelConfig, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(config: "ModelConfig", name: str | None = None) -> nn.LayerNorm:
     """LayerNorm with scale and bias; statistics at least float32, by the two-pass formula."""
     return nn.LayerNorm(
         epsilon=config.layer_norm_epsilon,
@@ -103,47 +105,66 @@ def layer_norm(config: ModelConfig, name: str | None = None) -> nn.LayerNorm:
     )
 
 
+def layer_linears(config: "ModelConfig") -> dict[str, Linear]:
+    """The four Linears of a layer, of which parameters, counts, FLOPs, sharding and exported shapes are made."""
+    d, F = config.d_model, config.d_ff
+    heads, inner = (config.num_heads, config.head_width), small_init(config)
+    output = small_init(config, divide_by=max(2 * config.unrolled_layers, 1) ** 0.5)
+    # Axis order [heads, q|k|v, width] is the exported row order, and lets the heads be sharded.
+    H, K = heads
+    return {
+        "qkv": Linear(d, (H, 3, K), ("embed",), ("heads", "qkv", "head_width"), init=inner, is_matrix=True),
+        "out": Linear(heads, d, ("heads", "head_width"), ("embed",), init=output, is_matrix=True),
+        "mlp_up": Linear(d, F, ("embed",), ("mlp",), init=inner, is_matrix=True),
+        "mlp_down": Linear(F, d, ("mlp",), ("embed",), init=output, is_matrix=True),
+    }
+
+
+def layer_weights(config: "ModelConfig") -> int:
+    """Numbers in a layer's matrices: 12 d^2."""
+    return sum(linear.weights for linear in layer_linears(config).values())
+
+
+def layer_parameters(config: "ModelConfig") -> int:
+    """Numbers in a layer: matrices, biases and two LayerNorms."""
+    return sum(linear.parameters for linear in layer_linears(config).values()) + 2 * 2 * config.d_model
+
+
 class Layer(nn.Module):
     """x + Attn(LN1(x)) + MLP(LN2(x)): parallel residual, fused QKV, exact GELU, biases everywhere."""
 
-    config: ModelConfig
+    config: "ModelConfig"
     backend: Backend
 
-    def _linear(self, features, in_axes, out_axes, kernel_init, name) -> nn.DenseGeneral:
+    def _linear(self, name: str) -> nn.DenseGeneral:
+        linear = layer_linears(self.config)[name]
         return nn.DenseGeneral(
-            features,
-            axis=tuple(range(-len(in_axes), 0)),
+            linear.outputs,
+            axis=tuple(range(-len(linear.inputs), 0)),
             dtype=self.config.dtype,
             param_dtype=param_dtype(self.config),
-            kernel_init=nn.with_logical_partitioning(kernel_init, in_axes + out_axes),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, out_axes),
+            kernel_init=nn.with_logical_partitioning(linear.init, linear.in_axes + linear.out_axes),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, linear.out_axes),
             name=name,
         )
 
     @nn.compact
     def __call__(self, h_BxLxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         """Returns (next h_BxLxD, None), the carry and output of a scan over layers."""
-        c = self.config
-        inner = small_init(c)
-        output = small_init(c, divide_by=(2 * c.unrolled_layers) ** 0.5)
-
-        x_BxLxD = layer_norm(c, "attention_norm")(h_BxLxD)
-        # Axis order [heads, q|k|v, width] is the exported row order, and lets the heads be sharded.
-        qkv_BxLxHx3xK = self._linear(
-            (c.num_heads, 3, c.head_width), ("embed",), ("heads", "qkv", "head_width"), inner, "qkv"
-        )(x_BxLxD)
+        x_BxLxD = layer_norm(self.config, "attention_norm")(h_BxLxD)
+        qkv_BxLxHx3xK = self._linear("qkv")(x_BxLxD)
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
             self.backend.constrain(qkv_BxLxHx3xK[..., i, :], "batch", "length", "heads", "head_width") for i in range(3)
         )
         out_BxLxHxK = self.backend.attention(
             apply_rotary(q_BxLxHxK, *rotary), apply_rotary(k_BxLxHxK, *rotary), v_BxLxHxK
         )
-        attention_BxLxD = self._linear((c.d_model,), ("heads", "head_width"), ("embed",), output, "out")(out_BxLxHxK)
+        attention_BxLxD = self._linear("out")(out_BxLxHxK)
 
-        x_BxLxD = layer_norm(c, "mlp_norm")(h_BxLxD)
-        up_BxLxF = self._linear((c.d_ff,), ("embed",), ("mlp",), inner, "mlp_up")(x_BxLxD)
+        x_BxLxD = layer_norm(self.config, "mlp_norm")(h_BxLxD)
+        up_BxLxF = self._linear("mlp_up")(x_BxLxD)
         up_BxLxF = nn.gelu(self.backend.constrain(up_BxLxF, "batch", "length", "mlp"), approximate=False)
-        mlp_BxLxD = self._linear((c.d_model,), ("mlp",), ("embed",), output, "mlp_down")(up_BxLxF)
+        mlp_BxLxD = self._linear("mlp_down")(up_BxLxF)
 
         return self.backend.constrain(h_BxLxD + attention_BxLxD + mlp_BxLxD, *ACTIVATIONS), None
 
@@ -151,7 +172,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """`num_layers` layers with parameters stacked on a leading axis, run by one scan: compile time is that of one."""
 
-    config: ModelConfig
+    config: "ModelConfig"
     num_layers: int
     backend: Backend
 
@@ -181,7 +202,7 @@ class Stack(nn.Module):
         return h_BxLxD
 
 
-def remat_policy(remat: Remat) -> Callable:
+def remat_policy(remat: "Remat") -> Callable:
     """What `jax.checkpoint` may keep of a layer beside its input under a remat setting; gathered parameters never."""
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(ATTENTION)

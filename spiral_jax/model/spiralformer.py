@@ -1,40 +1,55 @@
 """Every model of the papers as one module tree: embed, prelude, loop, coda, head (SPEC sections 1 to 3)."""
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.config import Level, ModelConfig
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.iteration import Arrays, advance, core_input, down_scale, enter, up_scale
 from spiral_jax.model.neox import ACTIVATIONS, Backend, Stack, layer_norm, param_dtype, small_init
-from spiral_jax.model.resolution import at_least_float32, down_scale, up_scale
-from spiral_jax.model.topology import Memory, empty_memory, next_state, route
+from spiral_jax.model.operators import Linear, at_least_float32
+from spiral_jax.model.topology import States
 
 
-class IterationLinear(nn.Module):
-    """Declares a Linear of each iteration, stacked on a leading axis, and returns the arrays.
+class Linears(nn.Module):
+    """The parameters of declared Linears: of one iteration, or of the entry into the loop.
 
-    The loop hands iteration t its slice, so that a scan over iterations can take the slices as inputs while the
-    core's parameters are broadcast (one lifted scan cannot do both to one collection).
+    Attributes:
+      config: the architecture.
+      level: the iteration's; None for the entry.
     """
 
     config: ModelConfig
-    num_iterations: int
-    features: int
-    out_axis: str
-    use_bias: bool
-    kernel_init: nn.initializers.Initializer
+    level: Level | None
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, jax.Array]]:
+        """`{name: {"kernel": [*inputs, *outputs], "bias": [*outputs]}}`."""
+        operators = self.config.operators
+        declared = operators.topology.entry_linears() if self.level is None else operators.linears(self.level)
+        return {name: LinearArrays(linear, param_dtype(self.config), name=name)() for name, linear in declared.items()}
+
+
+class LinearArrays(nn.Module):
+    """The parameters of one declared Linear."""
+
+    linear: Linear
+    dtype: Any
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        """Returns `{"kernel": [T, D, features], "bias": [T, features]}`."""
-        T, dtype = self.num_iterations, param_dtype(self.config)
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, ("iterations", "embed", self.out_axis))
-        arrays = {"kernel": self.param("kernel", kernel_init, (T, self.config.d_model, self.features), dtype)}
-        if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("iterations", self.out_axis))
-            arrays["bias"] = self.param("bias", bias_init, (T, self.features), dtype)
+        linear = self.linear
+        kernel_init = nn.with_logical_partitioning(linear.init, linear.in_axes + linear.out_axes)
+        arrays = {"kernel": self.param("kernel", kernel_init, linear.kernel_shape, self.dtype)}
+        if linear.bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, linear.out_axes)
+            arrays["bias"] = self.param("bias", bias_init, linear.outputs, self.dtype)
         return arrays
 
 
@@ -64,18 +79,9 @@ class SpiralFormer(nn.Module):
         self.final_norm = layer_norm(c)
         self.head = Head(c)
 
-        if c.topology == "mesh":
-            # Random, not zero: slots with equal routers would never part.
-            init = nn.initializers.normal((2 / (c.num_slots * c.d_model)) ** 0.5)
-            self.write_routers = IterationLinear(c, c.num_iterations + 1, c.num_slots, "slots", True, init)
-            self.read_routers = IterationLinear(c, c.num_iterations + 1, c.num_slots, "slots", True, init)
-        # Scorers and allocators start at zero, which is the mean and the uniform operator.
-        zeros = nn.initializers.zeros
-        coarse = {str(k): (level.chunk, count) for k, (level, count) in enumerate(c.runs) if level.chunk > 1}
-        if c.pooling == "self_aggregation":
-            self.scorers = {k: IterationLinear(c, n, 1, "score", False, zeros) for k, (_, n) in coarse.items()}
-        if c.allocation == "learned":
-            self.allocators = {k: IterationLinear(c, n, g, "place", True, zeros) for k, (g, n) in coarse.items()}
+        # Each iteration's own, so that weights can move between schedules; a scan stacks those that it runs.
+        self.entry = Linears(c, None)
+        self.steps = [Linears(c, level) for level in c.schedule]
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
         """Logits [B, L, V] at every position, at least float32."""
@@ -86,54 +92,41 @@ class SpiralFormer(nn.Module):
         """Everything before the head.
 
         Returns:
-          h_BxLxD, the final LayerNorm's output, and metrics: for topology `mesh`, `router_entropy` [T + 1, 2], the
-          mean entropy in nats of the write and read routers of the transition and each iteration.
+          h_BxLxD, the final LayerNorm's output, and what the topology records, each with the axis of entry (if it
+          records something there) and iterations in front: for `mesh` `router_entropy` [T + 1, 2], the mean entropy in
+          nats of the write and read routers of the transition and each iteration.
         """
         c = self.config
         h_emb_BxLxD = self._pin(self.embed(tokens_BxL))
         h_BxLxD = self.prelude(h_emb_BxLxD)
-        memory, entropies = Memory((), ()), []
-        if c.topology == "mesh":
-            routers = {"write": self.write_routers(), "read": self.read_routers()}
-            memory = empty_memory(c.num_slots, h_emb_BxLxD)
-            h_BxLxD, memory, entropy_2 = self._light(route)(slice_of(routers, 0), h_BxLxD, h_BxLxD, memory)
-            entropies.append(entropy_2[None])
-        h0_BxLxD = h_BxLxD
+        states, metrics = self._light(functools.partial(enter, c))(self.entry(), h_emb_BxLxD, h_BxLxD)
+        recorded = [_with_axis(metrics)]
 
         t = 0
-        for k, (level, count) in enumerate(c.runs):
-            steps = {}
-            if c.topology == "mesh":
-                steps["router"] = slice_of(routers, slice(t + 1, t + 1 + count))
-            if level.chunk > 1 and c.pooling == "self_aggregation":
-                steps["scorer"] = self.scorers[str(k)]()
-            if level.chunk > 1 and c.allocation == "learned":
-                steps["allocator"] = self.allocators[str(k)]()
+        for level, count in c.runs:
+            steps = [linears() for linears in self.steps[t : t + count]]
             if c.scans(count):
-                h_BxLxD, memory, entropy = self._scan(level, count, steps, h_BxLxD, memory, h0_BxLxD, h_emb_BxLxD)
-                entropies.append(entropy)
+                states, metrics = self._scan(level, steps, states)
+                recorded.append(metrics)
             else:
-                for i in range(count):
+                for i, arrays in enumerate(steps):
                     core = self.core if c.shared_core else self.cores[t + i]
-                    h_BxLxD, memory, entropy = self._iterate(
-                        core, level, slice_of(steps, i), h_BxLxD, memory, h0_BxLxD, h_emb_BxLxD
-                    )
-                    entropies.append(entropy)
+                    states, metrics = self._iterate(core, level, arrays, states)
+                    recorded.append(_with_axis(metrics))
             t += count
 
-        h_BxLxD = self.final_norm(self.coda(h_BxLxD))
-        return h_BxLxD, {"router_entropy": jnp.concatenate(entropies)} if c.topology == "mesh" else {}
+        h_BxLxD = self.final_norm(self.coda(states.h_BxLxD))
+        names = dict.fromkeys(name for metrics in recorded for name in metrics)
+        return h_BxLxD, {name: jnp.concatenate([m[name] for m in recorded if name in m]) for name in names}
 
-    def _iterate(self, core, level: Level, step: dict, h_BxLxD, memory: Memory, h0_BxLxD, h_emb_BxLxD, at=None):
-        """One iteration: (h(t), memory) to (h(t+1), memory, entropies [1, 2])."""
-        e_BxLxD = self._refine(core, level, step, h_BxLxD)
-        if self.config.topology == "mesh":
-            h_BxLxD, memory, entropy_2 = self._light(route)(step["router"], h_BxLxD, e_BxLxD, memory, at)
-            return self._pin(h_BxLxD), memory, entropy_2[None]
-        h_BxLxD = next_state(self.config.topology, e_BxLxD, h_BxLxD, h0_BxLxD, h_emb_BxLxD)
-        return self._pin(h_BxLxD), memory, jnp.zeros((1, 2))
+    def _iterate(self, core: Callable, level: Level, arrays: Arrays, states: States):
+        """One iteration: the states before it to those after it, and what its topology records."""
+        h_BxLxD = self._light(functools.partial(core_input, self.config, level))(arrays, states)
+        e_BxLxD = self._refine(core, level, arrays, h_BxLxD)
+        states, metrics = self._light(functools.partial(advance, self.config, level))(arrays, states, e_BxLxD)
+        return states._replace(h_BxLxD=self._pin(states.h_BxLxD)), metrics
 
-    def _refine(self, core: Callable, level: Level, step: dict, h_BxLxD: jax.Array) -> jax.Array:
+    def _refine(self, core: Callable, level: Level, arrays: Arrays, h_BxLxD: jax.Array) -> jax.Array:
         """e(t): down-scale, core, up-scale and shift; at full resolution the core alone."""
         if level.chunk == 1:
             return core(h_BxLxD)
@@ -142,31 +135,34 @@ class SpiralFormer(nn.Module):
             if self.is_initializing():
                 core(h_BxLxD)  # its parameters exist whatever the length
             return jnp.zeros_like(h_BxLxD)
-        down = self._light(lambda h, scorer: down_scale(h, level, scorer))
-        up = self._light(lambda z, allocator: up_scale(z, level, length, allocator, self.config.update_scale))
-        z_BxNxD = self._pin(down(h_BxLxD, step.get("scorer")))
-        return self._pin(up(core(z_BxNxD), step.get("allocator")))
+        down = self._light(functools.partial(down_scale, self.config, level))
+        up = self._light(functools.partial(up_scale, self.config, level, length=length))
+        z_BxNxD = self._pin(down(arrays, h_BxLxD))
+        return self._pin(up(arrays, core(z_BxNxD)))
 
-    def _scan(self, level: Level, count: int, steps: dict, h_BxLxD, memory: Memory, h0_BxLxD, h_emb_BxLxD):
-        """`count` iterations of one level under one scan: the core broadcast, what is each iteration's own scanned."""
-        # The scan's carry cannot grow: its writes go to entries reserved for them. What was written before is a
+    def _scan(self, level: Level, steps: list[Arrays], states: States):
+        """Iterations of one level under one scan: the core broadcast, what is each iteration's own scanned."""
+        # The scan's carry cannot grow: what iterations keep goes to places reserved for it. What was kept before is a
         # constant of the scan, so that it is not stored again for every iteration.
-        before = len(memory.values)
-        reserved = Memory((), ())
-        if self.config.topology == "mesh":
-            reserved = Memory((jnp.zeros_like(h_BxLxD),) * count, (jnp.zeros_like(memory.writes[0]),) * count)
+        count, before = len(steps), states.kept
+        own = jax.eval_shape(functools.partial(advance, self.config, level), steps[0], states, states.h_BxLxD)
+        kept = own[0].kept[len(before) :]
+        reserved = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (kept,) * count)
 
-        def body(core, carry, step):
+        def body(core, carry, arrays):
             h_BxLxD, written, t = carry
-            both = Memory(memory.values + written.values, memory.writes + written.writes)
-            h_BxLxD, both, entropy_1x2 = self._iterate(
-                core, level, step, h_BxLxD, both, h0_BxLxD, h_emb_BxLxD, at=before + t
+            now = states._replace(h_BxLxD=h_BxLxD, kept=(*before, *itertools.chain(*written)))
+            now, metrics = self._iterate(core, level, arrays, now)
+            new = now.kept[len(now.kept) - len(kept) :]
+            written = tuple(
+                jax.tree.map(functools.partial(jnp.where, t == i), new, old) for i, old in enumerate(written)
             )
-            return (h_BxLxD, Memory(both.values[before:], both.writes[before:]), t + 1), entropy_1x2[0]
+            return (now.h_BxLxD, written, t + 1), metrics
 
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *steps)
         scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, length=count)
-        (h_BxLxD, written, _), entropy_Tx2 = scan(self.core, (h_BxLxD, reserved, jnp.int32(0)), steps)
-        return h_BxLxD, Memory(memory.values + written.values, memory.writes + written.writes), entropy_Tx2
+        (h_BxLxD, written, _), metrics = scan(self.core, (states.h_BxLxD, reserved, jnp.int32(0)), stacked)
+        return states._replace(h_BxLxD=h_BxLxD, kept=(*before, *itertools.chain(*written))), metrics
 
     def _pin(self, h_BxLxD: jax.Array) -> jax.Array:
         return self.backend.constrain(h_BxLxD, *ACTIVATIONS)
@@ -209,6 +205,6 @@ def unembed(h_BxLxD: jax.Array, kernel_DxV: jax.Array) -> jax.Array:
     return jnp.einsum("bld,dv->blv", h_BxLxD, kernel_DxV, preferred_element_type=dtype)
 
 
-def slice_of(tree, index):
-    """The same index into the leading axis of every leaf."""
-    return jax.tree.map(lambda x: x[index], tree)
+def _with_axis(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What one iteration recorded, as of a run of one."""
+    return {name: value[None] for name, value in metrics.items()}

@@ -1,94 +1,203 @@
-"""How an iteration's update e(t) becomes the next state h(t+1) (SPEC section 2).
+"""How an iteration's update e(t) becomes the next state h(t+1) (docs/spec.md section 2).
 
-A topology is one branch of `next_state`; `docs/topologies.md` says how to add another.
+A topology never sees chunks: the down-scale, the core, the up-scale and the right shift are done when it runs, and
+every array is [B, L, D]. Its one rule: the state at token i may use arrays at token i only. Everything that mixes
+tokens is in the core and in the chunk operators, where the right shift keeps it causal. So the pass of one token at a
+time is the same function, and nothing of a topology outlives a token's pass.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.config import Topology
-from spiral_jax.model.resolution import HIGHEST, at_least_float32
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.operators import Bound, Linear, Operator, at_least_float32
+from spiral_jax.registry import Registry
 
 
-class Memory(NamedTuple):
-    """MeSH's slots, kept as what was written rather than as S arrays of width D.
-
-    Slot b holds m_b = sum_j w_j[b] v_j over the writes so far, so a read is
-    sum_b r_b m_b = sum_j (r . w_j) v_j: the T + 2 vectors the backward pass needs anyway, and no [S, L, D] buffer
-    per iteration.
+class States(NamedTuple):
+    """The token-level states on their way through the loop.
 
     Attributes:
-      values: v_j, each [B, L, D]; the first is h_emb.
-      writes: w_j, each [B, L, S], at least float32; the first puts all of h_emb into slot 0.
+      h_BxLxD: h(t).
+      h0_BxLxD: h(0), what the loop starts from.
+      h_emb_BxLxD: the scaled embeddings.
+      kept: what the topology has kept so far, one pytree after the other.
     """
 
-    values: tuple[jax.Array, ...]
-    writes: tuple[jax.Array, ...]
+    h_BxLxD: jax.Array
+    h0_BxLxD: jax.Array
+    h_emb_BxLxD: jax.Array
+    kept: tuple[Any, ...] = ()
 
 
-def empty_memory(num_slots: int, h_emb_BxLxD: jax.Array) -> Memory:
-    """m_0 = h_emb, the other slots 0."""
-    slot_S = jax.nn.one_hot(0, num_slots, dtype=at_least_float32(h_emb_BxLxD.dtype))
-    return Memory((h_emb_BxLxD,), (jnp.broadcast_to(slot_S, (*h_emb_BxLxD.shape[:2], num_slots)),))
+class Update(NamedTuple):
+    """What a topology makes of an iteration.
 
-
-def route(router: dict, state_BxLxD: jax.Array, new_BxLxD: jax.Array, memory: Memory, at: jax.Array | None = None):
-    """One MeSH step: every slot takes its share of `new`, then all slots are read.
-
-    Args:
-      router: `{"write", "read"}`, each `{"kernel": [D, S], "bias": [S]}`.
-      state_BxLxD: what the routers look at.
-      new_BxLxD: what is written.
-      memory: the writes so far.
-      at: None appends the write; an index (traced, under a scan) replaces the reserved, zero entry there.
-
-    Returns:
-      read_BxLxD, the memory after the write, and the mean entropies [write, read] in nats.
+    Attributes:
+      h_BxLxD: the next state.
+      kept: pytrees to add to `States.kept`, as many of the same structure from every iteration.
+      metrics: small arrays to record, at least float32; of every iteration the same names and shapes.
     """
-    dtype = at_least_float32(state_BxLxD.dtype)
 
-    def share(linear: dict) -> jax.Array:
-        kernel_DxS, bias_S = linear["kernel"].astype(dtype), linear["bias"].astype(dtype)
-        return jax.nn.softmax(
-            jnp.einsum("bld,ds->bls", state_BxLxD.astype(dtype), kernel_DxS, precision=HIGHEST) + bias_S
-        )
+    h_BxLxD: jax.Array
+    kept: tuple[Any, ...] = ()
+    metrics: Mapping[str, jax.Array] = {}
 
-    write_BxLxS, read_BxLxS = share(router["write"]), share(router["read"])
-    if at is None:
-        memory = Memory((*memory.values, new_BxLxD), (*memory.writes, write_BxLxS))
-    else:
-        memory = Memory(
-            tuple(jnp.where(at == j, new_BxLxD, v) for j, v in enumerate(memory.values)),
-            tuple(jnp.where(at == j, write_BxLxS, w) for j, w in enumerate(memory.writes)),
+
+class Topology(Operator):
+    """Base of all topologies; a subclass gives `next_state`, and with parameters `linears`.
+
+    Results may have any dtype: they are cast to that of the states.
+
+    Attributes:
+      fields: fields of ModelConfig that only this topology reads; exported with it.
+      scans: whether neighbouring iterations of one level may be one scan. `States.kept` then has room for what they
+        will keep, zeros until it is there; False where such zeros would count.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    scans: ClassVar[bool] = True
+
+    def next_state(self, states: States, e_BxLxD: jax.Array, linears: Bound) -> jax.Array:
+        """h(t+1).
+
+        Args:
+          states: before the iteration.
+          e_BxLxD: its update e(t).
+          linears: what `linears` declares, as functions.
+        """
+        raise NotImplementedError
+
+    def update(self, states: States, e_BxLxD: jax.Array, linears: Bound) -> Update:
+        """`next_state`, and what is kept and recorded: for topologies with a memory of their own."""
+        return Update(self.next_state(states, e_BxLxD, linears))
+
+    def core_input(self, states: States, linears: Bound) -> jax.Array:
+        """What iteration t starts from, at token level, before the down-scale: h(t)."""
+        del linears
+        return states.h_BxLxD
+
+    def entry_linears(self) -> dict[str, Linear]:
+        """The Linears of `enter`, by name."""
+        return {}
+
+    def enter(self, states: States, linears: Bound) -> Update:
+        """h(0) from the prelude's output, which `states.h_BxLxD` is; by default the same."""
+        del linears
+        return Update(states.h_BxLxD)
+
+    @property
+    def enters(self) -> bool:
+        """Whether h(0) is something else than the prelude's output: a model without iterations is then not vanilla."""
+        return type(self).enter is not Topology.enter
+
+    def exported(self, t: int | None, name: str) -> str:
+        """Exported name of a Linear of iteration t, or with None of the entry (docs/spec.md section 7)."""
+        return f"entry.{name}" if t is None else f"steps.{t}.{name}"
+
+    def kept_vectors(self) -> int:
+        """Vectors of width d per token that the backward pass needs beside the layers': for memory's closed form."""
+        return 0
+
+
+topologies: Registry[type[Topology]] = Registry("model.topology", Topology)
+
+
+@topologies.register("base")
+class Base(Topology):
+    """h(t+1) = e(t)."""
+
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD
+
+
+@topologies.register("residual")
+class Residual(Topology):
+    """h(t+1) = e(t) + h(t)."""
+
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD + states.h_BxLxD
+
+
+@topologies.register("anchor")
+class Anchor(Topology):
+    """h(t+1) = e(t) + h(0)."""
+
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD + states.h0_BxLxD
+
+
+@topologies.register("anchor_star")
+class AnchorStar(Topology):
+    """h(t+1) = e(t) + h_emb."""
+
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD + states.h_emb_BxLxD
+
+
+class Write(NamedTuple):
+    """One write into MeSH's slots.
+
+    Attributes:
+      value_BxLxD: what was written.
+      share_BxLxS: the part of it that each slot took, at least float32.
+    """
+
+    value_BxLxD: jax.Array
+    share_BxLxS: jax.Array
+
+
+@topologies.register("mesh")
+class MeSH(Topology):
+    """A memory of S slots, written and read by routers (arXiv 2510.07739).
+
+    w = softmax(write(state)), r = softmax(read(state)); m_b += w_b new for every b; then sum_b r_b m_b is read.
+    h(0) is read after the prelude's output v was written, routed by v; h(t+1) after e(t), routed by h(t).
+
+    Slots are kept as what was written rather than as S arrays of width D: slot b holds m_b = sum_j w_j[b] v_j over the
+    writes so far, so a read is sum_b r_b m_b = sum_j (r . w_j) v_j, of the T + 2 vectors that the backward pass needs
+    anyway, and there is no [S, L, D] buffer per iteration.
+    """
+
+    fields = ("memory_slots",)
+
+    def linears(self, level: Level) -> dict[str, Linear]:
+        # Random, not zero: slots with equal routers would never part.
+        S, d = self.config.num_slots, self.config.d_model
+        router = Linear(d, S, out_axes=("slots",), init=jax.nn.initializers.normal((2 / (S * d)) ** 0.5))
+        return {"write": router, "read": router}
+
+    def entry_linears(self) -> dict[str, Linear]:
+        return self.linears(Level(1, 0, 0))
+
+    def enter(self, states, linears):
+        S, dtype = self.config.num_slots, at_least_float32(states.h_BxLxD.dtype)
+        slot_S = jax.nn.one_hot(0, S, dtype=dtype)  # m_0 = h_emb, the other slots 0
+        first = Write(states.h_emb_BxLxD, jnp.broadcast_to(slot_S, (*states.h_BxLxD.shape[:2], S)))
+        update = self.update(states._replace(kept=(first,)), states.h_BxLxD, linears)
+        return update._replace(kept=(first, *update.kept))
+
+    def update(self, states, e_BxLxD, linears):
+        write_BxLxS, read_BxLxS = (jax.nn.softmax(linears[side](states.h_BxLxD)) for side in ("write", "read"))
+        new = Write(e_BxLxD, write_BxLxS)
+        h_BxLxD = sum(
+            jnp.sum(read_BxLxS * share_BxLxS, axis=-1, keepdims=True) * value_BxLxD.astype(read_BxLxS.dtype)
+            for value_BxLxD, share_BxLxS in (*states.kept, new)
         )
-    weights = [jnp.sum(read_BxLxS * w_BxLxS, axis=-1, keepdims=True) for w_BxLxS in memory.writes]
-    out_BxLxD = sum(w_BxLx1 * v.astype(dtype) for w_BxLx1, v in zip(weights, memory.values, strict=True))
-    entropy_2 = jnp.stack([_mean_entropy(write_BxLxS), _mean_entropy(read_BxLxS)])
-    return out_BxLxD.astype(state_BxLxD.dtype), memory, entropy_2
+        entropy_2 = jnp.stack([_mean_entropy(write_BxLxS), _mean_entropy(read_BxLxS)])
+        return Update(h_BxLxD, (new,), {"router_entropy": entropy_2})
+
+    def exported(self, t: int | None, name: str) -> str:
+        return f"memory.{0 if t is None else t + 1}.{name}"
+
+    def kept_vectors(self) -> int:
+        # What was written (embeddings, prelude, T updates), and h(t) of coarse iterations, which their routers look at.
+        return 2 + self.config.num_iterations + sum(level.chunk > 1 for level in self.config.schedule)
 
 
 def _mean_entropy(p_BxLxS: jax.Array) -> jax.Array:
+    """In nats; not differentiated."""
     return jax.lax.stop_gradient(-jnp.mean(jnp.sum(p_BxLxS * jnp.log(jnp.maximum(p_BxLxS, 1e-30)), axis=-1)))
-
-
-def next_state(topology: Topology, e_BxLxD: jax.Array, h_BxLxD: jax.Array, h0_BxLxD: jax.Array, h_emb_BxLxD: jax.Array):
-    """h(t+1) of the topologies without a memory.
-
-    Args:
-      topology: `base`, `residual`, `anchor` or `anchor_star`.
-      e_BxLxD: the update e(t).
-      h_BxLxD: h(t).
-      h0_BxLxD: h(0), the prelude's output.
-      h_emb_BxLxD: the scaled embeddings.
-    """
-    if topology == "base":
-        return e_BxLxD
-    if topology == "residual":
-        return e_BxLxD + h_BxLxD
-    if topology == "anchor":
-        return e_BxLxD + h0_BxLxD
-    if topology == "anchor_star":
-        return e_BxLxD + h_emb_BxLxD
-    raise ValueError(f"no topology {topology!r}")

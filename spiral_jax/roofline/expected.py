@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.config import RunConfig
+from spiral_jax.model.neox import layer_linears, layer_weights
 from spiral_jax.sharding import abstract_mesh
 from spiral_jax.training.fsdp import holds_core, is_of_layers
 from spiral_jax.training.step import TrainState, abstract_state
 
-# Forward passes of a layer's matrix products and of its attention in a step, by `model.remat`. What is computed again
-# are QKV and the MLP's first product, 3 d^2 and 4 d^2 of 12: no gradient needs the outputs of the other two.
-AGAIN = 7 / 12
-FORWARD_PRODUCTS = {"keep_all": 1, "keep_products": 1, "keep_attention": 1 + AGAIN, "keep_inputs": 1 + AGAIN}
+# Whether a layer's matrix products, and how often its attention, run forward in a step, by `model.remat`. What is
+# computed again are the products in AGAIN: no gradient needs the outputs of the other two.
+COMPUTES_AGAIN = {"keep_all": False, "keep_products": False, "keep_attention": True, "keep_inputs": True}
+AGAIN = ("qkv", "mlp_up")
 FORWARD_ATTENTION = {"keep_all": 1, "keep_products": 1, "keep_attention": 1, "keep_inputs": 2}
 
 
@@ -39,15 +40,16 @@ class Flops:
 def flops(config: RunConfig) -> Flops:
     """A step's FLOPs."""
     model, train = config.model, config.train
-    d, L = model.d_model, train.sequence_length
-    layers = sum(24 * count * n * d**2 for count, n in model.executed_layers(L))
-    head = 2 * L * model.vocab_size * d
-    executed = (2 + FORWARD_PRODUCTS[model.remat]) * layers + 3 * head
+    L = train.sequence_length
+    layers = model.layer_flops(L)
+    dense = 3 * (layers + model.operator_flops(L) + model.head_flops(L))
+    linears = layer_linears(model)
+    again = sum(linears[name].weights for name in AGAIN) / layer_weights(model) * COMPUTES_AGAIN[model.remat]
     return Flops(
-        train.batch_size * 3 * (layers + head),
-        train.batch_size * executed,
-        train.batch_size * (3 * model.prefill_flops(L) - 3 * (layers + head)),
-        train.batch_size * (3 * model.prefill_flops(L, causal=True) - 3 * (layers + head)),
+        train.batch_size * dense,
+        train.batch_size * (dense + again * layers),
+        train.batch_size * 3 * model.attention_flops(L, causal=False),
+        train.batch_size * 3 * model.attention_flops(L, causal=True),
     )
 
 
@@ -81,7 +83,7 @@ def communication(config: RunConfig, num_devices: int, state: TrainState | None 
     model, train = config.model, config.train
     mesh = abstract_mesh(config.mesh, num_devices)
     state = state_on(config, num_devices) if state is None else state
-    matrices = 12 * model.d_model**2 / tensor
+    matrices = layer_weights(model) / tensor
     held = holds_core(model, train, mesh)
     # Layers run backward, and gathered forward; a level without a single chunk does not run.
     counts = [count for level, count in model.runs if level.num_chunks(train.sequence_length)]
@@ -131,8 +133,8 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
 
     `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch: each
     executed layer's input, and unless `model.remat` is `keep_inputs` attention's output (d), and unless it is
-    `keep_attention` the products that gradients need (QKV 3d, the MLP's first 4d); with a MeSH memory also what was
-    written to it (embeddings, prelude, T updates), and h(t) of every coarse iteration, whose router looks at it.
+    `keep_attention` the products that gradients need (QKV 3d, the MLP's first 4d), and what the topology says
+    (`Topology.kept_vectors`).
     `core` is the whole core: with `train.gather_core` `step` its matrices in the compute dtype and their gradients in
     float32, otherwise the former where the iterations of one scan share them (`communication`). `gathered_rest` is
     embedding, head and vectors whole, with their gradients, in float32.
@@ -148,11 +150,9 @@ def memory(config: RunConfig, num_devices: int, state: TrainState | None = None)
     itemsize = jnp.dtype(model.dtype).itemsize
     width = model.d_model + {"keep_inputs": 0, "keep_attention": 1}.get(model.remat, 8) * model.d_model // tensor
     kept = sum(layers * n for layers, n in model.executed_layers(train.sequence_length)) * width
-    if model.topology == "mesh":
-        vectors = 2 + model.num_iterations + sum(level.chunk > 1 for level in model.schedule)
-        kept += vectors * train.sequence_length * model.d_model
+    kept += model.operators.topology.kept_vectors() * train.sequence_length * model.d_model
     positions = min(train.loss_block, train.sequence_length)
-    core = model.core_layers * 12 * model.d_model**2 // tensor
+    core = model.core_layers * layer_weights(model) // tensor
     if holds_core(model, train, mesh):
         core *= itemsize + 4
     else:

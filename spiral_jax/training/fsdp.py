@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
-from spiral_jax.model.resolution import at_least_float32
+from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.sharding import partition_spec
 from spiral_jax.training.config import TrainConfig

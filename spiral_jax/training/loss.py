@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.resolution import at_least_float32
+from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer, unembed
 
 

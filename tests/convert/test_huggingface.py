@@ -87,10 +87,11 @@ def test_layout(random_model):
             np.testing.assert_array_equal(layers["out"]["kernel"][i, head], dense[:, columns].T)
     for t in range(2):
         weight = tensors[f"spiralformer.steps.{t}.allocator.weight"].astype(np.float32)
-        np.testing.assert_array_equal(params["allocators_0"]["kernel"][t], weight.T)
+        np.testing.assert_array_equal(params[f"steps_{t}"]["allocator"]["kernel"], weight.T)
     for k in range(4):
         weight = tensors[f"spiralformer.memory.{k}.read.weight"].astype(np.float32)
-        np.testing.assert_array_equal(params["read_routers"]["kernel"][k], weight.T)
+        group = params["entry" if k == 0 else f"steps_{k - 1}"]
+        np.testing.assert_array_equal(group["read"]["kernel"], weight.T)
     embed_in_VxD = tensors["spiralformer.embed_in.weight"]
     np.testing.assert_allclose(params["embed"]["embedding"], embed_in_VxD / np.sqrt(D), rtol=1e-6)
 

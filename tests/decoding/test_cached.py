@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from spiral_jax.decoding import cached, entry, state
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.pooling import Pooling, SelfAggregation, poolings
 from spiral_jax.model.spiralformer import SpiralFormer
 
 V, LENGTH, CAPACITY = 20, 40, 42
@@ -134,11 +136,42 @@ def never_opens(position_B, level):
     return position_B == 0
 
 
-def not_rescaled(chunk, is_first_B, score_B, h_BxD):
-    after = FOLD(chunk, is_first_B, score_B, h_BxD)
-    kept_B, weight_B = jnp.where(is_first_B, 0, 1), jnp.exp(score_B - after.top_B)
-    sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD
-    return state.OpenChunk(after.top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
+class OpenChunk(NamedTuple):
+    """A softmax-weighted sum on its way: members weigh exp(score - top)."""
+
+    top_B: jax.Array
+    total_B: jax.Array
+    sum_BxD: jax.Array
+
+
+@poolings.register("running_aggregation")
+class RunningAggregation(SelfAggregation):
+    """Self-aggregation that keeps a sum, not the members: a one-token pass of a pooling's own."""
+
+    def open(self, level, batch):
+        zeros_BxD = jnp.zeros((batch, self.config.d_model))
+        return OpenChunk(jnp.full(batch, jnp.finfo(jnp.float32).min), zeros_BxD[:, 0], zeros_BxD)
+
+    def add(self, chunk, place_B, h_BxD, level, linears):
+        score_B = linears["scorer"](h_BxD)[:, 0]
+        top_B = jnp.maximum(chunk.top_B, score_B)
+        kept_B, weight_B = jnp.exp(chunk.top_B - top_B), jnp.exp(score_B - top_B)
+        sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD
+        return OpenChunk(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
+
+    def close(self, chunk, is_token_BxG, level, linears):
+        return chunk.sum_BxD / chunk.total_B[:, None]
+
+
+def not_rescaled(self, chunk, place_B, h_BxD, level, linears):
+    after = ADD(self, chunk, place_B, h_BxD, level, linears)
+    weight_B = jnp.exp(linears["scorer"](h_BxD)[:, 0] - after.top_B)
+    sum_BxD = chunk.sum_BxD + weight_B[:, None] * h_BxD
+    return OpenChunk(after.top_B, chunk.total_B + weight_B, sum_BxD)
+
+
+def at_the_next_place(self, chunk, place_B, h_BxD, level, linears):
+    return MEMBER(self, chunk, (place_B + 1) % level.chunk, h_BxD, level, linears)
 
 
 def at_the_place_of_the_first_row(model, params, token_B, before):
@@ -148,13 +181,14 @@ def at_the_place_of_the_first_row(model, params, token_B, before):
     return logits_BxV, after
 
 
-LOCATE, UPDATE, FOLD, STEP = entry.locate, entry.update, entry.fold, cached.step
+LOCATE, UPDATE, ADD, MEMBER, STEP = entry.locate, entry.update, RunningAggregation.add, Pooling.add, cached.step
 BREAKS = [
     (entry, "locate", LOCATE),
     (entry, "locate", misplaced),
     (entry, "update", early),
     (entry, "opens", never_opens),
-    (entry, "fold", not_rescaled),
+    (RunningAggregation, "add", not_rescaled),
+    (SelfAggregation, "add", at_the_next_place),
     (cached, "step", at_the_place_of_the_first_row),
 ]
 
@@ -166,6 +200,8 @@ def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, ran
     _, _, params = random_model(config)
     tokens_BxL, lengths_B = tokens(2), np.array([1, 4])
     wanted = expected(forward(config, params, tokens_BxL), lengths_B, LENGTH - 4)
+    if wrong is not at_the_next_place:
+        config = dataclasses.replace(config, pooling="running_aggregation")
     monkeypatch.setattr(module, name, wrong)
     found = error(decode(config, params, tokens_BxL, lengths_B, quick), wanted)
     assert found < 1e-4 if wrong is LOCATE else found > 1e-2
@@ -257,8 +293,8 @@ def test_shapes_and_dtypes_of_the_state(random_model):
     coarse, fine = found.iterations
     assert (coarse.cache.keys.shape, fine.cache.values.shape) == ((1, 3, 3, 2, 8), (1, 3, 11, 2, 8))
     assert (coarse.zhat_BxRxD.shape, fine.open, fine.zhat_BxRxD) == ((3, 2, 16), None, None)
-    assert {x.dtype.name for x in coarse.open} == {"float32"}
-    assert {x.dtype.name for x in (*coarse.cache, *found.coda, coarse.zhat_BxRxD)} == {"bfloat16"}
+    assert coarse.open.shape == (3, 4, 16)
+    assert {x.dtype.name for x in (*coarse.cache, *found.coda, coarse.open, coarse.zhat_BxRxD)} == {"bfloat16"}
 
     _, _, params = random_model(dataclasses.replace(config, dtype="float32"))
     read = jax.eval_shape(

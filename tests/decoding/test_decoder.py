@@ -93,7 +93,7 @@ def test_rows_on_a_mesh(weights, requests, greedy):
     rows = decoder._make()
     shards = {x.addressable_shards[0].data.shape for x in rows.state.coda}
     assert shards == {(1, 1, CAPACITY, 1, CONFIG.head_width)}
-    assert all(x.addressable_shards[0].data.shape[0] == 1 for x in rows.state.iterations[0].open)
+    assert all(x.addressable_shards[0].data.shape[0] == 1 for x in jax.tree.leaves(rows.state.iterations[0].open))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -91,6 +91,13 @@ def count(shapes: dict, *prefixes: str) -> int:
     return sum(math.prod(shape) for path, shape in shapes.items() if path.startswith(prefixes))
 
 
+def own_counts(shapes: dict) -> tuple[int, int]:
+    """Parameters of topologies, and of poolings and allocations."""
+    own = {path: math.prod(shape) for path, shape in shapes.items() if path.startswith(("steps_", "entry/"))}
+    scalers = sum(number for path, number in own.items() if path.split("/")[1] in ("scorer", "allocator"))
+    return sum(own.values()) - scalers, scalers
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", SIZES)
 def test_paper_models(size, family):
@@ -103,8 +110,7 @@ def test_paper_models(size, family):
     assert config.non_embedding_parameters == total - embeddings
     if family in NON_EMBEDDING:
         assert total - embeddings == NON_EMBEDDING[family][list(SIZES).index(size)]
-    assert config.router_parameters == count(shapes, "write_routers/", "read_routers/")
-    assert config.scaler_parameters == count(shapes, "scorers_", "allocators_")
+    assert (config.router_parameters, config.scaler_parameters) == own_counts(shapes)
 
 
 def test_router_example():
@@ -154,15 +160,16 @@ def test_core_is_stored_once(chunks, topology):
         for name, shape in layer.items()
     }
     expected |= {"embed/embedding": (31, d), "head/kernel": (d, 31), "final_norm/scale": (d,), "final_norm/bias": (d,)}
-    for k, (level, n) in enumerate(config.runs):
-        if level.chunk > 1:
-            expected[f"scorers_{k}/kernel"] = (n, d, 1)
-            expected[f"allocators_{k}/kernel"] = (n, d, level.chunk)
-            expected[f"allocators_{k}/bias"] = (n, level.chunk)
+    for t, g in enumerate(chunks):
+        if g > 1:
+            expected[f"steps_{t}/scorer/kernel"] = (d, 1)
+            expected[f"steps_{t}/allocator/kernel"] = (d, g)
+            expected[f"steps_{t}/allocator/bias"] = (g,)
     if topology == "mesh":
-        for side in ("write", "read"):
-            expected[f"{side}_routers/kernel"] = (T + 1, d, T + 3)
-            expected[f"{side}_routers/bias"] = (T + 1, T + 3)
+        for group in ("entry", *(f"steps_{t}" for t in range(T))):
+            for side in ("write", "read"):
+                expected[f"{group}/{side}/kernel"] = (d, T + 3)
+                expected[f"{group}/{side}/bias"] = (T + 3,)
     assert shapes == expected
     assert count(shapes, "") == config.total_parameters
     assert count(shapes, "core") == 5 * (12 * d**2 + 13 * d)
@@ -194,8 +201,7 @@ def test_counts_of_variants(fields):
     config = ModelConfig(**(dict(vocab_size=31, d_model=16, num_heads=1, chunks=(4, 4, 1)) | fields))
     shapes = parameter_shapes(config)
     assert config.total_parameters == count(shapes, "")
-    assert config.router_parameters == count(shapes, "write_routers/", "read_routers/")
-    assert config.scaler_parameters == count(shapes, "scorers_", "allocators_")
+    assert (config.router_parameters, config.scaler_parameters) == own_counts(shapes)
     layers = {path: shape[0] for path, shape in shapes.items() if path.endswith("qkv/bias")}
     assert config.stored_layers == sum(layers.values())
 

@@ -135,8 +135,9 @@ def test_fresh_matrices(fresh):
             check_normal(layers["mlp_up"]["kernel"][i], std)
             check_normal(layers["out"]["kernel"][i], output)
             check_normal(layers["mlp_down"]["kernel"][i], output)
-    for side in ("write_routers", "read_routers"):
-        check_normal(params[side]["kernel"], math.sqrt(2 / (7 * 256)))
+    groups = ["entry", "steps_0", "steps_1", "steps_2", "steps_3"]
+    for side in ("write", "read"):
+        check_normal(np.stack([params[group][side]["kernel"] for group in groups]), math.sqrt(2 / (7 * 256)))
 
 
 def test_fresh_vectors_and_scalers(fresh):
@@ -145,14 +146,15 @@ def test_fresh_vectors_and_scalers(fresh):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("/scale"):
             assert (leaf == 1).all(), name
-        if name.endswith("/bias") or name.startswith(("scorers_", "allocators_")):
+        if name.endswith("/bias") or "/scorer/" in name or "/allocator/" in name:
             assert (leaf == 0).all(), name
 
 
 def test_fresh_draws_are_independent(fresh):
     params = fresh
     qkv = [params[stack]["layers"]["qkv"]["kernel"] for stack in ("prelude", "core", "coda")]
-    routers = [params[side]["kernel"] for side in ("write_routers", "read_routers")]
+    groups = ["entry", "steps_0", "steps_1", "steps_2", "steps_3"]
+    routers = [np.stack([params[group][side]["kernel"] for group in groups]) for side in ("write", "read")]
     for arrays in (qkv, routers):
         drawn = [slice_.ravel() for array in arrays for slice_ in array]
         correlation = np.corrcoef(drawn) - np.eye(len(drawn))
@@ -202,8 +204,8 @@ def test_router_entropy_of_the_transition(random_model, x64, quick):
     _, _, params = random_model(config)
     state_BxLxD = params["embed"]["embedding"][TOKENS_BxL] * math.sqrt(24)
     expected = []
-    for side in ("write_routers", "read_routers"):
-        score_BxLxS = state_BxLxD @ params[side]["kernel"][0] + params[side]["bias"][0]
+    for side in ("write", "read"):
+        score_BxLxS = state_BxLxD @ params["entry"][side]["kernel"] + params["entry"][side]["bias"]
         p_BxLxS = np.exp(score_BxLxS) / np.exp(score_BxLxS).sum(axis=-1, keepdims=True)
         expected.append(-(p_BxLxS * np.log(p_BxLxS)).sum(axis=-1).mean())
     np.testing.assert_allclose(entropies(config, params, x64, quick)["router_entropy"][0], expected, rtol=1e-5)
@@ -212,8 +214,8 @@ def test_router_entropy_of_the_transition(random_model, x64, quick):
 def test_equal_routers_have_the_entropy_of_all_slots(random_model, x64, quick):
     config = dataclasses.replace(SMALL, dtype="float32", chunks=(1,))
     _, _, params = random_model(config)
-    for side in ("write_routers", "read_routers"):
-        params[side] = jax.tree.map(np.zeros_like, params[side])
+    for group in ("entry", "steps_0"):
+        params[group] = jax.tree.map(np.zeros_like, params[group])
     np.testing.assert_allclose(entropies(config, params, x64, quick)["router_entropy"], math.log(11), rtol=1e-5)
 
 

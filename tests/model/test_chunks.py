@@ -1,5 +1,6 @@
 """Down-scale and up-scale alone, for every geometry of small chunks, against the reference's loops."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import reference
 
-from spiral_jax.model.config import Level
-from spiral_jax.model.resolution import down_scale, up_scale
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.iteration import down_scale, up_scale
 
 D = 6
+CONFIG = ModelConfig(d_model=D, num_heads=1, rotary_fraction=0, dtype="float64")
 GEOMETRIES = [
     (Level(g, w, s), length)
     for g in (2, 3, 5)
@@ -32,9 +35,10 @@ def arrays():
 
 @pytest.mark.parametrize("pooling", ["self_aggregation", "mean"])
 def test_down_scale(arrays, pooling, x64):
+    config = dataclasses.replace(CONFIG, pooling=pooling)
+
     def every_geometry(h_BxLxD, scorer):
-        scorer = scorer if pooling == "self_aggregation" else None
-        return [down_scale(h_BxLxD[:, :length], level, scorer) for level, length in POOLED]
+        return [down_scale(config, level, {"scorer": scorer}, h_BxLxD[:, :length]) for level, length in POOLED]
 
     with x64(True):
         results = jax.jit(every_geometry)(arrays["h"], arrays["scorer"])
@@ -47,14 +51,12 @@ def test_down_scale(arrays, pooling, x64):
 
 @pytest.mark.parametrize("allocation, update_scale", [("learned", "sqrt"), ("uniform", "linear")])
 def test_up_scale(arrays, allocation, update_scale, x64):
+    model = dataclasses.replace(CONFIG, allocation=allocation, update_scale=update_scale)
+
     def every_geometry(h_BxLxD, allocators):
         return [
             up_scale(
-                h_BxLxD[:, : level.num_chunks(length)],
-                level,
-                length,
-                allocators[level.chunk] if allocation == "learned" else None,
-                update_scale,
+                model, level, {"allocator": allocators[level.chunk]}, h_BxLxD[:, : level.num_chunks(length)], length
             )
             for level, length in GEOMETRIES
         ]

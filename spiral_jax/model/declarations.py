@@ -1,0 +1,121 @@
+"""Whether operators fit what they declare: found out from shapes, before anything is compiled."""
+
+import functools
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.errors import SpiralError, require
+from spiral_jax.model import iteration
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.operators import Linear
+from spiral_jax.model.pooling import poolings
+from spiral_jax.model.spreading import spreadings
+from spiral_jax.model.topology import topologies
+from spiral_jax.registry import Registry
+
+# Rows of the abstract arrays: a size that nothing else has by itself.
+B = 3
+
+
+@functools.lru_cache(maxsize=1024)
+def check_operators(config: ModelConfig) -> None:
+    """Whether every operator's functions take what it declares, and give arrays of the shapes that are due.
+
+    Raises:
+      SpiralError: naming the operator, its file, and what is wrong.
+    """
+    topology, pooling, spreading = config.operators
+    of_topology = _Checked(topologies, config.topology)
+    of_pooling, of_spreading = _Checked(poolings, config.pooling), _Checked(spreadings, config.allocation)
+    D = config.d_model
+    for level in dict.fromkeys(config.schedule):
+        G, L, N = level.chunk, 2 * level.chunk, level.num_chunks(2 * level.chunk)
+        token_BxLxD = _abstract(config, B, L, D)
+
+        def at(function, level=level):
+            return functools.partial(function, config, level)
+
+        entry = _arrays(of_topology.declared("entry_linears", topology.entry_linears))
+        enter = functools.partial(iteration.enter, config)
+        states, _ = of_topology.shape("enter", enter, entry, token_BxLxD, token_BxLxD)
+        of_topology.expect("enter", states.h_BxLxD, B, L, D)
+        named = of_topology.declared("linears", functools.partial(topology.linears, level))
+        found = of_topology.shape("core_input", at(iteration.core_input), _arrays(named), states)
+        of_topology.expect("core_input", found, B, L, D)
+        found, _ = of_topology.shape("next_state", at(iteration.advance), _arrays(named), states, token_BxLxD)
+        of_topology.expect("next_state", found.h_BxLxD, B, L, D)
+        if G == 1:
+            continue
+
+        scorers = of_pooling.declared("linears", functools.partial(pooling.linears, level))
+        found = of_pooling.shape("pool", at(iteration.down_scale), _arrays(scorers), token_BxLxD)
+        of_pooling.expect("pool", found, B, N, D)
+        found = of_pooling.shape("one token at a time", at(_one_token), _arrays(scorers), _abstract(config, B, D))
+        of_pooling.expect("close", found, B, D)
+        allocators = of_spreading.declared("linears", functools.partial(spreading.linears, level))
+        found = of_spreading.shape("spread", at(iteration.spread), _arrays(allocators), _abstract(config, B, N, D))
+        of_spreading.expect("spread", found, B, N, G, D)
+
+        every = [*named, *scorers, *allocators]
+        where = f"{of_topology.where}, {of_pooling.where} and {of_spreading.where}: names of Linears"
+        require(len(set(every)) == len(every), where, every, "every name once")
+
+
+class _Checked:
+    """An operator, as errors name it."""
+
+    def __init__(self, registry: Registry, name: str):
+        self.file = registry.code(name).file
+        self.where = f"{registry.field} {name!r} ({self.file})"
+
+    def declared(self, function: str, linears: Callable[[], Any]) -> dict[str, Linear]:
+        """The Linears that a function of the operator gives."""
+        found = self._guarded(function, lambda: dict(linears()))
+        for name, linear in found.items():
+            require(isinstance(linear, Linear), f"{self.where}: {function} {name!r}", linear, "a Linear")
+        return found
+
+    def shape(self, function: str, call: Callable, *arguments: Any) -> Any:
+        """The shapes that `call`, which calls a function of the operator, gives."""
+        return self._guarded(function, lambda: jax.eval_shape(call, *arguments))
+
+    def expect(self, function: str, found: Any, *shape: int) -> None:
+        given = getattr(found, "shape", found)
+        require(given == shape, f"{self.where}: what {function} gives", given, f"an array of shape {shape}")
+
+    def _guarded(self, function: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except SpiralError:
+            raise
+        except Exception as error:  # whatever somebody's own code raises
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
+            place = f" line {lines[-1]}" if lines else ""
+            reason = " ".join(str(error).split())[:300]
+            raise SpiralError(f"{self.where}: {function}{place}: {type(error).__name__}: {reason}") from error
+
+
+def _one_token(config, level, arrays, h_BxD):
+    place_B = jnp.zeros(B, jnp.int32)
+    chunk = config.operators.pooling.open(level, B)
+    chunk = iteration.add_member(config, level, arrays, chunk, place_B, place_B == 0, h_BxD)
+    return iteration.close_chunk(config, level, arrays, chunk, place_B, h_BxD.dtype)
+
+
+def _abstract(config: ModelConfig, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+
+
+def _arrays(linears: Mapping[str, Linear]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Abstract parameters."""
+
+    def array(shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    return {
+        name: {"kernel": array(linear.kernel_shape), "bias": array(linear.outputs)} for name, linear in linears.items()
+    }

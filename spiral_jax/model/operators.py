@@ -1,0 +1,114 @@
+"""What poolings, spreadings and topologies have in common: a declaration of Linears, from which all else follows.
+
+Parameter trees, counts, FLOPs, sharding and exported names are derived from what an operator declares.
+docs/topologies.md shows one in a file of one's own.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.model.chunks import Level
+
+if TYPE_CHECKING:
+    from spiral_jax.model.config import ModelConfig
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """In which docs/spec.md section 5 wants sums, softmax and routers: float32, or float64 when computing in it."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A Linear that a layer or an operator declares: x of [..., *inputs] to [..., *outputs].
+
+    Attributes:
+      inputs: sizes of the axes that are summed over; a number for one axis.
+      outputs: sizes of the axes that come of it; a number for one axis.
+      in_axes: logical names of the inputs' axes, which `sharding.RULES` maps to the mesh.
+      out_axes: those of the outputs' axes.
+      bias: whether there is one; it starts at zero.
+      init: (key, shape, dtype) to the fresh kernel of shape [*inputs, *outputs].
+      is_matrix: a matrix product as layers have them: computed in the compute dtype and counted in FLOPs. Otherwise it
+        gives a few numbers per vector, is computed in at least float32 and not counted.
+    """
+
+    inputs: int | tuple[int, ...]
+    outputs: int | tuple[int, ...]
+    in_axes: tuple[str | None, ...] = ("embed",)
+    out_axes: tuple[str | None, ...] = ("features",)
+    bias: bool = True
+    init: Callable[..., jax.Array] = jax.nn.initializers.zeros
+    is_matrix: bool = False
+
+    def __post_init__(self):
+        for field in ("inputs", "outputs"):
+            if isinstance(getattr(self, field), int):
+                object.__setattr__(self, field, (getattr(self, field),))
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return (*self.inputs, *self.outputs)
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the kernel; a product with one vector takes twice as many FLOPs."""
+        return math.prod(self.kernel_shape)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in kernel and bias."""
+        return self.weights + math.prod(self.outputs) * self.bias
+
+    def __call__(self, arrays: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+        """x of [..., *inputs] times `arrays["kernel"]`, plus `arrays["bias"]`; at least float32 unless `is_matrix`."""
+        wide = at_least_float32(x.dtype)
+        dtype = x.dtype if self.is_matrix else wide
+        precision = None if self.is_matrix else HIGHEST
+        contracted = tuple(range(-len(self.inputs), 0)), tuple(range(len(self.inputs)))
+        kernel = arrays["kernel"].astype(dtype)
+        y = jnp.tensordot(x.astype(dtype), kernel, contracted, precision=precision, preferred_element_type=wide)
+        if self.bias:
+            y += arrays["bias"].astype(wide)
+        return y.astype(dtype)
+
+
+# Linears of one iteration or of the entry, with their arrays, by name.
+Bound = Mapping[str, Callable[[jax.Array], jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A way of doing one part of an iteration. Stateless: the configuration is all it holds.
+
+    Attributes:
+      config: of the model it is part of.
+    """
+
+    config: "ModelConfig"
+
+    def linears(self, level: Level) -> dict[str, Linear]:
+        """The Linears that every iteration at this level has of its own, by name; none by default."""
+        del level
+        return {}
+
+
+def bind(declared: Mapping[str, Linear], arrays: Mapping[str, Mapping[str, jax.Array]]) -> Bound:
+    """Declared Linears as functions of their inputs.
+
+    Args:
+      declared: by name.
+      arrays: for each name `{"kernel", "bias"}`; further names are passed over.
+    """
+
+    def function(name: str, linear: Linear):
+        return lambda x: linear(arrays[name], x)
+
+    return {name: function(name, linear) for name, linear in declared.items()}

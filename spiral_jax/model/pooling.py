@@ -1,0 +1,66 @@
+"""How a chunk of token states becomes one vector (docs/spec.md section 3, step 1)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.model.chunks import Level
+from spiral_jax.model.operators import HIGHEST, Bound, Linear, Operator, at_least_float32
+from spiral_jax.registry import Registry
+
+
+class Pooling(Operator):
+    """Base of all poolings; a subclass gives `pool`, and with parameters `linears`.
+
+    The pass of one token at a time follows from `pool`: the members of the open chunk are kept, and pooled when the
+    last one has come. A pooling that can do with less (a running sum) replaces `open`, `add` and `close`.
+    """
+
+    def pool(self, h_BxNxGxD: jax.Array, is_token_NxG: jax.Array, level: Level, linears: Bound) -> jax.Array:
+        """z_BxNxD, each chunk's from its own members.
+
+        Args:
+          h_BxNxGxD: the members of N chunks of one level.
+          is_token_NxG: False for places without a token, which hold zeros and must not count; broadcasts to [B, N, G].
+          level: the geometry.
+          linears: what `linears` declares, as functions.
+        """
+        raise NotImplementedError
+
+    def open(self, level: Level, batch: int) -> Any:
+        """A chunk without members: a pytree of arrays that begin with the axis B."""
+        return jnp.zeros((batch, level.chunk, self.config.d_model), self.config.dtype)
+
+    def add(self, chunk: Any, place_B: jax.Array, h_BxD: jax.Array, level: Level, linears: Bound) -> Any:
+        """The open chunk with one more member per row, at places 0..G-1 in order."""
+        del level, linears
+        return chunk.at[jnp.arange(h_BxD.shape[0]), place_B].set(h_BxD)
+
+    def close(self, chunk: Any, is_token_BxG: jax.Array, level: Level, linears: Bound) -> jax.Array:
+        """z_BxD of a chunk that is complete (of one that is not, anything)."""
+        return self.pool(chunk[:, None], is_token_BxG[:, None], level, linears)[:, 0]
+
+
+poolings: Registry[type[Pooling]] = Registry("model.pooling", Pooling)
+
+
+@poolings.register("self_aggregation")
+class SelfAggregation(Pooling):
+    """z_j = sum_i a_i h_i, a = softmax over the chunk's members of scorer_t(h_i). The scorer starts as the mean."""
+
+    def linears(self, level: Level) -> dict[str, Linear]:
+        return {"scorer": Linear(self.config.d_model, 1, bias=False)}
+
+    def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
+        score_BxNxG = linears["scorer"](h_BxNxGxD)[..., 0]
+        weight_BxNxG = jax.nn.softmax(jnp.where(is_token_NxG, score_BxNxG, -jnp.inf), axis=-1)
+        return jnp.einsum("bng,bngd->bnd", weight_BxNxG, h_BxNxGxD.astype(weight_BxNxG.dtype), precision=HIGHEST)
+
+
+@poolings.register("mean")
+class Mean(Pooling):
+    """z_j = (1 / g) sum_i h_i, also where the first chunk has fewer members: the missing ones count as zeros."""
+
+    def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
+        return jnp.sum(h_BxNxGxD, axis=2, dtype=at_least_float32(h_BxNxGxD.dtype)) / level.chunk
