@@ -10,7 +10,7 @@ from collections.abc import Callable
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax import distributed
+from spiral_jax import distributed, own_code
 from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 
@@ -35,6 +35,9 @@ def run(
     """
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    flags.DEFINE_multi_string(
+        "import", [], "file of your own that registers topologies, optimizers ...; may be repeated", flag_values=values
+    )
     define(values)
     values.set_gnu_getopt()
     # orbax logs every step of a save, and warns when a checkpoint is opened for reading only; what a user should see
@@ -47,6 +50,7 @@ def run(
             sys.exit(OK)
         if rest:
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+        own_code.import_files(values["import"].value)
         main(values)
         distributed.finish()
     except SpiralError as error:

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from spiral_jax import atomic
+from spiral_jax import atomic, own_code
 from spiral_jax.checkpoint import CheckpointConfig
 from spiral_jax.convert.layout import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
@@ -25,6 +25,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.metrics import LoggingConfig
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.declarations import check_operators
 from spiral_jax.sharding import MeshConfig, check_divisible
 from spiral_jax.summary import SummaryConfig
 from spiral_jax.training.config import OptimizerConfig, TrainConfig
@@ -106,15 +107,18 @@ class RunConfig:
         Raises:
           SpiralError: an unknown field, a value of the wrong type or outside what is allowed.
         """
-        return _from_mapping(cls, values, "")
+        config = _from_mapping(cls, values, "")
+        check_operators(config.model)
+        return config
 
     @classmethod
-    def load(cls, path: Path) -> "RunConfig":
-        """Reads a run's `config.json`.
+    def load(cls, workdir: Path) -> "RunConfig":
+        """Reads the `config.json` of a run's directory.
 
         Raises:
-          SpiralError: no such file, not JSON, or not a configuration.
+          SpiralError: no such file, not JSON, not a configuration, or one that names what nobody has registered.
         """
+        path = workdir / "config.json"
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError:
@@ -123,6 +127,7 @@ class RunConfig:
             raise SpiralError(f"{path}: cannot be read as JSON ({error})") from None
         if not isinstance(values, dict):
             raise SpiralError(f"{path}: holds {values!r}; it must be a JSON object")
+        own_code.check_registered(workdir, values)
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,9 +186,10 @@ class RunConfig:
         message = f"train.steps cannot change from {was} to {given} on resume"
         if given < step:
             raise SpiralError(f"{message}: {step} steps are done already")
-        if self.optimizer.schedule == "cosine":
+        if self.optimizer.stable_until(was) == 0:
             raise SpiralError(
-                f"{message}: the cosine schedule depends on it from the first step; allowed with wsd, constant"
+                f"{message}: the {self.optimizer.schedule} schedule depends on it from the first step; allowed with "
+                "wsd, constant"
             )
         for steps in (was, given):
             low, high = self.optimizer.resolved_warmup(steps), self.optimizer.stable_until(steps)

@@ -36,7 +36,7 @@ from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
-from spiral_jax.runs import run_directory, tokenizer_of, validation_store_of
+from spiral_jax.runs import load_config, run_directory, tokenizer_of, validation_store_of
 from spiral_jax.sharding import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
 from spiral_jax.training.step import make_program
 
@@ -72,7 +72,7 @@ def main(values: flags.FlagValues) -> None:
 
 def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
     """Perplexity."""
-    config = on_these_devices(RunConfig.load(workdir / "config.json"), values.batch_size)
+    config = on_these_devices(load_config(workdir), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
 
@@ -112,7 +112,7 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
 
 def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
     """Tasks of the LM Evaluation Harness."""
-    config = on_these_devices(RunConfig.load(workdir / "config.json"), values.batch_size)
+    config = on_these_devices(load_config(workdir), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     opened = open_tasks(
         values.tasks,

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spiral_jax import command
+from spiral_jax import command, own_code
 from spiral_jax.checkpoint import read_meta
 from spiral_jax.config import RunConfig
 from spiral_jax.convert.card import model_card
@@ -24,7 +24,7 @@ from spiral_jax.convert.output import output_folder, whole_folder
 from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
 from spiral_jax.data.tokenizers import Tokenizer
-from spiral_jax.errors import require
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.runs import read_model, run_directory, tokenizer_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,7 +79,9 @@ def export(
     """
     require(dtype in DTYPES, "--dtype", dtype, ", ".join(DTYPES))
     meta, step = read_meta(workdir, step)
+    own_code.check_registered(workdir, meta["config"])
     config, tokenizer = RunConfig.from_dict(meta["config"]), tokenizer_of(workdir)
+    check_has_pytorch_code(config)
     with whole_folder(output) as folder:
         _, params = read_model(workdir, step=step)
         tensors = tensors_from_params(config.model, params, jax.numpy.dtype(dtype))
@@ -98,6 +100,16 @@ def export(
         manifest = {"format": "spiral_jax.export", "step": step, "files": files, "config": meta["config"]}
         _write_json(folder / MANIFEST, manifest)
     return step
+
+
+def check_has_pytorch_code(config: RunConfig) -> None:
+    """Raises SpiralError for a topology, pooling or allocation of the user's own."""
+    for field, code in own_code.own_code(config.to_dict()).items():
+        if field.startswith("model."):
+            raise SpiralError(
+                f"{field} is {code['name']!r} from {code['file']}: PyTorch has no code for it, and transformers could "
+                "not load the export; allowed: one of the package's own"
+            )
 
 
 def _model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str) -> dict:

@@ -22,7 +22,6 @@ import jax
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.config import RunConfig
 from spiral_jax.convert.folder import is_huggingface, read_config
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.decoding.decoder import Counts, Decoder, Request, Token, bytes_per_row
@@ -33,7 +32,7 @@ from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import check_dtype, param_shardings, read_model, run_directory, tokenizer_of
+from spiral_jax.runs import check_dtype, load_config, param_shardings, read_model, run_directory, tokenizer_of
 from spiral_jax.sharding import MeshConfig, check_divisible, constrain, make_mesh
 
 
@@ -108,7 +107,7 @@ def tokenizer_and_length(folder: Path) -> tuple[Tokenizer, int]:
     """What a model's texts are made of, and the tokens it was trained with at a time."""
     if is_huggingface(folder):
         return load_tokenizer(folder), read_config(folder)[1]
-    return tokenizer_of(folder), RunConfig.load(folder / "config.json").train.sequence_length
+    return tokenizer_of(folder), load_config(folder).train.sequence_length
 
 
 def read_prompts(flag: Sequence[str], path: str) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,13 @@ A registry is filled when the modules that register are imported, and is read wh
 package did not register itself is somebody's own file: its hash is kept with the run.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -50,8 +53,8 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that registers a class or function under a name.
 
-        The same file may be executed again, as experiment files are; a file that has changed replaces what it
-        registered before.
+        The same file may be executed again, as experiment files are, or a copy of it; a file that has changed replaces
+        what it registered before.
 
         Raises:
           SpiralError: something else has the name, or what is registered is not of the kind.
@@ -103,15 +106,40 @@ class Registry(Generic[T]):
         return self._entries[name][1]
 
 
+@contextlib.contextmanager
+def guarded(where: str, file: str) -> Iterator[None]:
+    """Whatever somebody's own code raises becomes one line: what it is for, the last line of its file, the reason.
+
+    Args:
+      where: how errors begin.
+      file: its code's.
+
+    Raises:
+      SpiralError: the block raised something.
+    """
+    try:
+        yield
+    except SpiralError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == file]
+        place = f", line {lines[-1]}" if lines else ""
+        reason = " ".join(str(error).split())[:300]
+        raise SpiralError(f"{where}{place}: {type(error).__name__}: {reason}") from error
+
+
 def _is_same_file_again(before: Code, now: Code) -> bool:
-    """Whether a registration is one of before, executed again; cells of a notebook always are."""
+    """Whether a registration is one of before, executed again, perhaps changed or as a copy; notebooks' always are."""
     if not now.sha256 and not before.sha256:
         return True
-    return before.file == now.file and (before.line == now.line or before.sha256 != now.sha256)
+    if before.sha256 == now.sha256:
+        return before.line == now.line
+    return before.file == now.file
 
 
 def _code_of(file: str, line: int) -> Code:
-    path = Path(file).absolute()
+    path = Path(file).resolve()
     try:
         return Code(str(path), line, hashlib.sha256(path.read_bytes()).hexdigest())
     except OSError:

@@ -3,6 +3,7 @@
 WORKDIR/
   config.json        the configuration, every field
   parameters.txt     one line per array
+  own_code.json      files of the user's own that the configuration names, with their hashes
   environment.json   command, git commit, versions and devices of every start
   metrics.jsonl      a row per step
   checkpoints/       parameters, optimizer state, configuration, data state
@@ -20,6 +21,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spiral_jax import atomic
+from spiral_jax import atomic, own_code
 from spiral_jax.checkpoint import on_host, restore_for_inference
 from spiral_jax.config import RunConfig
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
@@ -75,11 +77,23 @@ def read_model(
         require(step is None, "step", step, f"none, as {folder} is no run")
         config, _ = read_config(folder, dtype or "float32")
         return config, read_params(folder, config)
-    config = RunConfig.load(folder / "config.json").model
+    config = load_config(folder).model
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     params, _ = restore_for_inference(folder, on_host(abstract_params(SpiralFormer(config))), step)
     return config, params
+
+
+def load_config(workdir: Path) -> RunConfig:
+    """A run's configuration; says on stderr if code of the user's own has changed since.
+
+    Raises:
+      SpiralError: as for `RunConfig.load`.
+    """
+    config = RunConfig.load(workdir)
+    for line in own_code.changes(workdir, config.to_dict()):
+        print(line, file=sys.stderr)
+    return config
 
 
 def check_dtype(dtype: str, field: str) -> None:

@@ -22,10 +22,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spiral_jax import command, distributed, metrics, summary
+from spiral_jax import command, distributed, metrics, own_code, summary
 from spiral_jax.checkpoint import Checkpoints
 from spiral_jax.config import RunConfig
-from spiral_jax.convert.upcycle import place, upcycled
+from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
 from spiral_jax.data.pipeline import WindowOrder, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
 from spiral_jax.data.text.prepare import prepare_stores
@@ -60,7 +60,7 @@ def main(values: flags.FlagValues) -> None:
     metrics.check_extras(config.logging)
     summary.check_extras(config.summary)
     config.check_mesh(jax.device_count())
-    distributed.check_same_config(config.to_dict())
+    distributed.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
     check_processes(config)
     across = f" in {jax.process_count()} processes" if distributed.is_several() else ""
     distributed.say(
@@ -82,7 +82,10 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     fingerprints = None
     if saved_step is not None:
         meta = checkpoints.load_meta(saved_step)
+        own_code.check_registered(workdir, meta["config"])
         config.check_resume(RunConfig.from_dict(meta["config"]), saved_step)
+        for line in own_code.changes(workdir, config.to_dict()):
+            distributed.say(line)
         fingerprints = meta["data"]["fingerprints"]
     data = prepare(config, workdir, fingerprints)
     check_data(config, data)
@@ -108,10 +111,14 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
             if tokenizer_of(workdir).fingerprint != data.tokenizer.fingerprint:
                 distributed.say("note: the data is in another tokenizer's ids than the one imported with them")
         elif given is not None:
-            state = state.replace(params=state.params | place(given, program.abstract_state.params))
+            state = state.replace(params=place(given, state.params))
             distributed.say(f"starting from the layers of {config.upcycle.source}")
+            fresh = fresh_linears(config.model, given)
+            if fresh:
+                distributed.say(f"starting as always, as the source has none like them: {', '.join(fresh)}")
     if distributed.is_main():
         config.save(workdir / "config.json")
+        own_code.save(workdir, config.to_dict())
         save_data(workdir, data)
         (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
         write_environment(workdir / "environment.json", mesh)

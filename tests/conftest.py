@@ -123,3 +123,21 @@ def random_model():
         return hf_config, tensors, params
 
     return make
+
+
+@pytest.fixture
+def compilations():
+    """Durations of XLA compilations since the test began."""
+    seen, control = [], []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    # The listener does hear of compilations: an empty list means that there were none.
+    control, seen[:] = list(seen), []
+    jax.jit(lambda x: x + len(control))(1.0)
+    jax.monitoring.clear_event_listeners()
+    assert seen

@@ -191,7 +191,11 @@ def looped(config, weights, emb_LxD):
         start_LxD = route(weights, 0, memory_SxLxD, start_LxD, start_LxD)
     h_LxD = start_LxD
     for t in range(T):
-        e_LxD = update(config, weights, t, h_LxD)
+        step = weights / "steps" / t
+        into_LxD = h_LxD
+        if topology == "injection":
+            into_LxD = linear(step / "inject", np.concatenate([h_LxD, emb_LxD], axis=-1))
+        e_LxD = update(config, weights, t, into_LxD)
         if topology == "base":
             h_LxD = e_LxD
         elif topology == "residual":
@@ -200,6 +204,11 @@ def looped(config, weights, emb_LxD):
             h_LxD = e_LxD + start_LxD
         elif topology == "anchor_star":
             h_LxD = e_LxD + emb_LxD
+        elif topology == "gated":
+            a_Lx1 = 1.0 / (1.0 + np.exp(-linear(step / "gate", h_LxD)))
+            h_LxD = a_Lx1 * e_LxD + (1.0 - a_Lx1) * h_LxD
+        elif topology == "injection":
+            h_LxD = e_LxD
         elif topology == "mesh":
             h_LxD = route(weights, t + 1, memory_SxLxD, h_LxD, e_LxD)
         else:
@@ -257,6 +266,10 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
                 shapes[f"{root}.steps.{t}.scorer.weight"] = (1, D)
             if entry["chunk"] > 1 and config["allocation"] == "learned":
                 affine(f"{root}.steps.{t}.allocator", entry["chunk"], D)
+            if config["topology"] == "gated":
+                affine(f"{root}.steps.{t}.gate", 1, D)
+            if config["topology"] == "injection":
+                affine(f"{root}.steps.{t}.inject", D, 2 * D)
         if config["topology"] == "mesh":
             for k in range(T + 1):
                 for side in ("write", "read"):
@@ -277,7 +290,7 @@ def random_tensors(config: dict, rng: np.random.Generator, scale: float = 1.0) -
             tensors[name] = 1.0 + 0.3 * noise
         elif "embed_in" in name:
             tensors[name] = noise
-        elif ".memory." in name or ".steps." in name:  # routers, scorers, allocators
+        elif ".memory." in name or ".steps." in name:  # routers, scorers, allocators, gates, injections
             tensors[name] = 2.0 / math.sqrt(shape[1]) * noise
         else:
             tensors[name] = scale / math.sqrt(shape[1]) * noise

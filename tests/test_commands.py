@@ -41,24 +41,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def compilations():
-    """Durations of XLA compilations since the test began."""
-    seen, control = [], []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    # The listener does hear of compilations: an empty list means that there were none.
-    control, seen[:] = list(seen), []
-    jax.jit(lambda x: x + len(control))(1.0)
-    jax.monitoring.clear_event_listeners()
-    assert seen
-
-
 BAD_TRAINING = {
     "unknown key": ("--config.model.d_modle=3", "config.model.d_modle"),
     "unknown section": ("--config.modle.d_model=3", "config.modle"),

@@ -7,7 +7,7 @@ import pytest
 
 from spiral_jax.config import RunConfig, default_config
 from spiral_jax.errors import SpiralError
-from spiral_jax.training.optimizer import learning_rate
+from spiral_jax.training.schedules import learning_rate
 
 SMALL = {
     "model": {"vocab_size": 64, "d_model": 32, "num_heads": 4, "chunks": (4, 2, 1), "dtype": "float32"},
@@ -65,10 +65,10 @@ def test_default_config_is_the_default():
 def test_json_round_trip(tmp_path):
     config = config_of(model__offsets=(1, 0, 0), optimizer__warmup_steps=3, logging__peak_flops=1e12, seed=5)
     config.save(tmp_path / "config.json")
-    assert RunConfig.load(tmp_path / "config.json") == config
+    assert RunConfig.load(tmp_path) == config
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     RunConfig().save(tmp_path / "config.json")
-    assert RunConfig.load(tmp_path / "config.json") == RunConfig()
+    assert RunConfig.load(tmp_path) == RunConfig()
 
 
 def test_fields_that_people_override_most_are_there():
@@ -201,7 +201,7 @@ def test_a_broken_config_json_is_one_line(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(SpiralError) as error:
-        RunConfig.load(path)
+        RunConfig.load(path.parent)
     assert "\n" not in str(error.value)
     assert "config.json" in str(error.value) or "train.steps" in str(error.value)
 

@@ -24,6 +24,8 @@ FAMILIES = {
     "residual": dict(chunks=(1, 1, 1), topology="residual"),
     "anchor": dict(chunks=(1, 1, 1), topology="anchor"),
     "anchor_star": dict(chunks=(1, 1, 1), topology="anchor_star"),
+    "gated": dict(chunks=(2, 1), topology="gated"),
+    "injection": dict(chunks=(2, 1), topology="injection"),
     "looped_mesh": dict(chunks=(1, 1, 1)),
     "spiral_b": dict(),
     "spiral_l": dict(chunks=(4, 4, 2, 2, 1, 1)),

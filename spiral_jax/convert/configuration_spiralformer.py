@@ -30,7 +30,8 @@ class SpiralFormerConfig(PretrainedConfig):
       coda_layers: layers after the loop.
       shared_core: False gives every iteration core layers of its own.
       schedule: for each iteration, `chunk`, `offset` and `shift` in tokens.
-      topology: `base`, `residual`, `anchor`, `anchor_star` or `mesh`: what becomes of an iteration's update.
+      topology: `base`, `residual`, `anchor`, `anchor_star`, `gated`, `injection` or `mesh`: what becomes of an
+        iteration's update.
       memory_slots: slots of the memory of `mesh`; None for T + 3.
       pooling: `self_aggregation` or `mean`: how a chunk becomes one vector.
       allocation: `learned` or `uniform`: the shares of a chunk's update that its tokens get.
@@ -99,7 +100,7 @@ class SpiralFormerConfig(PretrainedConfig):
         """Refuses what this code would compute otherwise than the config says."""
         for field, allowed in (
             ("hidden_act", ("gelu",)),
-            ("topology", ("base", "residual", "anchor", "anchor_star", "mesh")),
+            ("topology", ("base", "residual", "anchor", "anchor_star", "gated", "injection", "mesh")),
             ("pooling", ("self_aggregation", "mean")),
             ("allocation", ("learned", "uniform")),
             ("update_scale", ("sqrt", "linear", "none")),

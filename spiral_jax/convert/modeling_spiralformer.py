@@ -289,7 +289,7 @@ class SpiralFormerLayer(nn.Module):
 
 
 class SpiralFormerStep(nn.Module):
-    """What one iteration has of its own: the way from tokens to chunks and back. Empty at full resolution."""
+    """What one iteration has of its own: the way from tokens to chunks and back, and what its topology needs."""
 
     def __init__(self, config: SpiralFormerConfig, t: int):
         super().__init__()
@@ -303,6 +303,27 @@ class SpiralFormerStep(nn.Module):
         if G > 1 and config.allocation == "learned":
             self.allocator = nn.Linear(config.hidden_size, G)
             self.allocator.init_std = 0.0
+        self.topology = config.topology
+        if self.topology == "gated":
+            self.gate = nn.Linear(config.hidden_size, 1)
+            self.gate.init_std = 0.0
+        if self.topology == "injection":
+            self.inject = nn.Linear(2 * config.hidden_size, config.hidden_size)
+            self.inject.init_pass = True
+
+    def core_input(self, h_BxMxD: torch.Tensor, emb_BxMxD: torch.Tensor) -> torch.Tensor:
+        """What the core starts from, at token level."""
+        if self.topology == "injection":
+            return self.inject(torch.cat([h_BxMxD, emb_BxMxD], dim=-1))
+        return h_BxMxD
+
+    def next_state(self, e_BxMxD: torch.Tensor, h_BxMxD: torch.Tensor, start_BxMxD, emb_BxMxD) -> torch.Tensor:
+        """h(t+1) of the topologies without a memory."""
+        if self.topology == "gated":
+            a_BxMx1 = wide_linear(self.gate, h_BxMxD).sigmoid()
+            return (a_BxMx1 * e_BxMxD + (1 - a_BxMx1) * h_BxMxD).to(e_BxMxD.dtype)
+        added = {"residual": h_BxMxD, "anchor": start_BxMxD, "anchor_star": emb_BxMxD}.get(self.topology)
+        return e_BxMxD if added is None else e_BxMxD + added
 
     def down_scale(self, h_BxMxD: torch.Tensor, tokens: Span, cache: SpiralFormerCache):
         """The chunks that the new tokens close: z_BxNxD, and on the CPU which is each row's first and how many it has.
@@ -376,7 +397,9 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if hasattr(module, "init_pass"):  # a Linear that begins by passing its first inputs on
+            nn.init.eye_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=getattr(module, "init_std", hidden_std(self.config)))
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -474,18 +497,25 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             h_BxMxD = self.memory[0](h_BxMxD, h_BxMxD, written)
         states = [emb_BxMxD, h_BxMxD]
         for t in range(len(self.steps)):
-            e_BxMxD = self._update(t, h_BxMxD, tokens, cache, keep)
+            e_BxMxD = self._update(t, self.steps[t].core_input(h_BxMxD, emb_BxMxD), tokens, cache, keep)
             if topology == "mesh":
                 h_BxMxD = self.memory[t + 1](h_BxMxD, e_BxMxD, written)
             else:
-                added = {"base": None, "residual": h_BxMxD, "anchor": start_BxMxD, "anchor_star": emb_BxMxD}[topology]
-                h_BxMxD = e_BxMxD if added is None else e_BxMxD + added
+                h_BxMxD = self.steps[t].next_state(e_BxMxD, h_BxMxD, start_BxMxD, emb_BxMxD)
             states.append(h_BxMxD)
         h_BxMxD = self._layers(self.coda, h_BxMxD, tokens, cache if keep else None, "coda")
         return [*states, self.final_layer_norm(h_BxMxD)]
 
     def _update(self, t: int, h_BxMxD: torch.Tensor, tokens: Span, cache: SpiralFormerCache, keep: bool):
-        """e(t): the core at the resolution of iteration t, run on the chunks that the new tokens close, if any."""
+        """e(t): the core at the resolution of iteration t, run on the chunks that the new tokens close, if any.
+
+        Args:
+          t: the iteration.
+          h_BxMxD: what it starts from.
+          tokens: where the new tokens go.
+          cache: what came before.
+          keep: whether to store keys and values.
+        """
         step, first_layer = self.steps[t], t * self.config.core_layers * (not self.config.shared_core)
         core = self.core[first_layer : first_layer + self.config.core_layers]
         kept = cache if keep else None

@@ -1,4 +1,4 @@
-"""Up-cycling: a new run that starts from the layers of a trained vanilla model."""
+"""Up-cycling: a new run that starts from the layers of a trained model, vanilla or looped."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from spiral_jax.convert.layout import is_vanilla, stacks
+from spiral_jax.convert.layout import operator_linears, stacks
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 
@@ -20,18 +20,22 @@ _SAME = ("vocab_size", "d_model", "num_heads", "rotary_dims", "rotary_base", "la
 class UpcycleConfig:
     """What a new run starts from, if not from random parameters.
 
-    Embeddings, layers, final LayerNorm and head come from the source; routers, scorers and allocators start as always.
-    It is read at step 0 only: a run that resumes has its own parameters, and the source may be gone by then.
+    Embeddings, layers, final LayerNorm and head come from the source. Of a looped source, routers, scorers, allocators
+    and whatever else iterations have of their own come along where name and shape are the same; the rest starts as
+    always. It is read at step 0 only: a run that resumes has its own parameters, and the source may be gone by then.
 
     Attributes:
-      source: folder of a trained vanilla model: a run (its newest checkpoint), an export or any Hugging Face GPT-NeoX;
-        empty to start from random parameters.
-      prelude: the source's layers, counted from 0, that become the prelude; empty for its first ones.
+      source: folder of a trained model: a run (its newest checkpoint), an export or any Hugging Face GPT-NeoX; empty to
+        start from random parameters.
+      prelude: the source's layers that become the prelude, counted from 0 over its prelude, core (once, or with
+        `model.shared_core` False every iteration's) and coda; empty for its first ones.
       core: the source's layers that become the core (with `model.shared_core` False, those of all iterations in
         order); empty for those between the prelude's and the coda's.
       coda: the source's layers that become the coda; empty for its last ones.
       core_method: `select` takes as many layers as the core has; `average` takes a multiple M K of its number of layers
         K, and core layer i is the mean of the listed layers i, i + K, i + 2 K, ...
+      iterations: for each iteration of the model, which of the source's it takes its own parameters from; empty for the
+        same ones where both have as many, and for a vanilla source.
     """
 
     source: str = ""
@@ -39,6 +43,7 @@ class UpcycleConfig:
     core: tuple[int, ...] = ()
     coda: tuple[int, ...] = ()
     core_method: CoreMethod = "select"
+    iterations: tuple[int, ...] = ()
 
     def __post_init__(self):
         methods = get_args(CoreMethod)
@@ -47,33 +52,63 @@ class UpcycleConfig:
             layers = getattr(self, field)
             require(all(layer >= 0 for layer in layers), f"upcycle.{field}", layers, "layer numbers from 0")
             require(not layers or self.source != "", f"upcycle.{field}", layers, "nothing without upcycle.source")
+        chosen = self.iterations
+        require(all(t >= 0 for t in chosen), "upcycle.iterations", chosen, "iterations of the source, from 0")
+        require(not chosen or self.source != "", "upcycle.iterations", chosen, "nothing without upcycle.source")
 
 
 def upcycled(
     config: UpcycleConfig, model: ModelConfig, source: ModelConfig, params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The parameters of a model that come from a vanilla one.
+    """The parameters of a model that come from another one.
 
     Args:
       config: which layers become which.
       model: the model to start.
-      source: the vanilla model.
+      source: the model to start from.
       params: its parameters, NumPy arrays; they are not changed.
 
     Returns:
-      The groups of `model`'s parameter tree that the source has something for, NumPy arrays.
+      The part of `model`'s parameter tree that the source has something for, NumPy arrays.
 
     Raises:
-      SpiralError: a source that is not vanilla or does not fit, or layers it does not have, with the field's name.
+      SpiralError: a source that does not fit, or layers or iterations it does not have, with the field's name.
     """
-    parts = source_layers(config, model, source)
+    parts, steps = source_layers(config, model, source), source_iterations(config, model, source)
     layers = [params[stack]["layers"] for stack in stacks(source)]
     layers = jax.tree.map(lambda *arrays: np.concatenate(arrays), *layers) if layers else {}
     groups_of_core, taken = iter(parts["core"]), {}
     for stack, names in stacks(model).items():
         groups = parts[stack] if stack in ("prelude", "coda") else [next(groups_of_core) for _ in names]
         taken[stack] = {"layers": jax.tree.map(lambda array, groups=groups: _mean_layers(array, groups), layers)}
+    found = {linear.path: linear.linear for linear in operator_linears(source)}
+    for _, (group, name), linear in operator_linears(model):
+        other = group if group == "entry" else steps.get(group)
+        before = found.get((other, name))
+        if before is not None and (before.kernel_shape, before.bias) == (linear.kernel_shape, linear.bias):
+            taken.setdefault(group, {})[name] = params[other][name]
     return {group: params[group] for group in ("embed", "final_norm", "head")} | taken
+
+
+def fresh_linears(model: ModelConfig, taken: Mapping[str, Any]) -> list[str]:
+    """Names of the model's iterations' Linears that `upcycled` found nothing for."""
+    return [f"{group}/{name}" for _, (group, name), _ in operator_linears(model) if name not in taken.get(group, {})]
+
+
+def source_iterations(config: UpcycleConfig, model: ModelConfig, source: ModelConfig) -> dict[str, str]:
+    """For each iteration's group of parameters the source's; nothing if the source has no iterations.
+
+    Raises:
+      SpiralError: as for `upcycled`.
+    """
+    chosen, T, total = config.iterations, model.num_iterations, source.num_iterations
+    require(total > 0 or not chosen, "upcycle.iterations", chosen, "nothing, as upcycle.source has no iterations")
+    if not chosen and total in (0, T):
+        chosen = tuple(range(total))
+    if total:
+        allowed = f"{T} of the source's iterations 0..{total - 1}, one for each of model.chunks"
+        require(len(chosen) == T and all(t < total for t in chosen), "upcycle.iterations", chosen, allowed)
+    return {f"steps_{t}": f"steps_{s}" for t, s in enumerate(chosen)}
 
 
 def source_layers(config: UpcycleConfig, model: ModelConfig, source: ModelConfig) -> dict[str, list[list[int]]]:
@@ -82,7 +117,6 @@ def source_layers(config: UpcycleConfig, model: ModelConfig, source: ModelConfig
     Raises:
       SpiralError: as for `upcycled`.
     """
-    require(is_vanilla(source), "upcycle.source", config.source, f"a vanilla model; this one is {source.notation}")
     for field in _SAME:
         given, found = getattr(model, field), getattr(source, field)
         name = "rotary_fraction" if field == "rotary_dims" else field
@@ -118,15 +152,23 @@ def source_layers(config: UpcycleConfig, model: ModelConfig, source: ModelConfig
     }
 
 
-def place(taken: Mapping[str, Any], abstract_params: Mapping[str, Any]) -> dict[str, Any]:
-    """Host arrays as the device arrays of a program: every process holds the whole, every device takes its part."""
+def place(taken: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """A program's parameters with host arrays in place of some of them.
 
-    def put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    Args:
+      taken: a part of the tree; every process holds the whole of its arrays, every device takes its part.
+      params: the tree of device arrays.
+    """
+
+    def put(like: jax.Array, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(
             like.shape, like.sharding, lambda index: np.asarray(array[index], like.dtype)
         )
 
-    return jax.tree.map(put, dict(taken), {group: abstract_params[group] for group in taken})
+    return {
+        name: x if name not in taken else place(taken[name], x) if isinstance(x, Mapping) else put(x, taken[name])
+        for name, x in params.items()
+    }
 
 
 def _mean_layers(array: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:

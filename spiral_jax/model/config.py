@@ -41,7 +41,8 @@ class ModelConfig:
       shifts: right shift s of each iteration; None for g - 1, the least that keeps the model causal.
       shared_core: False gives every iteration layers of its own (Pythia+MeSH).
       topology: how an iteration's update e(t) becomes the next state: alone (`base`), added to h(t) (`residual`), to
-        the prelude's output (`anchor`), to the embeddings (`anchor_star`), or through a memory of slots (`mesh`); or
+        the prelude's output (`anchor`), to the embeddings (`anchor_star`), mixed with h(t) by a gate (`gated`), through
+        a memory of slots (`mesh`); or alone, with the embeddings mixed into what the core starts from (`injection`); or
         one of your own (docs/topologies.md).
       memory_slots: MeSH slots S; None for T + 3. Only read by topology `mesh`.
       pooling: how a chunk becomes one vector: a learned weighted mean (`self_aggregation`), the `mean`, or your own.

@@ -1,21 +1,21 @@
 """Whether operators fit what they declare: found out from shapes, before anything is compiled."""
 
+import dataclasses
 import functools
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import require
 from spiral_jax.model import iteration
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Linear
 from spiral_jax.model.pooling import poolings
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
-from spiral_jax.registry import Registry
+from spiral_jax.registry import Registry, guarded
 
 # Rows of the abstract arrays: a size that nothing else has by itself.
 B = 3
@@ -28,6 +28,7 @@ def check_operators(config: ModelConfig) -> None:
     Raises:
       SpiralError: naming the operator, its file, and what is wrong.
     """
+    config = dataclasses.replace(config, dtype="float32")  # shapes are the same in any, and this one is always there
     topology, pooling, spreading = config.operators
     of_topology = _Checked(topologies, config.topology)
     of_pooling, of_spreading = _Checked(poolings, config.pooling), _Checked(spreadings, config.allocation)
@@ -88,15 +89,8 @@ class _Checked:
         require(given == shape, f"{self.where}: what {function} gives", given, f"an array of shape {shape}")
 
     def _guarded(self, function: str, call: Callable[[], Any]) -> Any:
-        try:
+        with guarded(f"{self.where}: {function}", self.file):
             return call()
-        except SpiralError:
-            raise
-        except Exception as error:  # whatever somebody's own code raises
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
-            place = f" line {lines[-1]}" if lines else ""
-            reason = " ".join(str(error).split())[:300]
-            raise SpiralError(f"{self.where}: {function}{place}: {type(error).__name__}: {reason}") from error
 
 
 def _one_token(config, level, arrays, h_BxD):

@@ -138,6 +138,50 @@ class AnchorStar(Topology):
         return e_BxLxD + states.h_emb_BxLxD
 
 
+@topologies.register("gated")
+class Gated(Topology):
+    """h(t+1) = a e(t) + (1 - a) h(t), a = sigmoid(gate_t(h(t))) per token. The gate starts at 1/2."""
+
+    def linears(self, level: Level) -> dict[str, Linear]:
+        return {"gate": Linear(self.config.d_model, 1)}
+
+    def next_state(self, states, e_BxLxD, linears):
+        a_BxLx1 = jax.nn.sigmoid(linears["gate"](states.h_BxLxD))
+        return a_BxLx1 * e_BxLxD + (1 - a_BxLx1) * states.h_BxLxD
+
+    def kept_vectors(self) -> int:
+        # Every e(t), and h(t) where it is not the input of the core's first layer.
+        return self.config.num_iterations + sum(level.chunk > 1 for level in self.config.schedule)
+
+
+@topologies.register("injection")
+class Injection(Topology):
+    """h(t+1) = e(t), where the core starts from inject_t([h(t), h_emb]) (after Huginn, arXiv 2502.05171).
+
+    The Linear 2d -> d starts as the one that passes h(t) on.
+    """
+
+    def linears(self, level: Level) -> dict[str, Linear]:
+        d = self.config.d_model
+        return {"inject": Linear(2 * d, d, ("embed",), ("activation_embed",), init=_pass_first_half, is_matrix=True)}
+
+    def core_input(self, states, linears):
+        return linears["inject"](jnp.concatenate([states.h_BxLxD, states.h_emb_BxLxD], axis=-1))
+
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD
+
+    def kept_vectors(self) -> int:
+        # Every h(t), and the embeddings.
+        return self.config.num_iterations + 1
+
+
+def _pass_first_half(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    """Identity on top of zero."""
+    del key
+    return jnp.eye(*shape, dtype=dtype)
+
+
 class Write(NamedTuple):
     """One write into MeSH's slots.
 

@@ -5,8 +5,9 @@ import math
 from typing import Literal, get_args
 
 from spiral_jax.errors import require
+from spiral_jax.training.optimizers import optimizers
+from spiral_jax.training.schedules import schedules
 
-Schedule = Literal["cosine", "wsd", "constant"]
 Attention = Literal["auto", "xla", "splash", "cudnn"]
 GatherCore = Literal["iteration", "step"]
 
@@ -49,23 +50,30 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Attributes:
+      name: `adamw`; `muon`, which orthogonalises the updates of matrices and leaves the rest to AdamW; or one of your
+        own (docs/topologies.md).
       peak_learning_rate: reached at the end of warm-up.
       schedule: `cosine` falls to the final rate over all steps; `wsd` (warm-up, stable, decay) stays at the peak and
-        falls linearly over the last `decay_fraction` of the steps; `constant` stays at the peak.
+        falls linearly over the last `decay_fraction` of the steps; `constant` stays at the peak; or one of your own.
       warmup_steps: steps of linear warm-up; None for ceil(`warmup_fraction` of the steps).
       warmup_fraction: see `warmup_steps`.
       decay_fraction: part of the steps that `wsd` decays over.
       final_fraction: the last step's learning rate over the peak (`cosine`, `wsd`).
       beta1, beta2, epsilon: AdamW's decay of the first and second moment, and the term that keeps it finite.
       weight_decay: decoupled, times the learning rate, on matrices and embeddings only.
+      muon_momentum: decay of Muon's momentum.
+      muon_update_rms: root mean square of Muon's update of a matrix, before the learning rate. 0.2 is about AdamW's, so
+        that its learning rates and decay carry over; 0 scales by sqrt(max(1, outputs / inputs)) instead, as the first
+        Muon did.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
     """
 
+    name: str = "adamw"
     peak_learning_rate: float = 6e-4
-    schedule: Schedule = "cosine"
+    schedule: str = "cosine"
     warmup_steps: int | None = None
     warmup_fraction: float = 0.01
     decay_fraction: float = 0.2
@@ -74,23 +82,25 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.01
+    muon_momentum: float = 0.95
+    muon_update_rms: float = 0.2
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        schedules = get_args(Schedule)
-        require(self.schedule in schedules, "optimizer.schedule", self.schedule, ", ".join(schedules))
+        optimizers.check(self.name)
+        schedules.check(self.schedule)
         warmup = self.warmup_steps
         require(warmup is None or warmup >= 0, "optimizer.warmup_steps", warmup, "0 or more")
         for field in ("warmup_fraction", "decay_fraction", "final_fraction"):
             value = getattr(self, field)
             require(0 <= value <= 1, f"optimizer.{field}", value, "0 to 1")
-        for field in ("beta1", "beta2"):
+        for field in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field}", value, "0 or more and less than 1")
         for field in ("peak_learning_rate", "epsilon"):
             value = getattr(self, field)
             require(value > 0 and math.isfinite(value), f"optimizer.{field}", value, "a positive number")
-        for field in ("weight_decay", "clip_norm"):
+        for field in ("weight_decay", "clip_norm", "muon_update_rms"):
             value = getattr(self, field)
             require(value >= 0 and math.isfinite(value), f"optimizer.{field}", value, "0 or more")
 
@@ -100,8 +110,4 @@ class OptimizerConfig:
 
     def stable_until(self, steps: int) -> int:
         """First step whose learning rate depends on how many steps follow, in a run of `steps`."""
-        if self.schedule == "constant":
-            return steps
-        if self.schedule == "wsd":
-            return steps - math.ceil(self.decay_fraction * steps)
-        return 0
+        return schedules[self.schedule](self, steps).stable_until()

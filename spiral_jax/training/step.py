@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.config import RunConfig
 from spiral_jax.kernels.choose import attention_for
@@ -19,7 +19,8 @@ from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.sharding import batch_sharding, constrain, replicated, shardings_of
 from spiral_jax.training import fsdp
 from spiral_jax.training.loss import mean_window_nats, window_nats
-from spiral_jax.training.optimizer import learning_rate, make_optimizer
+from spiral_jax.training.optimizers import make_optimizer, state_shardings
+from spiral_jax.training.schedules import learning_rate
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -80,7 +81,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """
     attention = attention_for(mesh, config.model, config.train.attention)
     model = SpiralFormer(config.model, Backend(attention, functools.partial(constrain, mesh)))
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -112,7 +113,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     return Program(
         model=model,
         mesh=mesh,
-        init=jax.jit(lambda key: nn.unbox(_initial_state(config, key)), out_shardings=shardings),
+        init=jax.jit(functools.partial(_initial_state, config), out_shardings=shardings),
         train_step=jax.jit(
             train_step, in_shardings=(shardings, batch), out_shardings=(shardings, everywhere), donate_argnums=0
         ),
@@ -124,19 +125,33 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
 def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """The TrainState's shapes, dtypes and shardings on a mesh, which may be one that is not there."""
-    boxed = jax.eval_shape(functools.partial(_initial_state, config), jax.eval_shape(lambda: jax.random.key(0)))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings_of(boxed, mesh),
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(functools.partial(_initial_params, config), key)
+    state = jax.eval_shape(functools.partial(_initial_state, config), key)
+    params = jax.tree.map(_placed, nn.unbox(boxed), shardings_of(boxed, mesh))
+    everywhere = functools.partial(_placed, sharding=replicated(mesh))
+    return TrainState(
+        everywhere(state.step),
+        params,
+        jax.tree.map(_placed, state.opt_state, state_shardings(state.opt_state, params, mesh)),
+        everywhere(state.rng),
     )
 
 
+def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _initial_params(config: RunConfig, key: jax.Array):
+    """Of step 0, still boxed with the names of their axes."""
+    return SpiralFormer(config.model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def _initial_state(config: RunConfig, key: jax.Array) -> TrainState:
-    """Step 0, its parameters still boxed with the names of their axes."""
+    """Step 0."""
     init_key, rng = jax.random.split(key)
-    params = SpiralFormer(config.model).init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    params = nn.unbox(_initial_params(config, init_key))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.model)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
 
 

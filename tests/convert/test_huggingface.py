@@ -22,6 +22,8 @@ CONFIGS = {
     "mesh": TINY,
     "vanilla": dataclasses.replace(TINY, chunks=(), topology="base", core_layers=0),
     "unshared": dataclasses.replace(TINY, shared_core=False, topology="anchor", pooling="mean"),
+    "gated": dataclasses.replace(TINY, topology="gated"),
+    "injection": dataclasses.replace(TINY, topology="injection", pooling="mean"),
     "no_layers_outside": dataclasses.replace(TINY, prelude_layers=0, coda_layers=0, allocation="uniform"),
     "no_core": dataclasses.replace(TINY, core_layers=0, memory_slots=2, offsets=(1, 1, 0), shifts=(5, 5, 0)),
 }

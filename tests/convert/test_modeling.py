@@ -200,6 +200,8 @@ JAX_CASES = {
     "mesh": dict(levels=[(8, 3, 7), (4, 1, 13), (2, 1, 2), (1, 0, 0)]),
     "unshared_mesh": dict(levels=[(2, 0, 1), (1, 0, 0)], shared_core=False, memory_slots=3, core_layers=2),
     "no_outside": dict(levels=[(3, 1, 3), (1, 0, 0)], prelude_layers=0, coda_layers=0),
+    "gated": dict(levels=[(4, 3, 3), (2, 0, 2), (1, 0, 0)], topology="gated"),
+    "injection": dict(levels=[(4, 1, 3), (2, 1, 1), (1, 0, 0)], topology="injection"),
 }
 
 

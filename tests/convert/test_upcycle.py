@@ -13,9 +13,11 @@ from verbs import call
 import spiral_jax
 from spiral_jax import train
 from spiral_jax.config import RunConfig
-from spiral_jax.convert.upcycle import UpcycleConfig, place, source_layers, upcycled
+from spiral_jax.convert.upcycle import UpcycleConfig, fresh_linears, place, source_layers, upcycled
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.runs import abstract_params
 from spiral_jax.sharding import MeshConfig, make_mesh
 from spiral_jax.training.step import abstract_state
 
@@ -97,7 +99,7 @@ def test_which_layers(source, changes, model, expected):
             np.testing.assert_array_equal(layer, mean.astype(np.float32))
     assert taken["embed"] is source["embed"] and taken["head"] is source["head"]
     assert taken["final_norm"] is source["final_norm"]
-    assert not [group for group in taken if "router" in group or "scorer" in group or "allocator" in group]
+    assert not [group for group in taken if group == "entry" or group.startswith("steps_")]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +128,65 @@ def test_what_does_not_fit_is_named(source, changes, model, named):
     assert "\n" not in str(error.value)
 
 
-def test_a_source_that_is_not_vanilla_is_refused(random_model):
-    with pytest.raises(SpiralError, match=r"upcycle\.source.*vanilla"):
-        upcycled(GIVEN, SPIRAL, LOOP, random_model(LOOP)[2])
+# Looped sources
+
+
+LOOPED = dataclasses.replace(SPIRAL, chunks=(8, 4, 2, 1), memory_slots=7)
+
+
+@pytest.fixture(scope="module")
+def looped(random_model):
+    return random_model(LOOPED)[2]
+
+
+@pytest.mark.parametrize(
+    "chunks, iterations",
+    [((4, 2, 1), (1, 2, 3)), ((8, 8, 4, 2, 1), (0, 0, 1, 2, 3)), ((1, 2, 4, 8), (3, 2, 1, 0)), ((8, 4, 2, 1), ())],
+)
+def test_iterations_left_out_repeated_and_reordered(looped, chunks, iterations):
+    """Every array is where the field says, and nothing starts anew."""
+    model = dataclasses.replace(LOOPED, chunks=chunks)
+    taken = upcycled(dataclasses.replace(GIVEN, iterations=iterations), model, LOOPED, looped)
+    for part in ("embed", "head", "final_norm", "prelude", "core", "coda", "entry"):
+        jax.tree.map(np.testing.assert_array_equal, taken[part], looped[part])
+    for t, source in enumerate(iterations or range(4)):
+        jax.tree.map(np.testing.assert_array_equal, taken[f"steps_{t}"], looped[f"steps_{source}"])
+    assert fresh_linears(model, taken) == []
+    shapes = jax.tree.map(np.shape, taken)
+    assert shapes == jax.tree.map(np.shape, abstract_params(SpiralFormer(model)))
+
+
+def test_the_same_schedule_is_the_same_function(looped, forward):
+    tokens_BxL = np.random.default_rng(0).integers(0, 19, (2, 21)).astype(np.int32)
+    taken = upcycled(GIVEN, LOOPED, LOOPED, looped)
+    np.testing.assert_array_equal(forward(LOOPED, taken, tokens_BxL), forward(LOOPED, looped, tokens_BxL))
+
+
+def test_what_a_looped_source_has_not_starts_as_always(looped):
+    """Other slots (T + 3 of another T), another chunk size, another topology: said by name."""
+    fewer = dataclasses.replace(LOOPED, chunks=(4, 2, 1), memory_slots=None)
+    taken = upcycled(dataclasses.replace(GIVEN, iterations=(1, 2, 3)), fewer, LOOPED, looped)
+    routers = [f"{group}/{side}" for group in ("entry", "steps_0", "steps_1", "steps_2") for side in ("write", "read")]
+    assert fresh_linears(fewer, taken) == routers
+    assert set(taken["steps_0"]) == {"scorer", "allocator"}
+    other = dataclasses.replace(LOOPED, chunks=(4, 4, 2, 1), topology="gated")
+    taken = upcycled(GIVEN, other, LOOPED, looped)
+    assert fresh_linears(other, taken) == ["steps_0/gate", "steps_0/allocator", *(f"steps_{t}/gate" for t in (1, 2, 3))]
+
+
+@pytest.mark.parametrize(
+    "iterations, source, named",
+    [
+        ((), LOOPED, r"upcycle\.iterations is \(\); allowed: 3 of the source's iterations 0\.\.3"),
+        ((1, 2), LOOPED, r"upcycle\.iterations is \(1, 2\); allowed: 3 of"),
+        ((1, 2, 4), LOOPED, r"upcycle\.iterations is \(1, 2, 4\); allowed: 3 of"),
+        ((1, 2, 3), SOURCE, r"upcycle\.iterations is \(1, 2, 3\); allowed: nothing"),
+    ],
+)
+def test_iterations_that_are_not_there_are_named(iterations, source, named, random_model):
+    config = dataclasses.replace(GIVEN, iterations=iterations, core=(1, 2))
+    with pytest.raises(SpiralError, match=named):
+        upcycled(config, SPIRAL, source, random_model(source)[2])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +195,8 @@ def test_a_source_that_is_not_vanilla_is_refused(random_model):
         ({"core_method": "sum"}, "upcycle.core_method"),
         ({"source": "x", "core": (-1,)}, "upcycle.core"),
         ({"prelude": (1,)}, "upcycle.prelude"),
+        ({"iterations": (1,)}, "upcycle.iterations"),
+        ({"source": "x", "iterations": (-1,)}, "upcycle.iterations"),
     ],
 )
 def test_bad_sections(fields, named):
@@ -154,8 +214,11 @@ def test_parameters_lie_where_the_program_wants_them(source, mesh):
     taken = upcycled(dataclasses.replace(GIVEN, core_method="average"), model,
                      dataclasses.replace(SOURCE, vocab_size=20), grown)  # fmt: skip
     layout = abstract_state(RunConfig(model=model), make_mesh(MeshConfig(*mesh), jax.devices())).params
+    placed = place(taken, layout)
+    assert placed["entry"] is not None and jax.tree.structure(placed) == jax.tree.structure(layout)
     for array, like, host in zip(
-        *map(jax.tree.leaves, (place(taken, layout), {group: layout[group] for group in taken}, taken)), strict=True
+        *map(jax.tree.leaves, ({group: placed[group] for group in taken}, {g: layout[g] for g in taken}, taken)),
+        strict=True,
     ):
         assert (array.sharding, array.dtype) == (like.sharding, like.dtype)
         np.testing.assert_array_equal(np.asarray(array), host)

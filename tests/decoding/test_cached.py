@@ -20,6 +20,33 @@ SMALL = ModelConfig(vocab_size=V, d_model=16, num_heads=2, prelude_layers=1, cor
                     rotary_fraction=0.5, dtype="float32")  # fmt: skip
 
 
+class OpenChunk(NamedTuple):
+    """A softmax-weighted sum on its way: members weigh exp(score - top)."""
+
+    top_B: jax.Array
+    total_B: jax.Array
+    sum_BxD: jax.Array
+
+
+@poolings.register("running_aggregation")
+class RunningAggregation(SelfAggregation):
+    """Self-aggregation that keeps a sum, not the members: a one-token pass of a pooling's own."""
+
+    def open(self, level, batch):
+        zeros_BxD = jnp.zeros((batch, self.config.d_model))
+        return OpenChunk(jnp.full(batch, jnp.finfo(jnp.float32).min), zeros_BxD[:, 0], zeros_BxD)
+
+    def add(self, chunk, place_B, h_BxD, level, linears):
+        score_B = linears["scorer"](h_BxD)[:, 0]
+        top_B = jnp.maximum(chunk.top_B, score_B)
+        kept_B, weight_B = jnp.exp(chunk.top_B - top_B), jnp.exp(score_B - top_B)
+        sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD
+        return OpenChunk(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
+
+    def close(self, chunk, is_token_BxG, level, linears):
+        return chunk.sum_BxD / chunk.total_B[:, None]
+
+
 def small(**fields) -> ModelConfig:
     return dataclasses.replace(SMALL, **fields)
 
@@ -30,6 +57,7 @@ FAST = {
     "spiral_b": small(chunks=(8, 4, 2, 1), topology="mesh", core_layers=2),
     "far": small(**FAR, topology="mesh", memory_slots=3, prelude_layers=0, pooling="mean", update_scale="linear"),
     "between": small(chunks=(4, 1, 3, 3), topology="residual", coda_layers=0, allocation="uniform"),
+    "injection": small(chunks=(4, 2, 1), topology="injection"),
 }
 SLOW = {
     "vanilla": small(chunks=(), prelude_layers=2),
@@ -41,6 +69,9 @@ SLOW = {
     "no_outer": small(chunks=(4, 2, 1), prelude_layers=0, coda_layers=0, topology="anchor_star"),
     "beyond": small(chunks=(64, 2), topology="base"),
     "unrolled": small(chunks=(4, 2), core_layers=2, unroll=True, update_scale="none"),
+    "gated": small(chunks=(4, 2, 1), topology="gated"),
+    "injection_far": small(**FAR, topology="injection", shared_core=False),
+    "running": small(chunks=(5, 3, 1), offsets=(0, 2, 0), topology="gated", pooling="running_aggregation"),
     "no_rotary": small(chunks=(4, 2), rotary_fraction=0.0),
     **{
         f"{topology}_{pooling}_{allocation}_{scale}": small(
@@ -61,6 +92,11 @@ CONFIGS = [
 ]
 # One, shorter than every chunk but the smallest, not at a chunk's end, and the longest.
 LENGTHS = np.array([1, 2, 5, 11])
+
+
+def config_of_reference(config: ModelConfig) -> ModelConfig:
+    """With a pooling that the reference knows, of the same function and parameters."""
+    return dataclasses.replace(config, pooling=config.pooling.replace("running", "self"))
 
 
 def tokens(rows: int) -> np.ndarray:
@@ -103,7 +139,7 @@ def error(found, wanted) -> float:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_cached_logits_are_those_of_the_full_pass(config, random_model, forward, quick):
     """Ragged rows together; then a row alone, which has a program of its own, from its first token on."""
-    _, _, params = random_model(config)
+    _, _, params = random_model(config_of_reference(config))
     tokens_BxL = tokens(len(LENGTHS))
     full_BxLxV = forward(config, params, tokens_BxL)
     found = decode(config, params, tokens_BxL, LENGTHS, quick)
@@ -134,33 +170,6 @@ def early(config, iteration, slots_BxRxD, position_B):
 
 def never_opens(position_B, level):
     return position_B == 0
-
-
-class OpenChunk(NamedTuple):
-    """A softmax-weighted sum on its way: members weigh exp(score - top)."""
-
-    top_B: jax.Array
-    total_B: jax.Array
-    sum_BxD: jax.Array
-
-
-@poolings.register("running_aggregation")
-class RunningAggregation(SelfAggregation):
-    """Self-aggregation that keeps a sum, not the members: a one-token pass of a pooling's own."""
-
-    def open(self, level, batch):
-        zeros_BxD = jnp.zeros((batch, self.config.d_model))
-        return OpenChunk(jnp.full(batch, jnp.finfo(jnp.float32).min), zeros_BxD[:, 0], zeros_BxD)
-
-    def add(self, chunk, place_B, h_BxD, level, linears):
-        score_B = linears["scorer"](h_BxD)[:, 0]
-        top_B = jnp.maximum(chunk.top_B, score_B)
-        kept_B, weight_B = jnp.exp(chunk.top_B - top_B), jnp.exp(score_B - top_B)
-        sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD
-        return OpenChunk(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
-
-    def close(self, chunk, is_token_BxG, level, linears):
-        return chunk.sum_BxD / chunk.total_B[:, None]
 
 
 def not_rescaled(self, chunk, place_B, h_BxD, level, linears):
@@ -212,7 +221,7 @@ def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, ran
 @pytest.mark.parametrize("config", [case for case in CONFIGS if any(g > 1 for g in case.values[0].chunks)])
 def test_the_comparison_sees_a_broken_step_in_every_case(config, wrong, monkeypatch, random_model, forward, quick):
     """A place off by one; chunk 0 read before the shift is over."""
-    _, _, params = random_model(config)
+    _, _, params = random_model(config_of_reference(config))
     tokens_BxL, lengths_B = tokens(2), np.array([1, 4])
     wanted = expected(forward(config, params, tokens_BxL), lengths_B, LENGTH - 4)
     monkeypatch.setattr(entry, "locate" if wrong is misplaced else "update", wrong)

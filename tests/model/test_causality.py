@@ -15,6 +15,7 @@ MODELS = {
     "spiral_b": dict(chunks=(8, 4, 2, 1), topology="mesh"),
     "odd_far_shift": dict(chunks=(3, 5, 2), offsets=(2, 1, 1), shifts=(2, 6, 1), topology="mesh"),
     "scanned": dict(chunks=(4, 4, 1, 1), topology="residual", scan_iterations_from=2),
+    "injection": dict(chunks=(4, 2, 1), topology="injection"),
     "no_offset_mean_uniform": dict(chunks=(6, 3), offsets=(0, 0), topology="anchor", pooling="mean",
                                    allocation="uniform"),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Parameters and FLOPs: the papers' numbers, the formulas of `ModelConfig`, and what the model really holds."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -30,6 +31,8 @@ FAMILIES = {
     "spiral_b": (B, "mesh", 3),
     "spiral_b_anchor": (B, "anchor", 3),
     "spiral_l": (L, "mesh", 4),
+    "spiral_b_gated": (B, "gated", 3),
+    "spiral_b_injection": (B, "injection", 3),
 }
 NON_EMBEDDING = {  # SPEC sections 1 and 3
     "vanilla": (85_056_000, 302_311_424, 805_736_448, 1_208_602_624),
@@ -111,6 +114,21 @@ def test_paper_models(size, family):
     if family in NON_EMBEDDING:
         assert total - embeddings == NON_EMBEDDING[family][list(SIZES).index(size)]
     assert (config.router_parameters, config.scaler_parameters) == own_counts(shapes)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gates_and_injections(size):
+    """One Linear d -> 1 or 2d -> d with bias per iteration; 4 L d^2 FLOPs for each of the latter, none for a gate."""
+    base, gated, injection = (
+        dataclasses.replace(paper_config(size, "spiral_b_anchor"), topology=topology)
+        for topology in ("base", "gated", "injection")
+    )
+    d, T = base.d_model, 4
+    assert gated.total_parameters - base.total_parameters == gated.router_parameters == T * (d + 1)
+    assert injection.total_parameters - base.total_parameters == injection.router_parameters == T * (2 * d * d + d)
+    assert gated.prefill_flops(4096) == base.prefill_flops(4096)
+    assert injection.prefill_flops(4096) - base.prefill_flops(4096) == T * 4 * 4096 * d * d
+    assert injection.train_flops_per_token(64) - base.train_flops_per_token(64) == pytest.approx(3 * T * 4 * d * d)
 
 
 def test_router_example():

@@ -219,7 +219,7 @@ def test_equal_routers_have_the_entropy_of_all_slots(random_model, x64, quick):
     np.testing.assert_allclose(entropies(config, params, x64, quick)["router_entropy"], math.log(11), rtol=1e-5)
 
 
-@pytest.mark.parametrize("topology", ["base", "residual", "anchor", "anchor_star"])
+@pytest.mark.parametrize("topology", ["base", "residual", "anchor", "anchor_star", "gated", "injection"])
 def test_no_router_metrics_without_memory(topology):
     config = dataclasses.replace(SMALL, topology=topology, chunks=(3,))
     model = SpiralFormer(config)

@@ -88,6 +88,7 @@ SLOW = {
     "scanned iterations": config_of(model=dict(chunks=(1, 1, 1), scan_iterations_from=2)),
     "iterations of one level": config_of(model=dict(chunks=(1, 1, 1))),
     "vanilla": config_of(model=dict(chunks=(), core_layers=0, topology="base")),
+    "injection": config_of(model=dict(topology="injection")),
     "unshared": config_of(model=dict(chunks=(1, 1), shared_core=False), gather_core="step"),
 }
 
@@ -159,10 +160,18 @@ def test_flops_by_hand():
     assert kept.dense_executed == found.dense
 
 
-@pytest.mark.parametrize("remat", ["keep_inputs", pytest.param("keep_all", marks=pytest.mark.slow)])
-def test_matrix_work_is_that_of_the_closed_form(remat, compiled):
+@pytest.mark.parametrize(
+    "remat, topology",
+    [
+        ("keep_inputs", "anchor"),
+        ("keep_inputs", "injection"),
+        pytest.param("keep_all", "anchor", marks=pytest.mark.slow),
+        pytest.param("keep_all", "injection", marks=pytest.mark.slow),
+    ],
+)
+def test_matrix_work_is_that_of_the_closed_form(remat, topology, compiled):
     """Executed, on one device; the small rest is routers, scorers and what XLA on the CPU does of attention."""
-    config = config_of((1, 1, 1), model=dict(remat=remat, d_model=128, topology="anchor"))
+    config = config_of((1, 1, 1), model=dict(remat=remat, d_model=128, topology=topology))
     form = expected.flops(config)
     attention = form.attention * (2 + expected.FORWARD_ATTENTION[remat]) / 3
     assert work.dense_flops(compiled(config)) == pytest.approx(form.dense_executed + attention, rel=0.01)

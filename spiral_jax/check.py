@@ -1,0 +1,55 @@
+"""Checks what must hold for a configuration's operators and optimizer, your own above all. Needs no data and no TPU.
+
+python -m spiral_jax.check --config=experiments/own_topology.py
+python -m spiral_jax.check --config=experiments/pile.py:160m,spiral_b --import=mine.py --config.model.pooling=mine
+
+On a small model with the same operators, schedule and optimizer, with random weights, on the CPU: no token sees a later
+one, at several offsets and lengths; rows of a batch do not see each other; iterations in a scan, decoding with caches
+and training on a mesh of eight devices give what the plain program gives.
+"""
+
+import jax
+from absl import flags
+from jax._src import xla_bridge
+
+from spiral_jax import command, invariants, own_code
+from spiral_jax.errors import SpiralError
+
+
+def define(values: flags.FlagValues) -> None:
+    command.define_config(values)
+
+
+def main(values: flags.FlagValues) -> None:
+    config = command.config_of(values)
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+    own = own_code.own_code(config.to_dict())
+    for registry in own_code.REGISTRIES:
+        room, field = registry.field.split(".")
+        name = getattr(getattr(config, room), field)
+        of = f" of {own[registry.field]['file']}" if registry.field in own else ""
+        print(f"{registry.field:<18} {name}{of}")
+    print(flush=True)
+    failed = []
+    for finding in invariants.check(config):
+        print(as_text(finding), flush=True)
+        if not finding.ok:
+            failed.append(finding)
+    if failed:
+        what = " and ".join(f"{finding.name} ({finding.where})" for finding in failed)
+        names = f"model.topology {config.model.topology!r}, model.pooling {config.model.pooling!r}, model.allocation "
+        raise SpiralError(f"{names}{config.model.allocation!r}, optimizer.name {config.optimizer.name!r}: found {what}")
+
+
+def as_text(finding: invariants.Finding) -> str:
+    """A line for people."""
+    line = f"{'ok    ' if finding.ok else 'FAILED'} {finding.name:<10} {finding.compared}"
+    if finding.difference is not None:
+        line += f": differ by {finding.difference:.1e} of their scale"
+    return line if finding.ok else f"{line}, allowed {invariants.TOLERANCE:.0e}; {finding.where}"
+
+
+if __name__ == "__main__":
+    command.run("check", __doc__, define, main)

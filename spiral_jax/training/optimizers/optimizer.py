@@ -1,0 +1,64 @@
+"""The registry of optimizers, the transformation that a step applies, and where its state lies."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.registry import Registry, guarded
+from spiral_jax.sharding import replicated
+from spiral_jax.training.schedules import learning_rate
+
+if TYPE_CHECKING:
+    from spiral_jax.training.config import OptimizerConfig
+
+# (its fields, the learning rate, the model) to the transformation of gradients into updates.
+Optimizer = Callable[["OptimizerConfig", optax.Schedule, ModelConfig], optax.GradientTransformation]
+
+optimizers: Registry[Optimizer] = Registry("optimizer.name")
+
+
+def make_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) -> optax.GradientTransformation:
+    """Clips by the global norm, then the optimizer.
+
+    Raises:
+      SpiralError: somebody's own optimizer raises something.
+    """
+    code = optimizers.code(config.name)
+    make = optimizers[config.name]
+    with guarded(f"optimizer.name {config.name!r} ({code.file})", code.file):
+        optimizer = make(config, learning_rate(config, steps), model)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, optimizer)
+
+
+def state_shardings(opt_state: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Where an optimizer's state lies: moments with their parameters, whatever else on every device.
+
+    An array belongs to the parameter whose path its own path ends with, if it has that parameter's shape. Masked
+    leaves are no arrays, and so no trouble.
+
+    Args:
+      opt_state: of any optax transformation, abstract.
+      params: tree of dictionaries of arrays with shardings.
+      mesh: the devices.
+    """
+    of_path = {_names(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    longest = max(map(len, of_path))
+
+    def sharding(path, x):
+        names = _names(path)
+        for length in range(min(longest, len(names)), 0, -1):
+            param = of_path.get(names[-length:])
+            if param is not None and param.shape == x.shape:
+                return param.sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def _names(path) -> tuple[Any, ...]:
+    return tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)

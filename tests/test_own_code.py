@@ -1,0 +1,318 @@
+"""Topologies, poolings and optimizers in files of one's own: every command takes them, none runs without the file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from verbs import call
+
+import spiral_jax
+from spiral_jax import describe, evaluate, export, generate, own_code, train
+from spiral_jax.metrics import read_rows
+from spiral_jax.model.topology import topologies
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--config.model.d_model=32", "--config.model.core_layers=1", "--config.model.chunks=(2,1)",
+    "--config.train.steps=4", "--config.train.batch_size=8", "--config.train.sequence_length=16",
+    "--config.checkpoint.every_steps=2", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+]  # fmt: skip
+OWN = """
+import jax
+import jax.numpy as jnp
+import optax
+from spiral_jax.config import default_config
+from spiral_jax.model.operators import Linear
+from spiral_jax.model.pooling import Pooling, poolings
+from spiral_jax.model.spreading import Spreading, spreadings
+from spiral_jax.model.topology import Topology, topologies
+from spiral_jax.training.optimizers import optimizers
+from spiral_jax.training.schedules import Schedule, schedules
+
+
+@poolings.register("last")
+class Last(Pooling):
+    def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
+        return h_BxNxGxD[:, :, -1]
+
+
+@spreadings.register("first")
+class First(Spreading):
+    def shares(self, zhat_BxNxD, level, linears):
+        return jax.nn.one_hot(0, level.chunk)[None, None]
+
+
+@optimizers.register("lion")
+def lion(config, learning_rate, model):
+    return optax.lion(learning_rate, b1=config.beta1, weight_decay=config.weight_decay)
+
+
+@schedules.register("square_root")
+class SquareRoot(Schedule):
+    def factor(self, k):
+        return (self.config.resolved_warmup(self.steps) / (k + 1)) ** 0.5
+
+
+def get_config(argument=""):
+    config = default_config()
+    config.model.update(dict(vocab_size=264, d_model=32, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=0,
+                             chunks=(2, 1), dtype="float32", pooling="last", allocation="first", topology="base"))
+    config.train.update(dict(steps=3, batch_size=8, sequence_length=16))
+    config.optimizer.update(dict(name="lion", schedule="square_root", warmup_steps=1, peak_learning_rate=1e-3))
+    config.data.paths = ("TEXT",)
+    config.data.validation_fraction = 0.2
+    config.mesh.data, config.mesh.fsdp = 2, 4
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the example, a text, and a run of the example that was stopped after step 2 of 4."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copy(ROOT / "experiments/own_topology.py", folder / "mine.py")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(400)))
+    (folder / "own.py").write_text(OWN.replace("TEXT", str(text)))
+    return folder
+
+
+def arguments(folder, *more):
+    return [f"--config={folder}/mine.py", *SMALL, f"--config.data.paths={folder}/text.txt", *more]
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    workdir = folder / "run"
+    assert call(train, *arguments(folder, f"--workdir={workdir}")) == (0, "")
+    return workdir
+
+
+def test_the_example_trains_decodes_and_is_counted(folder, run, capsys):
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    saved = json.loads((run / own_code.FILE).read_text())
+    assert saved["model.topology"]["name"] == "blend" and len(saved["model.topology"]["sha256"]) == 64
+    flag = f"--import={folder}/mine.py"
+    status, errors = call(generate, flag, f"--workdir={run}", "--prompt=line", "--max_new_tokens=5", "--temperature=0")
+    assert status == 0 and "note" not in errors
+    assert call(evaluate, flag, f"--workdir={run}") == (0, "")
+    capsys.readouterr()
+    assert call(describe, *arguments(folder, "--json", "--devices=8")) == (0, "")
+    counts = json.loads(capsys.readouterr().out)["parameters"]
+    assert counts["router"] == 2 * 3 * (32 + 1)
+    _, params = spiral_jax.load(run)
+    assert params["steps_1"]["mix"]["kernel"].shape == (32, 3)
+    assert np.abs(params["steps_1"]["mix"]["kernel"]).max() > 0
+
+
+def test_a_run_directory_alone_runs_no_code(folder, run, monkeypatch):
+    """The file is named, and not executed."""
+    monkeypatch.delitem(topologies._entries, "blend")
+    for verb, *more in (
+        (generate, "--prompt=a"),
+        (evaluate,),
+        (export, f"--output={folder}/out"),
+    ):
+        status, errors = call(verb, f"--workdir={run}", *more)
+        assert status == 2 and errors.count("\n") == 1
+        assert "model.topology is 'blend'" in errors and f"--import={folder}/mine.py" in errors
+
+
+def test_another_file_is_said_in_one_line_at_resume(folder, run, tmp_path, capsys):
+    workdir, mine = tmp_path / "run", folder / "mine.py"
+    shutil.copytree(run, workdir)
+    before = mine.read_text()
+    try:
+        assert call(train, *arguments(folder, f"--workdir={workdir}")) == (0, "")
+        assert "note:" not in capsys.readouterr().out
+        mine.write_text(before + "# a remark\n")
+        assert call(train, *arguments(folder, f"--workdir={workdir}")) == (0, "")
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+        assert len(lines) == 1 and "model.topology 'blend' is not what the run was started with" in lines[0]
+    finally:
+        mine.write_text(before)
+
+
+def test_export_says_that_pytorch_has_no_code_for_it(folder, run):
+    status, errors = call(export, f"--import={folder}/mine.py", f"--workdir={run}", f"--output={folder}/out")
+    assert status == 2 and errors.count("\n") == 1
+    assert "model.topology is 'blend'" in errors and "PyTorch has no code" in errors
+    assert not (folder / "out").exists()
+
+
+def test_poolings_allocations_optimizers_and_schedules(folder, capsys):
+    """On a mesh, to the end; what each is for shows in the run."""
+    assert call(train, f"--config={folder}/own.py", f"--workdir={folder}/own") == (0, "")
+    rates = [row["learning_rate"] for row in read_rows(folder / "own/metrics.jsonl")]
+    np.testing.assert_allclose(rates, [1e-3, 1e-3 / 2**0.5, 1e-3 / 3**0.5], rtol=1e-5)
+    saved = json.loads((folder / "own" / own_code.FILE).read_text())
+    assert set(saved) == {"model.pooling", "model.allocation", "optimizer.name", "optimizer.schedule"}
+    status, errors = call(train, f"--config={folder}/own.py", f"--workdir={folder}/own", "--config.train.steps=5")
+    assert status == 2 and "the square_root schedule depends on it from the first step" in errors
+
+
+HEAD = """
+from spiral_jax.model.operators import Linear
+from spiral_jax.model.pooling import Pooling, poolings
+from spiral_jax.model.topology import Topology, topologies
+from spiral_jax.training.optimizers import optimizers
+"""
+BAD_FILES = {
+    "two registrations of one name": (
+        """
+@topologies.register("twice")
+class One(Topology): pass
+@topologies.register("twice")
+class Two(Topology): pass
+""",
+        "twice",
+        r"model.topology: 'twice', registered in {file}:9, has that name already from {file}:7",
+    ),
+    "a name of the package's": (
+        """
+@topologies.register("mesh")
+class Mine(Topology): pass
+""",
+        "mesh",
+        r"model.topology: 'mesh', registered in {file}:7, has that name already from",
+    ),
+    "no class of the kind": (
+        """
+@topologies.register("pooled")
+class Mine(Pooling): pass
+""",
+        "pooled",
+        "is no Topology; allowed: its subclasses",
+    ),
+    "a near name": ("", "gatd", "model.topology is 'gatd'; did you mean 'gated'? allowed: base, "),
+    "a file without what the configuration names": ("", "mine", "--import=FILE, the file that registers it"),
+    "a file that raises": ("raise RuntimeError('no such thing')", "mesh", "line 6: RuntimeError: no such thing"),
+    "no Linear": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def linears(self, level):
+        return {"gate": 3}
+""",
+        "bad",
+        "linears 'gate' is 3; allowed: a Linear",
+    ),
+    "features that do not fit": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def linears(self, level):
+        return {"gate": Linear(self.config.d_model, 5)}
+    def next_state(self, states, e_BxLxD, linears):
+        return linears["gate"](e_BxLxD) * e_BxLxD
+""",
+        "bad",
+        "next_state, line 12: TypeError: mul got incompatible shapes",
+    ),
+    "inputs that do not fit": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def linears(self, level):
+        return {"gate": Linear(7, 1)}
+    def next_state(self, states, e_BxLxD, linears):
+        return linears["gate"](e_BxLxD) * e_BxLxD
+""",
+        "bad",
+        "next_state, line 12: TypeError",
+    ),
+    "a shape that is not due": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD[:, :1]
+""",
+        "bad",
+        r"what next_state gives is (3, 1, 128); allowed: an array of shape (3, 8, 128)",
+    ),
+    "a Linear that is not declared": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def next_state(self, states, e_BxLxD, linears):
+        return linears["gate"](e_BxLxD)
+""",
+        "bad",
+        "next_state, line 10: KeyError: 'gate'",
+    ),
+    "two Linears of one name": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def linears(self, level):
+        return {"scorer": Linear(self.config.d_model, 1)}
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD
+""",
+        "bad",
+        "names of Linears is ['scorer', 'scorer', 'allocator']; allowed: every name once",
+    ),
+    "an axis without a rule": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def linears(self, level):
+        return {"gate": Linear(self.config.d_model, 1, out_axes=("colour",))}
+    def next_state(self, states, e_BxLxD, linears):
+        return e_BxLxD
+""",
+        "bad",
+        "model.topology 'bad': Linear 'gate': axis is 'colour'; allowed: None, batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_one_line_before_anything_is_compiled(name, folder, tmp_path, compilations):
+    content, topology, expected = BAD_FILES[name]
+    file = tmp_path / "bad.py"
+    file.write_text(HEAD + content)
+    try:
+        status, errors = call(
+            describe, f"--config={ROOT}/experiments/own_topology.py", f"--import={file}",
+            f"--config.model.topology={topology}",
+        )  # fmt: skip
+    finally:
+        for added in ("twice", "bad", "pooled"):
+            topologies._entries.pop(added, None)
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert expected.replace("{file}", str(file)) in errors
+    assert not compilations
+
+
+def test_import_of_no_file(folder):
+    for path in ("/no/such.py", str(folder)):
+        status, errors = call(describe, *arguments(folder), f"--import={path}")
+        assert status == 2 and errors == f"error: --import={path}: no such file; allowed: a Python file\n"
+    status, errors = call(describe, *arguments(folder), f"--import={folder}/text.txt")
+    assert status == 2 and "is no Python file" in errors and errors.count("\n") == 1
+
+
+def test_a_file_may_run_again_and_change(tmp_path):
+    """As experiment files do in one process; the last one counts."""
+    file = tmp_path / "changing.py"
+    for body in ("e_BxLxD", "e_BxLxD + states.h_BxLxD"):
+        file.write_text(
+            HEAD + '@topologies.register("changing")\nclass Changing(Topology):\n'
+            f"    def next_state(self, states, e_BxLxD, linears):\n        return {body}\n"
+        )
+        for _ in range(2):
+            own_code.import_files([str(file)])
+    try:
+        assert topologies["changing"].next_state(None, *_states(1.0), None) == 3.0
+    finally:
+        topologies._entries.pop("changing")
+
+
+def _states(value):
+    from spiral_jax.model.topology import States
+
+    return States(2.0, 0.0, 0.0), value
