@@ -1,4 +1,4 @@
-"""The papers' pretraining runs: four sizes of nine families on the Pile (SPEC section 5).
+"""The papers' pretraining runs: four sizes of nine families on the Pile (docs/spec.md section 5).
 
     python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.data.stores=PILE
     python -m spiral_jax.describe --config=experiments/pile.py:160m,spiral_l

@@ -62,7 +62,7 @@ def export(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
-    """Writes a run's checkpoint as a Hugging Face folder (SPEC section 7), whole or not at all.
+    """Writes a run's checkpoint as a Hugging Face folder (docs/spec.md section 7), whole or not at all.
 
     Args:
       workdir: of the run.

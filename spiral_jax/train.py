@@ -315,8 +315,9 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     if config.summary.plot:
         print(f"loss curve   {summary.plot_loss(workdir)}")
     print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
-    other = "" if data.validation is not None else " --input=FILE"
-    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{other}", flush=True)
+    files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
+    more = [*(f" --import={file}" for file in files), "" if data.validation is not None else " --input=FILE"]
+    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)
 
 
 def check_processes(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
-"""The models of SPEC sections 1 to 3 in plain NumPy float64, written from the specification alone: the tests' oracle.
+"""The models of docs/spec.md in plain NumPy float64, written from sections 1 to 3 alone: the tests' oracle.
 
 One sequence at a time, looping over query tokens, chunks and slots as the formulas read; nothing is refused, so a
-schedule with shift < chunk - 1 runs here and leaks. Weights and config are those of SPEC section 7.
+schedule with shift < chunk - 1 runs here and leaks. Weights and config are those of docs/spec.md section 7.
 Shapes: B batch, L tokens, D width, H heads, K head width, M MLP hidden, V vocabulary, T iterations, G chunk size,
 N length a layer runs at (L, or the number of chunks), S memory slots.
 """
@@ -26,7 +26,7 @@ class Weights:
         return np.asarray(self.tensors[self.prefix + name], dtype=np.float64)
 
 
-# Backbone, SPEC section 1
+# Backbone, docs/spec.md section 1
 
 
 def softmax(x):
@@ -97,7 +97,7 @@ def layers(config, weights, indices, x_NxD):
     return x_NxD
 
 
-# Multi-resolution iteration, SPEC section 3
+# Multi-resolution iteration, docs/spec.md section 3
 
 
 def down_scale(config, step, entry, h_LxD):
@@ -164,7 +164,7 @@ def update(config, weights, t, h_LxD):
     return right_shift(entry, up_scale(config, step, entry, zhat_NxD, len(h_LxD)))
 
 
-# Recurrence, SPEC section 2
+# Recurrence, docs/spec.md section 2
 
 
 def route(weights, k, memory_SxLxD, state_LxD, new_LxD):
@@ -231,7 +231,7 @@ def logits(config: dict, tensors: dict[str, np.ndarray], tokens_BxL: np.ndarray)
     return np.stack(rows)
 
 
-# Weights, SPEC section 7
+# Weights, docs/spec.md section 7
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:

@@ -78,7 +78,7 @@ def test_fields_that_people_override_most_are_there():
 
 
 def test_recipe_is_the_default():
-    """SPEC section 5."""
+    """docs/spec.md section 5."""
     config = RunConfig()
     assert (config.train.steps, config.train.batch_size, config.train.sequence_length) == (120_818, 512, 4096)
     assert config.train.tokens_per_step == 2**21

@@ -51,7 +51,7 @@ class DecodingSettings:
 
 
 def models(settings: DecodingSettings) -> dict[str, ModelConfig]:
-    """The four models, cut as SPEC section 5 cuts them."""
+    """The four models, cut as docs/spec.md section 5 cuts them."""
     part = settings.layers // 6
     common = dict(vocab_size=settings.vocab_size, d_model=settings.width, num_heads=settings.width // 64,
                   dtype=settings.dtype)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says of a model's architecture, and what of it we refuse (SPEC section 7)."""
+"""A model's architecture by a Hugging Face `config.json`, and what of it we refuse (docs/spec.md section 7)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Our configurations and parameters and Hugging Face's, one into the other (SPEC section 7). Pure functions.
+"""Our configurations and parameters and Hugging Face's, one into the other (docs/spec.md section 7). Pure functions.
 
 sqrt(d) is folded into the exported embedding, in float64.
 """

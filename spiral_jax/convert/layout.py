@@ -1,4 +1,4 @@
-"""Which exported name is which of our arrays, and how its rows are laid out (SPEC section 7).
+"""Which exported name is which of our arrays, and how its rows are laid out (docs/spec.md section 7).
 
 Hugging Face Linear weights are [out, in], ours [in, out] with heads as axes of their own; layers are stacked on a
 leading axis here and numbered there.

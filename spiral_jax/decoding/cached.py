@@ -1,4 +1,4 @@
-"""Decoding that does for each token only the work that is due (SPEC section 4): `prefill` once, then `step` by step.
+"""Decoding that does for each token only what is due (docs/spec.md section 4): `prefill` once, then `step` by step.
 
 Pure functions, for the caller to compile with the model closed over and the state donated. Rows are independent: each
 is at its own position, and none sees another. The logits are those of the full forward pass.

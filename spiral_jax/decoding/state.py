@@ -1,4 +1,4 @@
-"""What cached decoding remembers between tokens (SPEC section 4): all of static shape, every row at its own place."""
+"""What decoding remembers between tokens (docs/spec.md section 4): of static shape, every row at its own place."""
 
 import math
 from typing import Any, NamedTuple

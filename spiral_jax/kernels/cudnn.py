@@ -11,7 +11,7 @@ DTYPES = ("bfloat16", "float16")
 
 
 def causal_attention(q_BxLxHxK: jax.Array, k_BxLxHxK: jax.Array, v_BxLxHxK: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(K)) v with keys up to the query's own position (SPEC section 1); softmax in float32.
+    """softmax(q k / sqrt(K)) v with keys up to the query's own position (docs/spec.md section 1); softmax in float32.
 
     Args:
       q_BxLxHxK: queries, bfloat16 or float16; heads that `takes` accepts.

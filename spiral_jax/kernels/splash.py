@@ -27,7 +27,7 @@ def causal_attention(
     device_kind: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(K)) v with keys up to the query's own position (SPEC section 1); softmax in float32.
+    """softmax(q k / sqrt(K)) v with keys up to the query's own position (docs/spec.md section 1); softmax in float32.
 
     Sees the heads and rows of one device: on several it goes inside `shard_map`. Sequences shorter than 128 (the
     coarse levels of short inputs) have few scores, and plain XLA computes them.

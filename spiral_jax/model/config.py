@@ -24,7 +24,7 @@ PROGRAM = ("remat", "unroll", "scan_iterations_from")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model of any family (SPEC sections 1 to 3).
+    """A model of any family (docs/spec.md sections 1 to 3).
 
     Every family is `prelude + core x schedule + coda`. Vanilla has an empty schedule, a full-resolution loop a
     schedule of ones. Validation happens on construction and raises `SpiralError` naming `model.<field>`.
@@ -242,7 +242,7 @@ class ModelConfig:
     def total_parameters(self) -> int:
         return self.non_embedding_parameters + 2 * self.vocab_size * self.d_model
 
-    # FLOPs (SPEC section 3).
+    # FLOPs (docs/spec.md section 3).
 
     def executed_layers(self, length: int) -> tuple[tuple[int, int], ...]:
         """Layers run on an input of `length` tokens, as (layers, length they run at)."""

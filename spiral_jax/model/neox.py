@@ -1,4 +1,4 @@
-"""The GPT-NeoX layer of Pythia, and a stack of them under one scan (SPEC section 1)."""
+"""The GPT-NeoX layer of Pythia, and a stack of them under one scan (docs/spec.md section 1)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,7 +39,7 @@ class Backend(NamedTuple):
 
 
 def small_init(config: "ModelConfig", divide_by: float = 1.0) -> nn.initializers.Initializer:
-    """Normal with std sqrt(2 / (5 d)) / divide_by (SPEC section 5)."""
+    """Normal with std sqrt(2 / (5 d)) / divide_by (docs/spec.md section 5)."""
     return nn.initializers.normal((2 / (5 * config.d_model)) ** 0.5 / divide_by)
 
 

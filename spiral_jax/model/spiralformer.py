@@ -1,4 +1,4 @@
-"""Every model of the papers as one module tree: embed, prelude, loop, coda, head (SPEC sections 1 to 3)."""
+"""Every model of the papers as one module tree: embed, prelude, loop, coda, head (docs/spec.md sections 1 to 3)."""
 
 import functools
 import itertools

@@ -25,7 +25,7 @@ class Flops:
     """Floating-point operations of a step over all devices, two per multiply-add.
 
     Attributes:
-      dense: of weight matrices, forward and backward, as the model needs them (SPEC section 3).
+      dense: of weight matrices, forward and backward, as the model needs them (docs/spec.md section 3).
       dense_executed: the same with what `model.remat` computes again.
       attention: of scores and weighted sums, all of them.
       attention_causal: those below the diagonal only.

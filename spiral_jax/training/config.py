@@ -1,4 +1,4 @@
-"""What is trained for how long, and by which optimizer. The defaults are the papers' recipe (SPEC section 5)."""
+"""What is trained for how long, and by which optimizer: by default the recipe of docs/spec.md section 5."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Export: exactly what SPEC section 7 says, the same bytes each time, and read by `transformers` as it is."""
+"""Export: exactly what docs/spec.md section 7 says, the same bytes each time, and read by `transformers` as it is."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def ours(folder, forward, tokens_BxL, **kwargs):
 
 
 def test_goldens_are_loaded_and_exported_again(golden, golden_folder, forward, x64, tmp_path):
-    """Logits within SPEC's bounds; tensors bit for bit but embed_in, within an ulp; the next export is identical."""
+    """Logits within bounds; tensors bit for bit but embed_in, within an ulp; the next export is identical."""
     for dtype, bound in (("float32", 2e-4), ("float64", 1e-9)):
         with x64(dtype == "float64"):
             logits_BxLxV = ours(golden_folder, forward, golden.tokens_BxL, dtype=dtype)

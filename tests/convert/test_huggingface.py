@@ -1,4 +1,4 @@
-"""Exported tensors to parameters and back (SPEC section 7), and what import refuses."""
+"""Exported tensors to parameters and back (docs/spec.md section 7), and what import refuses."""
 
 import dataclasses
 

@@ -27,7 +27,7 @@ def rates(config: OptimizerConfig, steps: int) -> np.ndarray:
 
 @pytest.mark.parametrize("steps, W", [(200, 2), (250, 3), (1000, 10)])
 def test_cosine_is_the_recipe(steps, W):
-    """SPEC section 5: peak (k + 1) / W for k < W, W = ceil(1 %), then cosine to 10 % of the peak at the last step."""
+    """docs/spec.md section 5: peak (k + 1) / W for k < W = ceil(1 %), then cosine to 10 % of the peak at the end."""
     peak = 6e-4
     found = rates(OptimizerConfig(peak_learning_rate=peak), steps)
     expected = [
