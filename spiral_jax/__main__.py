@@ -8,6 +8,7 @@ VERBS = {
     "export": "write a run's parameters as a folder for transformers and the Hugging Face hub",
     "import_hf": "make a run of such a folder, or of any GPT-NeoX",
     "describe": "parameters, FLOPs, schedule and memory of a configuration",
+    "check": "causality, and scanned, sharded and cached against plain, for a configuration's operators",
     "aot": "compile a run for a TPU slice that is not there: memory, work, communication, predicted speed",
     "bench": "time the loader, the tokenizer or decoding on this machine",
     "reference": "the configuration reference, as in docs/config.md",

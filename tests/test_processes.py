@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    """(verb, flags, sabotage, flags of process 1) to two finished processes."""
+    """(verb, flags, sabotage, flags of process 0 alone, of process 1 alone) to two finished processes."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true",
@@ -99,11 +99,11 @@ def start(folder):
         "JAX_NUM_PROCESSES": "2",
     }
 
-    def start(verb, *flags, sabotage="", second=(), timeout=120):
+    def start(verb, *flags, sabotage="", first=(), second=(), timeout=120):
         address = f"--coordinator_address=127.0.0.1:{free_port()}"
         running = []
         for process in (0, 1):
-            command = [sys.executable, "-m", f"spiral_jax.{verb}", *flags, address, *(second if process else ())]
+            command = [sys.executable, "-m", f"spiral_jax.{verb}", *flags, address, *(second if process else first)]
             extra = {"JAX_PROCESS_ID": str(process)} | ({"SABOTAGE": sabotage} if sabotage else {})
             running.append(
                 subprocess.Popen(
@@ -252,6 +252,21 @@ def test_a_process_that_was_given_another_configuration_says_in_what(folder, sta
 
 
 @pytest.mark.slow
+def test_a_process_with_another_file_of_ones_own_says_so(folder, start):
+    """The same names, defined otherwise: the processes would compute different things."""
+    for number, body in enumerate(("e_BxLxD", "2 * e_BxLxD")):
+        (folder / f"own_{number}.py").write_text(
+            "from spiral_jax.model.topology import Topology, topologies\n"
+            '@topologies.register("own")\nclass Own(Topology):\n'
+            f"    def next_state(self, states, e_BxLxD, linears):\n        return {body}\n"
+        )
+    flags = [*flags_of(folder, "files"), "--config.model.topology=own"]
+    first, second = ([f"--import={folder}/own_{process}.py"] for process in (0, 1))
+    main, other = start("train", *flags, first=first, second=second)
+    assert main.returncode == other.returncode == 2
+    assert "--import.model.topology: found '" in other.stderr and "on process 1; allowed: the same" in other.stderr
+
+
 def test_a_folder_that_is_not_shared_is_refused(folder, start, tmp_path):
     done = start("train", *flags_of(folder, "mine"), second=(f"--workdir={tmp_path}",), timeout=60)
     both_end(done, "does not share with process 0")
