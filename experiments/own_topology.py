@@ -16,9 +16,9 @@ import sysconfig
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.config import default_config
 from spiral_jax.model.operators import Linear
 from spiral_jax.model.topology import Topology, topologies
+from spiral_jax.run.config import default_config
 
 
 @topologies.register("blend")

@@ -16,8 +16,8 @@ every chip a part of the parameters (`--config.mesh.fsdp=-1 --config.mesh.data=1
 `--config.train.accumulation` until the activations fit.
 """
 
-from spiral_jax.config import default_config
 from spiral_jax.errors import SpiralError
+from spiral_jax.run.config import default_config
 
 # width, heads, peak learning rate, layers of vanilla, of the full-resolution loop and Spiral-B (prelude, core, coda),
 # of Spiral-L, and of one of vanilla_mesh's two inner blocks.

@@ -11,8 +11,8 @@ parameters; three to five minutes of training; 1.71 bits per byte on held-out fi
 import sysconfig
 from pathlib import Path
 
-from spiral_jax.config import default_config
 from spiral_jax.errors import SpiralError
+from spiral_jax.run.config import default_config
 
 # A standard library installed without its tests is too little text; the packages beside us are added then.
 ENOUGH_BYTES = 20_000_000

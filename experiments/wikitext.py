@@ -11,8 +11,8 @@ validation tokens, after some ten to twenty minutes on two CPU cores, most of th
 On an accelerator, raise `--config.model.d_model`, `--config.train.sequence_length` and `--config.train.steps`.
 """
 
-from spiral_jax.config import default_config
 from spiral_jax.errors import SpiralError
+from spiral_jax.run.config import default_config
 
 
 def get_config(folder: str = ""):

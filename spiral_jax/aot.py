@@ -5,7 +5,7 @@ python -m spiral_jax.aot --config=experiments/pile.py:160m,spiral_b --topology=v
 python -m spiral_jax.aot --config=experiments/pile.py:160m,spiral_b --topology=v5e:4x4 --search
 
 Needs libtpu (extra `tpu`) and no TPU. Memory, matrix work and communication are read from the compiled program; times
-are predictions by a roofline whose constants were fitted to four measured runs (spiral_jax/roofline/calibration.py).
+are predictions by a roofline whose constants were fitted to four measured runs (tpu/calibration.py).
 Nothing of this has run on a chip.
 """
 
@@ -19,13 +19,14 @@ from typing import Any
 
 from absl import flags
 
-from spiral_jax import __version__, atomic, command
-from spiral_jax.config import RunConfig
+from spiral_jax import __version__, command
+from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GIB
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.roofline.search import flags_of, nearest_that_fits, search
 from spiral_jax.roofline.slices import Slice, parse_slice
+from spiral_jax.run.config import RunConfig
 
 
 def define(values: flags.FlagValues) -> None:

@@ -12,8 +12,10 @@ import jax
 from absl import flags
 from jax._src import xla_bridge
 
-from spiral_jax import command, invariants, own_code
+from spiral_jax import command
 from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation import invariants
+from spiral_jax.run import own_code
 
 
 def define(values: flags.FlagValues) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax import distributed, own_code
-from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
+from spiral_jax.parallel import processes
+from spiral_jax.run import own_code
+from spiral_jax.run.config import RunConfig
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -52,30 +53,30 @@ def run(
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         own_code.import_files(values["import"].value)
         main(values)
-        distributed.finish()
+        processes.finish()
     except SpiralError as error:
         _exit(USAGE, f"error: {error}")
     except Interrupted as interrupt:
         # All processes stop after the same step.
-        distributed.say(str(interrupt), file=sys.stderr)
-        distributed.finish()
+        processes.say(str(interrupt), file=sys.stderr)
+        processes.finish()
         sys.exit(128 + interrupt.signal)
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT, "interrupted")
     except BrokenPipeError:
         # The reader of our output left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        distributed.leave(FAILED, "the reader of its output left")
+        processes.leave(FAILED, "the reader of its output left")
         sys.exit(FAILED)
     except Exception:
-        if distributed.is_several():
-            distributed.wait_for_the_cause()
-            distributed.leave(FAILED, traceback.format_exc())
+        if processes.is_several():
+            processes.wait_for_the_cause()
+            processes.leave(FAILED, traceback.format_exc())
         raise
 
 
 def _exit(status: int, line: str) -> None:
-    distributed.leave(status, line)
+    processes.leave(status, line)
     print(line, file=sys.stderr)
     sys.exit(status)
 

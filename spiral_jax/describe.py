@@ -10,9 +10,9 @@ from typing import Any
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
-from spiral_jax.roofline.expected import layout, memory
+from spiral_jax.run.config import RunConfig
+from spiral_jax.training.costs import layout, memory
 
 PREFILL_TOKENS = 4096
 

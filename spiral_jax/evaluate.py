@@ -24,9 +24,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spiral_jax import command, distributed
-from spiral_jax.checkpoint import restore_for_inference
-from spiral_jax.config import RunConfig
+from spiral_jax import command
 from spiral_jax.data.prepared import storage_of
 from spiral_jax.data.storage import is_url
 from spiral_jax.data.store import TokenStore
@@ -36,8 +34,11 @@ from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
-from spiral_jax.runs import load_config, run_directory, tokenizer_of, validation_store_of
-from spiral_jax.sharding import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
+from spiral_jax.parallel import processes
+from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
+from spiral_jax.run.checkpoint import restore_for_inference
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import load_config, run_directory, tokenizer_of, validation_store_of
 from spiral_jax.training.step import make_program
 
 
@@ -53,16 +54,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", 0, "documents of each of --tasks; 0 for all", flag_values=values)
     flags.DEFINE_string("tasks_data", "", "folder with the data of --tasks; default: the hub", flag_values=values)
     flags.DEFINE_string("output", "", "JSON file for --tasks; default: one in WORKDIR/lm_eval", flag_values=values)
-    distributed.define(values)
+    processes.define(values)
 
 
 def main(values: flags.FlagValues) -> None:
     check_flags(values)
-    distributed.initialize(values)
+    processes.initialize(values)
     workdir = run_directory(values.workdir)
-    if values.tasks and distributed.is_several():
+    if values.tasks and processes.is_several():
         raise SpiralError(
-            f"--tasks: found {distributed.num_processes()} processes; allowed: one, with any number of devices"
+            f"--tasks: found {processes.num_processes()} processes; allowed: one, with any number of devices"
         )
     if values.tasks:
         evaluate_tasks(values, workdir)
@@ -88,9 +89,9 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
         batch_size=config.train.batch_size,
         put=program.put,
         stride=values.stride,
-        report=lambda line: None if values.json else distributed.say(line, file=sys.stderr),
+        report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
     )
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     report = {
         "input": source.name,

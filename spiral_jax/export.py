@@ -14,9 +14,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spiral_jax import command, own_code
-from spiral_jax.checkpoint import read_meta
-from spiral_jax.config import RunConfig
+from spiral_jax import command
 from spiral_jax.convert.card import model_card
 from spiral_jax.convert.huggingface import config_to_huggingface, tensors_from_params
 from spiral_jax.convert.layout import is_vanilla
@@ -25,7 +23,12 @@ from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.runs import read_model, run_directory, tokenizer_of
+from spiral_jax.run import own_code
+from spiral_jax.run.checkpoint import read_meta
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import read_model, run_directory, tokenizer_of
+from spiral_jax.run.metrics import read_rows
+from spiral_jax.run.provenance import last_start
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What `transformers` runs a SpiralFormer with; copied as they are.
@@ -93,7 +96,13 @@ def export(
             for name in CODE:
                 shutil.copyfile(Path(__file__).parent / "convert" / name, folder / name)
         card = model_card(
-            workdir, config, step, fingerprints=meta["data"]["fingerprints"], tokenizer=tokenizer, dtype=dtype
+            config,
+            step,
+            rows=[row for row in read_rows(workdir / "metrics.jsonl") if row["step"] <= step],
+            start=last_start(workdir / "environment.json"),
+            fingerprints=meta["data"]["fingerprints"],
+            tokenizer=tokenizer,
+            dtype=dtype,
         )
         (folder / "README.md").write_text(card)
         files = sorted([path.name for path in folder.iterdir()] + [MANIFEST])

@@ -32,8 +32,8 @@ from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import check_dtype, load_config, param_shardings, read_model, run_directory, tokenizer_of
-from spiral_jax.sharding import MeshConfig, check_divisible, constrain, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, check_divisible, constrain, make_mesh
+from spiral_jax.run.directory import check_dtype, load_config, param_shardings, read_model, run_directory, tokenizer_of
 
 
 def define(values: flags.FlagValues) -> None:

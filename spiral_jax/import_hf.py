@@ -16,13 +16,13 @@ from pathlib import Path
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.checkpoint import Checkpoints
-from spiral_jax.config import RunConfig
 from spiral_jax.convert.folder import CONFIG, read_config, read_params
 from spiral_jax.convert.output import output_folder, whole_folder
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import PROGRAM
+from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 
 # Windows that are scored at a time where no configuration says.

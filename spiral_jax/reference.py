@@ -9,7 +9,7 @@ import re
 import types
 import typing
 
-from spiral_jax.config import MUTABLE, RunConfig
+from spiral_jax.run.config import MUTABLE, RunConfig
 
 _INTRODUCTION = """\
 # Configuration

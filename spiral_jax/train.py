@@ -3,8 +3,8 @@
 python -m spiral_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
 python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.mesh.fsdp=-1
 
-What it leaves in --workdir is listed in spiral_jax/runs.py. The same command again resumes, or says that the run is
-finished.
+What it leaves in --workdir is listed in spiral_jax/run/directory.py. The same command again resumes, or says that the
+run is finished.
 
 Several processes are one run: start the command on each, with a --workdir on a file system that all of them see. On TPU
 pods and under Slurm they find each other; elsewhere each is told where process 0 is and which one it is itself:
@@ -22,9 +22,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spiral_jax import command, distributed, metrics, own_code, summary
-from spiral_jax.checkpoint import Checkpoints
-from spiral_jax.config import RunConfig
+from spiral_jax import command
 from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
 from spiral_jax.data.pipeline import WindowOrder, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
@@ -34,9 +32,13 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import score
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, open_tasks_of_run
 from spiral_jax.hardware import peak_flops
-from spiral_jax.provenance import parameter_table, write_environment
-from spiral_jax.runs import check_same_data, claim, open_data, read_model, save_data, tokenizer_of
-from spiral_jax.sharding import batch_sharding, make_mesh
+from spiral_jax.parallel import processes
+from spiral_jax.parallel.mesh import batch_sharding, make_mesh
+from spiral_jax.run import metrics, own_code, summary
+from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import check_same_data, claim, load, open_data, read_model, save_data, tokenizer_of
+from spiral_jax.run.provenance import parameter_table, write_environment
 from spiral_jax.training.loop import AgreedStop, Recorder, fit
 from spiral_jax.training.step import Program, make_program
 
@@ -45,7 +47,7 @@ def define(values: flags.FlagValues) -> None:
     command.define_config(values)
     flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     flags.DEFINE_string("profile", "", "FIRST:LAST steps to trace into WORKDIR/profile", flag_values=values)
-    distributed.define(values)
+    processes.define(values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -55,21 +57,21 @@ def main(values: flags.FlagValues) -> None:
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise SpiralError("model.dtype is 'float64', which needs JAX_ENABLE_X64=1 in the environment")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
-    distributed.initialize(values)
+    processes.initialize(values)
     workdir = open_workdir(values.workdir)
     metrics.check_extras(config.logging)
     summary.check_extras(config.summary)
     config.check_mesh(jax.device_count())
-    distributed.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
+    processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
     check_processes(config)
-    across = f" in {jax.process_count()} processes" if distributed.is_several() else ""
-    distributed.say(
+    across = f" in {jax.process_count()} processes" if processes.is_several() else ""
+    processes.say(
         f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
         f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
     )
-    with claim(workdir) if distributed.is_main() else contextlib.nullcontext():
-        distributed.check_shared(workdir, "--workdir")
+    with claim(workdir) if processes.is_main() else contextlib.nullcontext():
+        processes.check_shared(workdir, "--workdir")
         run(config, workdir, profiled)
 
 
@@ -77,7 +79,7 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     """The run in `workdir`, from wherever it stands."""
     checkpoints = Checkpoints(workdir, config.checkpoint)
     # 0: imported parameters, not trained here yet.
-    saved_step = distributed.from_main("the newest checkpoint", checkpoints.latest_step)
+    saved_step = processes.from_main("the newest checkpoint", checkpoints.latest_step)
     start_step = saved_step or 0
     fingerprints = None
     if saved_step is not None:
@@ -85,14 +87,14 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
         own_code.check_registered(workdir, meta["config"])
         config.check_resume(RunConfig.from_dict(meta["config"]), saved_step)
         for line in own_code.changes(workdir, config.to_dict()):
-            distributed.say(line)
+            processes.say(line)
         fingerprints = meta["data"]["fingerprints"]
     data = prepare(config, workdir, fingerprints)
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
     order = window_order(config, data)
-    tasks = open_tasks_of_run(config)
+    tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
 
     given = None
     if saved_step is None and config.upcycle.source:
@@ -102,21 +104,21 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     program = make_program(config, mesh)
     if start_step:
         state = checkpoints.restore(start_step, program.abstract_state)
-        distributed.say(f"resuming after step {start_step} of {config.train.steps}")
+        processes.say(f"resuming after step {start_step} of {config.train.steps}")
     else:
         state = program.init(jax.random.key(config.seed))
         if saved_step is not None:
             state = state.replace(params=checkpoints.restore_params(0, program.abstract_state.params))
-            distributed.say("starting from the imported parameters")
+            processes.say("starting from the imported parameters")
             if tokenizer_of(workdir).fingerprint != data.tokenizer.fingerprint:
-                distributed.say("note: the data is in another tokenizer's ids than the one imported with them")
+                processes.say("note: the data is in another tokenizer's ids than the one imported with them")
         elif given is not None:
             state = state.replace(params=place(given, state.params))
-            distributed.say(f"starting from the layers of {config.upcycle.source}")
+            processes.say(f"starting from the layers of {config.upcycle.source}")
             fresh = fresh_linears(config.model, given)
             if fresh:
-                distributed.say(f"starting as always, as the source has none like them: {', '.join(fresh)}")
-    if distributed.is_main():
+                processes.say(f"starting as always, as the source has none like them: {', '.join(fresh)}")
+    if processes.is_main():
         config.save(workdir / "config.json")
         own_code.save(workdir, config.to_dict())
         save_data(workdir, data)
@@ -126,7 +128,7 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     if start_step < config.train.steps:
         train(config, workdir, program, state, data, order, checkpoints, start_step, profiled, tasks)
     checkpoints.close()
-    if distributed.is_main():
+    if processes.is_main():
         finish(config, workdir, data)
 
 
@@ -147,16 +149,16 @@ def prepare(config: RunConfig, workdir: Path, fingerprints: Sequence[str] | None
     def make() -> PreparedData:
         return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
 
-    if not distributed.is_several():
+    if not processes.is_several():
         return make()
-    data = make() if distributed.is_main() else None
-    folder, made = distributed.from_main(
+    data = make() if processes.is_main() else None
+    folder, made = processes.from_main(
         "preparation of data.paths", lambda: (str(Path(data.train[0].name).parent), data.fingerprints)
     )
     if data is None:
         data = open_folder(folder)
         if list(data.fingerprints) != made:
-            raise SpiralError(f"{folder}: its tokens on process {distributed.process_id()} are not those of process 0")
+            raise SpiralError(f"{folder}: its tokens on process {processes.process_id()} are not those of process 0")
     return data
 
 
@@ -167,9 +169,9 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     # Now rather than when it is first due: what does not fit is known before anything is trained.
     eval_step = None if data.validation is None else program.compile_eval_step(*eval_shape(config))
-    distributed.say(f"compiled in {metrics.duration(time.perf_counter() - started)}")
+    processes.say(f"compiled in {metrics.duration(time.perf_counter() - started)}")
 
-    is_main = distributed.is_main()
+    is_main = processes.is_main()
     writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step) if is_main else None
     tracer = Tracer(workdir / "profile", profiled if is_main else range(0))
     progress = metrics.Progress(config.train.steps, config.logging.seconds)
@@ -211,7 +213,7 @@ def train(config: RunConfig, workdir: Path, program: Program, state, data: Prepa
         checkpoints.save(step, state, {"config": config.to_dict(), "data": saved_data})
 
     sharding = batch_sharding(program.mesh)
-    part, parts = distributed.rows_of_process(sharding, config.train.batch_size)
+    part, parts = processes.rows_of_process(sharding, config.train.batch_size)
     host_batches = train_batches(
         data.train,
         order,
@@ -306,10 +308,11 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
         last = evaluated[-1]
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
-    if config.summary.sample_tokens and distributed.is_several():
+    if config.summary.sample_tokens and processes.is_several():
         print(f"no sample: its parameters would have to fit one of the {jax.process_count()} processes")
     elif config.summary.sample_tokens and data.validation is not None:
-        text = summary.sample_continuation(workdir, config.summary, data.validation, data.tokenizer, config.seed)
+        model, params = load(workdir)
+        text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
         (workdir / "sample.txt").write_text(text)
         print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
     if config.summary.plot:
@@ -322,7 +325,7 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
 
 def check_processes(config: RunConfig) -> None:
     """Raises SpiralError for what a run on several processes cannot do."""
-    if config.evaluation.tasks and distributed.is_several():
+    if config.evaluation.tasks and processes.is_several():
         raise SpiralError(
             f"evaluation.tasks: found {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
             "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"

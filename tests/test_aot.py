@@ -8,12 +8,12 @@ import pytest
 from verbs import call
 
 from spiral_jax import aot
-from spiral_jax.config import RunConfig
 from spiral_jax.roofline import report as reports
 from spiral_jax.roofline import search as searches
 from spiral_jax.roofline import slices
 from spiral_jax.roofline.report import CompiledStep, DoesNotFit
 from spiral_jax.roofline.slices import parse_slice
+from spiral_jax.run.config import RunConfig
 
 PILE = "--config=experiments/pile.py:160m,spiral_b"
 V5E = parse_slice("v5e:2x2")

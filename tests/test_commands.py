@@ -11,11 +11,11 @@ import pytest
 from verbs import call
 
 from spiral_jax import describe, evaluate, train
-from spiral_jax.runs import claim
+from spiral_jax.run.directory import claim
 
 ROOT = Path(__file__).parent.parent
 TINY = """
-from spiral_jax.config import default_config
+from spiral_jax.run.config import default_config
 
 def get_config(argument=""):
     config = default_config()
@@ -236,7 +236,7 @@ def test_describe_json(capsys):
 
 def test_every_paper_configuration_describes_itself(capsys):
     from experiments.pile import FAMILIES, SIZES, get_config
-    from spiral_jax.config import RunConfig
+    from spiral_jax.run.config import RunConfig
 
     for size in SIZES:
         for family in FAMILIES:

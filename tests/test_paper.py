@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import pile
-from spiral_jax.config import RunConfig
+from spiral_jax.run.config import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "paper"
 

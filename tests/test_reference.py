@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from spiral_jax import reference
-from spiral_jax.config import MUTABLE, RunConfig
+from spiral_jax.run.config import MUTABLE, RunConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "config.md"
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from verbs import call
 
-from spiral_jax import check, describe, evaluate, generate, invariants, own_code, train
+from spiral_jax import check, describe, evaluate, generate, train
+from spiral_jax.evaluation import invariants
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.declarations import check_operators
 from spiral_jax.model.pooling import poolings
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
+from spiral_jax.run import own_code
 from spiral_jax.training.config import OptimizerConfig
 from spiral_jax.training.optimizers import make_optimizer, optimizers
 from spiral_jax.training.schedules import learning_rate, schedules

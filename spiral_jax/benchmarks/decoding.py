@@ -15,8 +15,8 @@ from spiral_jax.decoding.decoder import Decoder, Request, bytes_per_row
 from spiral_jax.errors import require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, unembed
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.progress import Report
-from spiral_jax.sharding import MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """The model card of an export: what the model is, what it was trained on, how to load it."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import spiral_jax
-from spiral_jax.config import RunConfig
 from spiral_jax.convert.layout import is_vanilla
-from spiral_jax.metrics import read_rows
+from spiral_jax.training.config import StepConfig
 
 _TEXT = """\
 ---
@@ -66,19 +63,28 @@ _VANILLA = "It is a plain GPT-NeoX: `transformers` needs no other code for it."
 _SPIRAL = "Its code for `transformers` is in `modeling_spiralformer.py`, beside this file."
 
 
-def model_card(workdir: Path, config: RunConfig, step: int, *, fingerprints: list[str], tokenizer, dtype: str) -> str:
+def model_card(
+    config: StepConfig,
+    step: int,
+    *,
+    rows: Sequence[Mapping[str, Any]],
+    start: Mapping[str, Any] | None,
+    fingerprints: list[str],
+    tokenizer,
+    dtype: str,
+) -> str:
     """The card as Markdown, the same for the same checkpoint.
 
     Args:
-      workdir: of the run.
       config: the run's, as saved with the checkpoint.
       step: of the checkpoint.
+      rows: of the run's metrics, up to the checkpoint's.
+      start: what the run's last start recorded of its environment; None if that is not known.
       fingerprints: of the training tokens.
       tokenizer: the run's.
       dtype: of the exported tensors.
     """
     model, train = config.model, config.train
-    rows = [row for row in read_rows(workdir / "metrics.jsonl") if row["step"] <= step]
     vanilla = is_vanilla(model)
     return _TEXT.format(
         notation=model.notation,
@@ -100,22 +106,20 @@ def model_card(workdir: Path, config: RunConfig, step: int, *, fingerprints: lis
         fingerprints=", ".join(f"`{fingerprint}`" for fingerprint in fingerprints) or "none: not trained here",
         tokenizer=tokenizer.fingerprint,
         separator_id=tokenizer.separator_id,
-        versions=_versions(workdir),
+        versions=_versions(start),
         version=spiral_jax.__version__,
         trust="" if vanilla else ", trust_remote_code=True",
     )
 
 
-def _last(rows: list[Mapping[str, Any]], name: str) -> str:
+def _last(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [f"{row[name]:.4f} (step {row['step']:,})" for row in rows if name in row]
     return values[-1] if values else "not recorded"
 
 
-def _versions(workdir: Path) -> str:
+def _versions(start: Mapping[str, Any] | None) -> str:
     """What the run's last start ran with."""
-    try:
-        start = json.loads((workdir / "environment.json").read_text())[-1]
-        packages = ", ".join(f"{name} {version}" for name, version in start["packages"].items() if version)
-        return f"{packages}; git commit {start['git_commit'] or 'unknown'}"
-    except (OSError, ValueError, KeyError, IndexError):
+    if start is None:
         return "not recorded"
+    packages = ", ".join(f"{name} {version}" for name, version in start["packages"].items() if version)
+    return f"{packages}; git commit {start['git_commit'] or 'unknown'}"

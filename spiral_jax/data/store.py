@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from spiral_jax.data.storage import LOCAL, Blob, Storage, join
+from spiral_jax.data.blob import Blob
+from spiral_jax.data.storage import LOCAL, Storage, join
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokenSource
 from spiral_jax.errors import SpiralError

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spiral_jax.buckets import bucket_of
 from spiral_jax.decoding import cached
+from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.decoding.sampling import Sampling, SamplingSettings, next_tokens
 from spiral_jax.decoding.state import DecodeState, empty_state, put_rows, state_shardings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import batch_sharding, replicated, rounded_to_mesh
+from spiral_jax.parallel.mesh import batch_sharding, replicated, rounded_to_mesh
 
 IsDone = Callable[[list[int]], bool]
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.sharding import partition_spec, replicated
+from spiral_jax.parallel.mesh import partition_spec, replicated
 
 
 class KeyValues(NamedTuple):

@@ -23,7 +23,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
-from spiral_jax import atomic
+from spiral_jax.data import atomic
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spiral_jax.buckets import bucket_of
 from spiral_jax.decoding import cached
+from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.decoding.state import empty_state, repeat_rows
 from spiral_jax.model.spiralformer import SpiralFormer
 

@@ -5,12 +5,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from spiral_jax.config import RunConfig
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import catalogue
+from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
+from spiral_jax.training.config import StepConfig
 from spiral_jax.training.step import Program
 
 
@@ -62,9 +63,8 @@ def open_tasks(
     return OpenTasks(tasks, remarks, num_fewshot, limit)
 
 
-def open_tasks_of_run(config: RunConfig) -> OpenTasks | None:
-    """What `config.evaluation` asks for while the run trains; None if nothing."""
-    wanted = config.evaluation
+def open_tasks_of_run(wanted: EvaluationConfig, max_length: int) -> OpenTasks | None:
+    """What a run's configuration asks for while it trains, of `max_length` tokens; None if nothing."""
     if not wanted.tasks:
         return None
     return open_tasks(
@@ -72,7 +72,7 @@ def open_tasks_of_run(config: RunConfig) -> OpenTasks | None:
         tasks_data=wanted.tasks_data,
         num_fewshot=wanted.num_fewshot,
         limit=wanted.tasks_limit,
-        max_length=config.train.sequence_length,
+        max_length=max_length,
         field="evaluation.tasks",
     )
 
@@ -80,7 +80,7 @@ def open_tasks_of_run(config: RunConfig) -> OpenTasks | None:
 class TaskEvaluation:
     """Runs tasks with one model on its mesh."""
 
-    def __init__(self, opened: OpenTasks, config: RunConfig, program: Program, tokenizer: Tokenizer):
+    def __init__(self, opened: OpenTasks, config: StepConfig, program: Program, tokenizer: Tokenizer):
         """Compiles nothing yet. A batch is one of `config`'s micro-batches: what fits in training fits here."""
         from spiral_jax.evaluation import harness
 

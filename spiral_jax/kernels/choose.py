@@ -7,9 +7,10 @@ import jax
 from jax.sharding import Mesh
 
 from spiral_jax.errors import require
-from spiral_jax.kernels import cudnn, splash, xla
+from spiral_jax.kernels import cudnn, splash
+from spiral_jax.model import attention as plain
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.sharding import partition_spec
+from spiral_jax.parallel.mesh import partition_spec
 
 
 def attention_for(
@@ -44,7 +45,7 @@ def attention_for(
         return per_device(mesh, functools.partial(splash.causal_attention, device_kind=device.device_kind), manual)
     if name == "cudnn":
         return per_device(mesh, cudnn.causal_attention, manual)
-    return xla.causal_attention
+    return plain.causal_attention
 
 
 def kernels_of(device: jax.Device, model: ModelConfig) -> tuple[str, ...]:

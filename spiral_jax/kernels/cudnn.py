@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spiral_jax.kernels.names import ATTENTION
+from spiral_jax.model.attention import ATTENTION
 
 # What cuDNN takes (`model.dtype` has no float16 today).
 DTYPES = ("bfloat16", "float16")

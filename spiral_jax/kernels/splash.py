@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.kernels import xla
-from spiral_jax.kernels.names import ATTENTION
+from spiral_jax.model import attention as plain
+from spiral_jax.model.attention import ATTENTION
 
 # Rows of queries and keys that a kernel holds at a time, by `device_kind` and head width: the most of 512 and 1024 that
 # the TPU compiler fits into VMEM in bfloat16, forward and backward, at 8 rows of the batch (1 or 2 take less). 2048
@@ -44,7 +44,7 @@ def causal_attention(
     """
     _, L, H, K = q_BxLxHxK.shape
     if L < LANES:
-        return xla.causal_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
+        return plain.causal_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
     # The scale's rounding to bfloat16 would be the same for every score; in float32 there is the product's only.
     scaled_BxLxHxK = (q_BxLxHxK.astype(jnp.float32) * K**-0.5).astype(q_BxLxHxK.dtype)
     # Padding on the right is in no query's past, and its own queries are cut off again.

@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.kernels.names import ATTENTION
-from spiral_jax.kernels.xla import causal_attention
+from spiral_jax.model.attention import ATTENTION, causal_attention
 from spiral_jax.model.operators import Linear, at_least_float32
 
 if TYPE_CHECKING:

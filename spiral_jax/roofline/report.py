@@ -8,16 +8,17 @@ from typing import Any
 
 import jax
 
-from spiral_jax.config import RunConfig
 from spiral_jax.hardware import GIB
+from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.progress import Report
-from spiral_jax.roofline import expected, hlo, memory, work
+from spiral_jax.roofline import hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
 from spiral_jax.roofline.predict import FITTED, places_of, predict
 from spiral_jax.roofline.slices import Slice, describe_devices
 from spiral_jax.roofline.unwanted import unwanted
-from spiral_jax.sharding import make_mesh
+from spiral_jax.training import costs
+from spiral_jax.training.config import StepConfig
 from spiral_jax.training.step import Program, make_program
 
 LARGEST = 12  # buffers of the peak that a report names
@@ -56,7 +57,7 @@ class CompiledStep:
     seconds: float
 
 
-def compile_step(config: RunConfig, chips: Slice, num_slices: int, say: Report) -> CompiledStep:
+def compile_step(config: StepConfig, chips: Slice, num_slices: int, say: Report) -> CompiledStep:
     """Compiles the step that `train` would run.
 
     Args:
@@ -87,7 +88,7 @@ def compile_step(config: RunConfig, chips: Slice, num_slices: int, say: Report) 
     return CompiledStep(program, compiled, text, time.perf_counter() - started)
 
 
-def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep) -> dict[str, Any]:
+def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep) -> dict[str, Any]:
     """What a compiled step needs and does, as JSON values: memory, FLOPs, collectives, predicted time."""
     module = hlo.parse(step.text)
     operations = work.operations(module)
@@ -95,9 +96,9 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
     places = places_of(devices)
     found = predict(operations, chips, places)
     model, train = config.model, config.train
-    form, num_devices = expected.flops(config), len(devices)
+    form, num_devices = costs.flops(config), len(devices)
     dense, state = work.dense_flops(operations) * num_devices, step.program.abstract_state
-    layout = expected.layout(config, num_devices)
+    layout = costs.layout(config, num_devices)
     traffic = work.collectives(operations)
     # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
     rows = [place // step.program.mesh.shape["tensor"] for place in range(num_devices)]
@@ -126,7 +127,7 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
             "gather_core": train.gather_core,
         },
         "compile_seconds": round(step.seconds, 1),
-        "memory": _memory(module, step, chips) | {"closed_form": expected.memory(config, num_devices, state)},
+        "memory": _memory(module, step, chips) | {"closed_form": costs.memory(config, num_devices, state)},
         "scores_and_logits_in_memory": unwanted(module, config, num_devices),
         "flops": {
             "dense_model": form.dense,
@@ -141,7 +142,7 @@ def report(config: RunConfig, chips: Slice, num_slices: int, step: CompiledStep)
             "collectives": {kind: of_kind._asdict() for kind, of_kind in sorted(traffic.items())},
             "gathered_bytes": moved["gathered"],
             "summed_bytes": moved["summed"],
-            "closed_form": expected.communication(config, num_devices, state)._asdict(),
+            "closed_form": costs.communication(config, num_devices, state)._asdict(),
         },
         "bytes_between_slices": sum(
             operation.collective.bytes * operation.times for operation in operations if _crosses(operation, slice_of)

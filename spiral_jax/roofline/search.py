@@ -6,18 +6,17 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GIB
 from spiral_jax.model.config import Remat
+from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh
 from spiral_jax.progress import Report
-from spiral_jax.roofline import expected
 from spiral_jax.roofline.hlo import UnreadableProgram
 from spiral_jax.roofline.predict import FITTED
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.roofline.slices import Slice
-from spiral_jax.sharding import MeshConfig, abstract_mesh
-from spiral_jax.training.config import GatherCore
+from spiral_jax.training import costs
+from spiral_jax.training.config import GatherCore, StepConfig
 from spiral_jax.training.fsdp import holds_core
 from spiral_jax.training.step import TrainState
 
@@ -34,12 +33,12 @@ class Found:
     """
 
     best: dict[str, Any] | None
-    config: RunConfig | None
+    config: StepConfig | None
     tried: list[dict[str, Any]]
     left: int
 
 
-def layouts(config: RunConfig, num_devices: int) -> Iterator[RunConfig]:
+def layouts(config: StepConfig, num_devices: int) -> Iterator[StepConfig]:
     """Every layout that divides: tensor 1 or 2, fsdp and accumulation in powers of two, all remats."""
     powers = [2**i for i in range(num_devices.bit_length())]
     for tensor, fsdp in itertools.product((1, 2), powers):
@@ -63,7 +62,7 @@ def layouts(config: RunConfig, num_devices: int) -> Iterator[RunConfig]:
                 yield layout
 
 
-def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: int, say: Report) -> Found:
+def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: int, say: Report) -> Found:
     """Compiles the most promising layouts, those first that should be fastest by the closed forms.
 
     Not compiled are layouts whose parameters and kept activations alone do not fit, those that keep as much or more of
@@ -87,7 +86,7 @@ def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: i
             f"train.batch_size is {config.train.batch_size}; with model.d_model {config.model.d_model} no mesh in "
             f"powers of two divides it over {num_devices} devices"
         )
-    state_on = functools.cache(lambda mesh: expected.state_on(dataclasses.replace(config, mesh=mesh), num_devices))
+    state_on = functools.cache(lambda mesh: costs.state_on(dataclasses.replace(config, mesh=mesh), num_devices))
     usable = chips.generation.hbm_bytes
     least = [_least_bytes(one, num_devices, state_on(one.mesh)) for one in every]
     if min(least) >= usable:
@@ -122,7 +121,7 @@ def search(config: RunConfig, chips: Slice, num_slices: int, max_compilations: i
     return Found(best, best_config, tried, len(waiting))
 
 
-def _needs_as_much(layout: RunConfig, other: RunConfig) -> bool:
+def _needs_as_much(layout: StepConfig, other: StepConfig) -> bool:
     """Whether a layout surely needs no less memory than another: it keeps as much of as many rows, on the same mesh."""
     kept = get_args(Remat)
     same = layout.mesh == other.mesh and layout.train.gather_core == other.train.gather_core
@@ -133,7 +132,7 @@ def _needs_as_much(layout: RunConfig, other: RunConfig) -> bool:
     )
 
 
-def flags_of(config: RunConfig) -> str:
+def flags_of(config: StepConfig) -> str:
     """The command-line flags of a layout."""
     mesh, train = config.mesh, config.train
     return (
@@ -143,7 +142,7 @@ def flags_of(config: RunConfig) -> str:
     )
 
 
-def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Report, tries: int = 4) -> str | None:
+def nearest_that_fits(config: StepConfig, chips: Slice, num_slices: int, say: Report, tries: int = 4) -> str | None:
     """Flags with which a run fits: micro-batches of half the rows, or only inputs kept, in ever smaller ones; or None.
 
     Each try is a compilation.
@@ -180,24 +179,24 @@ def nearest_that_fits(config: RunConfig, chips: Slice, num_slices: int, say: Rep
     return None
 
 
-def _least_bytes(config: RunConfig, num_devices: int, state: TrainState | None = None) -> int:
+def _least_bytes(config: StepConfig, num_devices: int, state: TrainState | None = None) -> int:
     """What a device holds at least: parameters, optimizer, gradients, activations kept; not what the compiler adds."""
-    held = expected.memory(config, num_devices, state)
+    held = costs.memory(config, num_devices, state)
     return sum(held[name] for name in ("parameters", "optimizer", "gradients", "core", "activations_kept"))
 
 
-def _product_seconds(config: RunConfig, chips: Slice, num_devices: int) -> float:
+def _product_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:
     """Time of the matrix products alone."""
-    return expected.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
+    return costs.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
 
 
-def _estimate(config: RunConfig, chips: Slice, num_devices: int, state: TrainState) -> float:
+def _estimate(config: StepConfig, chips: Slice, num_devices: int, state: TrainState) -> float:
     """Seconds of a step by the closed forms: products, attention, communication over one ring; only to sort by."""
-    form = expected.flops(config)
+    form = costs.flops(config)
     # Of three passes, forward is one and backward two.
-    attention = form.attention_causal * (2 + expected.FORWARD_ATTENTION[config.model.remat]) / 3
+    attention = form.attention_causal * (2 + costs.FORWARD_ATTENTION[config.model.remat]) / 3
     attention /= num_devices * chips.peak_flops * FITTED.attention_efficiency
-    moved = sum(expected.communication(config, num_devices, state))
+    moved = sum(costs.communication(config, num_devices, state))
     # All-reduces of activations, two a layer forward and two backward.
     if config.mesh.tensor > 1:
         rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)

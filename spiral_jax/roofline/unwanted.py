@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from spiral_jax.config import RunConfig
 from spiral_jax.roofline.hlo import Array, Module
+from spiral_jax.training.config import StepConfig
 
 
-def unwanted(module: Module, config: RunConfig, num_devices: int) -> list[str]:
+def unwanted(module: Module, config: StepConfig, num_devices: int) -> list[str]:
     """Names and shapes of the arrays in a compiled step that hold L x L scores or the logits of whole sequences.
 
     What exists only within a fusion is in no memory and is not looked at.

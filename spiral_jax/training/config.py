@@ -5,6 +5,8 @@ import math
 from typing import Literal, get_args
 
 from spiral_jax.errors import require
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.parallel.mesh import MeshConfig, check_divisible
 from spiral_jax.training.optimizers import optimizers
 from spiral_jax.training.schedules import schedules
 
@@ -111,3 +113,23 @@ class OptimizerConfig:
     def stable_until(self, steps: int) -> int:
         """First step whose learning rate depends on how many steps follow, in a run of `steps`."""
         return schedules[self.schedule](self, steps).stable_until()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What decides a training step: the part of a run's configuration that programs and their costs are made of."""
+
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def check_mesh(self, num_devices: int) -> tuple[int, int, int]:
+        """Devices along (data, fsdp, tensor).
+
+        Raises:
+          SpiralError: a mesh that does not fit the devices, or a batch or model that does not divide over it.
+        """
+        shape = self.mesh.shape(num_devices)
+        check_divisible(shape, self.model, self.train.batch_size, self.train.accumulation)
+        return shape

@@ -21,7 +21,7 @@ from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import partition_spec
+from spiral_jax.parallel.mesh import partition_spec
 from spiral_jax.training.config import TrainConfig
 
 # The axes that `on_each_device` makes a program's own business.

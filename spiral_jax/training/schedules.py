@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spiral_jax.registry import Registry
+from spiral_jax.model.registry import Registry
 
 if TYPE_CHECKING:
     from spiral_jax.training.config import OptimizerConfig

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from spiral_jax.config import RunConfig
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import batch_sharding, constrain, replicated, shardings_of
+from spiral_jax.parallel.mesh import batch_sharding, constrain, replicated, shardings_of
 from spiral_jax.training import fsdp
+from spiral_jax.training.config import StepConfig
 from spiral_jax.training.loss import mean_window_nats, window_nats
 from spiral_jax.training.optimizers import make_optimizer, state_shardings
 from spiral_jax.training.schedules import learning_rate
@@ -73,7 +73,7 @@ class Program:
         return self.eval_step.lower(self.abstract_state.params, windows, weights).compile()
 
 
-def make_program(config: RunConfig, mesh: Mesh) -> Program:
+def make_program(config: StepConfig, mesh: Mesh) -> Program:
     """Builds, but does not compile, everything that runs on the devices.
 
     Raises:
@@ -123,7 +123,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     )
 
 
-def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract_state(config: StepConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """The TrainState's shapes, dtypes and shardings on a mesh, which may be one that is not there."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     boxed = jax.eval_shape(functools.partial(_initial_params, config), key)
@@ -142,12 +142,12 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _initial_params(config: RunConfig, key: jax.Array):
+def _initial_params(config: StepConfig, key: jax.Array):
     """Of step 0, still boxed with the names of their axes."""
     return SpiralFormer(config.model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def _initial_state(config: RunConfig, key: jax.Array) -> TrainState:
+def _initial_state(config: StepConfig, key: jax.Array) -> TrainState:
     """Step 0."""
     init_key, rng = jax.random.split(key)
     params = nn.unbox(_initial_params(config, init_key))
@@ -155,7 +155,7 @@ def _initial_state(config: RunConfig, key: jax.Array) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
 
 
-def _gradients(config: RunConfig, mesh: Mesh, model: SpiralFormer, specs, params, windows_BxW: jax.Array):
+def _gradients(config: StepConfig, mesh: Mesh, model: SpiralFormer, specs, params, windows_BxW: jax.Array):
     """Loss, metrics and gradients of the batch's mean loss, over `accumulation` micro-batches one after the other."""
     A = config.train.accumulation
     core_is_whole = fsdp.holds_core(config.model, config.train, mesh)

@@ -242,7 +242,7 @@ def test_transformers_gives_our_ids(tmp_path):
 
 
 def test_the_card_says_what_the_model_is(runs):
-    from spiral_jax.config import RunConfig
+    from spiral_jax.run.config import RunConfig
     from spiral_jax.training.config import TrainConfig
 
     config = RunConfig(model=SPIRAL, train=TrainConfig(steps=90, batch_size=4, sequence_length=8))

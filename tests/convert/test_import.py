@@ -20,7 +20,7 @@ from spiral_jax.model.config import ModelConfig
 TINY = ModelConfig(vocab_size=19, d_model=8, num_heads=2, prelude_layers=1, core_layers=0, coda_layers=0,
                    rotary_fraction=0.5, chunks=(), topology="base", dtype="float32")  # fmt: skip
 CONFIG = """
-from spiral_jax.config import default_config
+from spiral_jax.run.config import default_config
 
 def get_config(argument=""):
     config = default_config()

@@ -12,13 +12,13 @@ from verbs import call
 
 import spiral_jax
 from spiral_jax import train
-from spiral_jax.config import RunConfig
 from spiral_jax.convert.upcycle import UpcycleConfig, fresh_linears, place, source_layers, upcycled
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import abstract_params
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import abstract_params
 from spiral_jax.training.step import abstract_state
 
 SOURCE = ModelConfig(vocab_size=19, d_model=16, num_heads=2, prelude_layers=6, core_layers=0, coda_layers=0,
@@ -28,7 +28,7 @@ UNSHARED = dataclasses.replace(LOOP, core_layers=2, chunks=(1, 1), shared_core=F
 SPIRAL = dataclasses.replace(LOOP, core_layers=2, chunks=(4, 2, 1), topology="mesh")
 GIVEN = UpcycleConfig(source="x")
 TRAIN = """
-from spiral_jax.config import default_config
+from spiral_jax.run.config import default_config
 
 def get_config(argument=""):
     config = default_config()
@@ -260,7 +260,7 @@ def test_the_command_starts_from_the_source_and_resumes_without_it(folder, tmp_p
 
 
 def test_a_run_can_be_the_source(folder, tmp_path):
-    from spiral_jax.runs import read_model
+    from spiral_jax.run.directory import read_model
 
     expected = read_model(folder)
     found = read_model(run_of(folder, tmp_path / "run"))

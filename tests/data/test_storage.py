@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from spiral_jax.data.blob import Blob, JoinedBlobs, LocalBlob
 from spiral_jax.data.remote import retry
-from spiral_jax.data.storage import LOCAL, Blob, JoinedBlobs, LocalBlob, Storage, is_url, join
+from spiral_jax.data.storage import LOCAL, Storage, is_url, join
 from spiral_jax.errors import SpiralError
 
 CONTENT = random.Random(0).randbytes(10_000)

@@ -14,8 +14,8 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import param_shardings
-from spiral_jax.sharding import MeshConfig, constrain, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, constrain, make_mesh
+from spiral_jax.run.directory import param_shardings
 
 V, NUM_IDS, CAPACITY = 20, 18, 44
 STOP = 9

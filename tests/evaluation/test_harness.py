@@ -15,8 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from verbs import call
 
-from spiral_jax import evaluate, metrics, train
-from spiral_jax.config import RunConfig
+from spiral_jax import evaluate, train
 from spiral_jax.convert.huggingface import config_to_huggingface, params_from_tensors
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer
 from spiral_jax.errors import SpiralError
@@ -25,7 +24,9 @@ from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run import metrics
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import make_program
 
@@ -184,7 +185,7 @@ def test_texts_against_the_hugging_face_model(monkeypatch, pair, tmp_path, num_f
 # The commands.
 
 TINY = """
-from spiral_jax.config import default_config
+from spiral_jax.run.config import default_config
 
 def get_config(argument=""):
     config = default_config()

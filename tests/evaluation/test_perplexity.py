@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import reference
 
-from spiral_jax.config import RunConfig
 from spiral_jax.data.windows import TokensInMemory
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import Score, num_scoring_windows, score, scoring_batches
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import make_program
 

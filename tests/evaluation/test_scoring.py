@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import reference
 
-from spiral_jax.buckets import bucket_of
-from spiral_jax.config import RunConfig
 from spiral_jax.data.tokenizers import ByteTokenizer
+from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import shared_prompts
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
@@ -18,7 +17,8 @@ from spiral_jax.evaluation.generation_settings import GenerationSettings
 from spiral_jax.evaluation.scoring import Request, Scorer, _score, windows
 from spiral_jax.evaluation.shared_prompts import Shape, choices_of
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import make_program
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluate import on_these_devices
-from spiral_jax.kernels import cudnn, xla
+from spiral_jax.kernels import cudnn
 from spiral_jax.kernels.choose import attention_for, per_device
+from spiral_jax.model import attention as plain
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import Attention, TrainConfig
 from spiral_jax.training.step import make_program
 
@@ -127,7 +128,7 @@ def test_a_program_is_built_with_it_or_not_at_all(choice):
     config = RunConfig(model=model_of(), train=TrainConfig(batch_size=8, sequence_length=16, attention=choice))
     mesh = make_mesh(MeshConfig())
     if choice in ("auto", "xla"):
-        assert make_program(config, mesh).model.backend.attention is xla.causal_attention
+        assert make_program(config, mesh).model.backend.attention is plain.causal_attention
         return
     with pytest.raises(SpiralError, match=f"train.attention is '{choice}'"):
         make_program(config, mesh)
@@ -170,7 +171,7 @@ def test_cudnn_is_asked_for_causal_attention(monkeypatch, quick):
     attention = per_device(make_mesh(MeshConfig(2, 2, 2)), cudnn.causal_attention)
     found = jax.jit(lambda *qkv: both(attention, *qkv), compiler_options=quick)(q, k, v)
     assert asked == [("cudnn", (1, 22, 2, 32))]
-    truth = both(xla.causal_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
+    truth = both(plain.causal_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
     for a, b in zip(found, truth, strict=True):
         assert a.dtype == jnp.bfloat16
         assert float(jnp.abs(a - b).max()) < 0.02 * float(jnp.abs(b).max())

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spiral_jax.kernels import splash, xla
+from spiral_jax.kernels import splash
 from spiral_jax.kernels.choose import per_device
+from spiral_jax.model import attention as plain
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 
 INTERPRETED = functools.partial(splash.causal_attention, device_kind="TPU v5 lite", interpret=True)
 
@@ -46,21 +47,21 @@ def compare(attention, reference, q, k, v, gradient, quick):
     + [pytest.param(L, K, marks=pytest.mark.slow) for L in (1, 100, 128, 200, 256, 512) for K in (32, 64, 128, 256)],
 )
 def test_output_and_gradients(L, K, quick):
-    errors = compare(INTERPRETED, xla.causal_attention, *inputs(1, L, 2, K), quick)
+    errors = compare(INTERPRETED, plain.causal_attention, *inputs(1, L, 2, K), quick)
     assert max(errors) < 1e-5
 
 
 @pytest.mark.parametrize("K", [64, 128])
 def test_bfloat16_is_as_near_the_truth_as_xla(K, quick):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs(1, 256, 2, K))
-    truth = xla.causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    truth = plain.causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
 
     def error(attention):
         out = jax.jit(attention, compiler_options=quick)(q, k, v)
         assert out.dtype == jnp.bfloat16
         return float(jnp.sqrt(jnp.mean((out - truth) ** 2)))
 
-    assert error(INTERPRETED) < 1.5 * error(xla.causal_attention)
+    assert error(INTERPRETED) < 1.5 * error(plain.causal_attention)
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8)], ids=str)
@@ -70,7 +71,7 @@ def test_on_a_mesh(mesh, quick):
     attention = per_device(mesh, INTERPRETED)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
     q, k, v, gradient = (jax.device_put(x, sharding) for x in inputs(4, 128, 8, 64))
-    assert max(compare(attention, xla.causal_attention, q, k, v, gradient, quick)) < 1e-5
+    assert max(compare(attention, plain.causal_attention, q, k, v, gradient, quick)) < 1e-5
 
     text = jax.jit(attention).lower(q, k, v).compile(quick).as_text()
     assert not any(kind in text for kind in ("all-gather", "all-reduce", "all-to-all"))

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from spiral_jax.config import RunConfig
 from spiral_jax.kernels import splash
 from spiral_jax.kernels.choose import attention_for, per_device
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import MeshConfig, constrain, make_mesh, partition_spec
+from spiral_jax.parallel.mesh import MeshConfig, constrain, make_mesh, partition_spec
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import make_program
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from spiral_jax.roofline import calibration
-from spiral_jax.roofline.calibration import Count, compact, fit, leave_one_out, load, measured_runs, predict_run, save
 from spiral_jax.roofline.predict import FITTED, Cost, total
 from spiral_jax.roofline.slices import parse_slice
+from tpu import calibration
+from tpu.calibration import Count, compact, fit, leave_one_out, load, measured_runs, predict_run, save
 
 RUNS = {run.name: run for run in measured_runs()}
 COUNTS = load(Path(__file__).parents[2] / "tpu" / "calibration.json")

@@ -11,11 +11,11 @@ import spiral_jax
 from spiral_jax import evaluate, train
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.writer import StoreWriter
-from spiral_jax.metrics import read_rows
+from spiral_jax.run.metrics import read_rows
 
 WINDOWS = {"one": 40, "two": 10}  # of 8
 CONFIG = """
-from spiral_jax.config import default_config
+from spiral_jax.run.config import default_config
 
 def get_config(argument=""):
     config = default_config()

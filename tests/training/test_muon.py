@@ -9,11 +9,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from spiral_jax.config import RunConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import abstract_params, param_shardings
-from spiral_jax.sharding import MeshConfig, abstract_mesh, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import abstract_params, param_shardings
 from spiral_jax.training.config import OptimizerConfig
 from spiral_jax.training.optimizers import make_optimizer, optimizers, state_shardings
 from spiral_jax.training.optimizers.muon import matrix_axes

@@ -10,7 +10,7 @@ import pytest
 
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.runs import abstract_params
+from spiral_jax.run.directory import abstract_params
 from spiral_jax.training.config import OptimizerConfig
 from spiral_jax.training.optimizers import make_optimizer
 from spiral_jax.training.optimizers.adamw import decay_mask

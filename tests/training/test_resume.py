@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.metrics import read_rows
+from spiral_jax.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -26,8 +26,8 @@ TEXT = " ".join(f"{n} times {n} is {n * n}." for n in range(100, 215))
 CONFIG = """
 import os, signal, time
 from pathlib import Path
-from spiral_jax import metrics
-from spiral_jax.config import default_config
+from spiral_jax.run import metrics
+from spiral_jax.run.config import default_config
 
 
 def get_config():

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from spiral_jax.config import RunConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import OptimizerConfig, TrainConfig
 from spiral_jax.training.step import TrainState, make_program
 

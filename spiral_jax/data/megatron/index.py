@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from spiral_jax.data.storage import Blob, Range
+from spiral_jax.data.blob import Blob, Range
 from spiral_jax.errors import SpiralError
 
 _MAGIC = b"MMIDIDX\x00\x00"

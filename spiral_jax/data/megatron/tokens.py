@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from spiral_jax.data.blob import Blob, JoinedBlobs, LocalBlob
 from spiral_jax.data.megatron.files import find_index, find_tokens, is_megatron
 from spiral_jax.data.megatron.index import HEADER_BYTES, MegatronIndex, chunks, spread
-from spiral_jax.data.storage import LOCAL, Blob, JoinedBlobs, LocalBlob, Storage
+from spiral_jax.data.storage import LOCAL, Storage
 from spiral_jax.data.windows import TokenSource
 from spiral_jax.errors import SpiralError
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
+from spiral_jax.data.blob import Blob, Range
 from spiral_jax.data.remote.retry import FIRST_TIMEOUT, Retry, WrongAnswer
-from spiral_jax.data.storage import Blob, Range
 from spiral_jax.errors import SpiralError
 
 _T = TypeVar("_T")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from spiral_jax.data.blob import Blob, Range
 from spiral_jax.data.remote.cache_folder import CacheFolder
-from spiral_jax.data.storage import Blob, Range
 
 _BLOCK = 4096  # bytes; the smallest unit that a file system keeps
 _CRC = np.dtype("<u4")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from spiral_jax.atomic import write_text
+from spiral_jax.data.atomic import write_text
 from spiral_jax.data.store import MANIFEST, token_dtype
 from spiral_jax.data.text.parts import NAMED, SPLITS, Recipe, Summary, finished_part, has_part, read_part
 from spiral_jax.data.text.pool import Job, run_units

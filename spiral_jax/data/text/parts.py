@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from spiral_jax.atomic import write_text
+from spiral_jax.data.atomic import write_text
 from spiral_jax.data.store import OFFSET_DTYPE, token_dtype
 from spiral_jax.data.text.files import uniform_hash
 from spiral_jax.data.text.records import read_span

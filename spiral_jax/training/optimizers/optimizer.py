@@ -8,8 +8,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.registry import Registry, guarded
-from spiral_jax.sharding import replicated
+from spiral_jax.model.registry import Registry, guarded
+from spiral_jax.parallel.mesh import replicated
 from spiral_jax.training.schedules import learning_rate
 
 if TYPE_CHECKING:

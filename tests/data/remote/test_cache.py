@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from spiral_jax.benchmarks.range_server import RangeServer
+from spiral_jax.data.blob import Blob
 from spiral_jax.data.remote.cache import CachedBlob, cached
-from spiral_jax.data.storage import Blob, Storage
+from spiral_jax.data.storage import Storage
 
 BLOCK = 4096
 CONTENT = random.Random(0).randbytes(100 * BLOCK + 123)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spiral_jax import atomic
+from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError, require
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.config import RunConfig
 from spiral_jax.model.neox import layer_linears, layer_weights
-from spiral_jax.sharding import abstract_mesh
+from spiral_jax.parallel.mesh import abstract_mesh
+from spiral_jax.training.config import StepConfig
 from spiral_jax.training.fsdp import holds_core, is_of_layers
 from spiral_jax.training.step import TrainState, abstract_state
 
@@ -37,7 +37,7 @@ class Flops:
     attention_causal: float
 
 
-def flops(config: RunConfig) -> Flops:
+def flops(config: StepConfig) -> Flops:
     """A step's FLOPs."""
     model, train = config.model, config.train
     L = train.sequence_length
@@ -65,12 +65,12 @@ class Communication(NamedTuple):
     summed_bytes: float
 
 
-def state_on(config: RunConfig, num_devices: int) -> TrainState:
+def state_on(config: StepConfig, num_devices: int) -> TrainState:
     """Shapes and shardings of a run's state. Takes half a second, and is the same for all layouts of one mesh."""
     return abstract_state(config, abstract_mesh(config.mesh, num_devices))
 
 
-def communication(config: RunConfig, num_devices: int, state: TrainState | None = None) -> Communication:
+def communication(config: StepConfig, num_devices: int, state: TrainState | None = None) -> Communication:
     """What the axes `data` and `fsdp` exchange for scanned layers; what `tensor` adds is not in it.
 
     Per micro-batch every executed layer's matrices are gathered forward and backward in the compute dtype, and their
@@ -114,7 +114,7 @@ def _rest(state: TrainState, tensor: int) -> int:
     )
 
 
-def layout(config: RunConfig, num_devices: int) -> dict[str, Any]:
+def layout(config: StepConfig, num_devices: int) -> dict[str, Any]:
     """How a run lies on devices.
 
     Raises:
@@ -128,7 +128,7 @@ def layout(config: RunConfig, num_devices: int) -> dict[str, Any]:
     }
 
 
-def memory(config: RunConfig, num_devices: int, state: TrainState | None = None) -> dict[str, int]:
+def memory(config: StepConfig, num_devices: int, state: TrainState | None = None) -> dict[str, int]:
     """Bytes per device that follow from the configuration; what the compiler adds is not in it.
 
     `activations_kept` is a lower bound of what the forward pass keeps for the backward pass, per micro-batch: each

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.checkpoint import CheckpointConfig, Checkpoints, restore_for_inference
-from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.runs import abstract_params
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, restore_for_inference
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import abstract_params
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import abstract_state
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import pytest
 from verbs import call
 
-from spiral_jax import check, invariants
-from spiral_jax.config import RunConfig
+from spiral_jax import check
+from spiral_jax.evaluation import invariants
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Linear
 from spiral_jax.model.pooling import Mean, Pooling, poolings
 from spiral_jax.model.spreading import Learned, spreadings
 from spiral_jax.model.topology import Topology, Update, topologies
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import OptimizerConfig
 
 MODEL = invariants.small(ModelConfig(chunks=(3, 2, 1), topology="residual", pooling="mean", allocation="uniform"))
@@ -172,7 +173,7 @@ def test_weights_are_nowhere_at_their_start():
 
 
 CONFIG = """
-from spiral_jax.config import RunConfig, default_config
+from spiral_jax.run.config import RunConfig, default_config
 
 def get_config(argument=""):
     config = default_config()

@@ -9,11 +9,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from spiral_jax.config import RunConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import RULES, MeshConfig, abstract_mesh, constrain, make_mesh, partition_spec, shardings_of
+from spiral_jax.parallel.mesh import (
+    RULES,
+    MeshConfig,
+    abstract_mesh,
+    constrain,
+    make_mesh,
+    partition_spec,
+    shardings_of,
+)
+from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import abstract_state
 

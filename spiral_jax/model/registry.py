@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from spiral_jax.errors import SpiralError
 
 T = TypeVar("T")
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)

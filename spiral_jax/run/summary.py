@@ -2,15 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
+from spiral_jax.decoding.decoder import Decoder, Request
+from spiral_jax.decoding.sampling import SamplingSettings
+from spiral_jax.decoding.stops import text_before_stop
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.metrics import read_rows
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run.metrics import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +46,19 @@ def check_extras(config: SummaryConfig) -> None:
         _figure_class()
 
 
-def sample_continuation(workdir: Path, config: SummaryConfig, text: TokenStore, tokenizer: Tokenizer, seed: int) -> str:
-    """The start of the validation text and what the newest checkpoint makes of it, as one readable block."""
-    from spiral_jax.decoding.decoder import Decoder, Request
-    from spiral_jax.decoding.sampling import SamplingSettings
-    from spiral_jax.decoding.stops import text_before_stop
-    from spiral_jax.runs import load
+def sample_continuation(
+    model: SpiralFormer, params: Any, config: SummaryConfig, text: TokenStore, tokenizer: Tokenizer, seed: int
+) -> str:
+    """The start of the validation text and what a model makes of it, as one readable block.
 
-    model, params = load(workdir)
+    Args:
+      model: the model.
+      params: its parameters, on the first device.
+      config: tokens to read and to sample, and the temperature.
+      text: the validation text.
+      tokenizer: of its tokens.
+      seed: of the sample.
+    """
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
     prompt_ids = text.read(0, min(config.prompt_tokens, text.num_tokens))
     decoder = Decoder(

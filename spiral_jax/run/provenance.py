@@ -6,12 +6,13 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spiral_jax import atomic
+from spiral_jax.data import atomic
 
 PACKAGES = ("spiral_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -51,6 +52,15 @@ def write_environment(path: Path, mesh: Mesh) -> None:
         }
     )
     atomic.write_text(path, json.dumps(starts, indent=2) + "\n")
+
+
+def last_start(path: Path) -> dict[str, Any] | None:
+    """What `write_environment` recorded last; None where that is missing or broken."""
+    try:
+        start = json.loads(path.read_text())[-1]
+        return start if {"packages", "git_commit"} <= start.keys() else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
 
 
 def git_commit() -> str | None:

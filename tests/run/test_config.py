@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from spiral_jax.config import RunConfig, default_config
 from spiral_jax.errors import SpiralError
+from spiral_jax.run.config import RunConfig, default_config
 from spiral_jax.training.schedules import learning_rate
 
 SMALL = {

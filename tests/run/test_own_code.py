@@ -9,11 +9,12 @@ import pytest
 from verbs import call
 
 import spiral_jax
-from spiral_jax import describe, evaluate, export, generate, own_code, train
-from spiral_jax.metrics import read_rows
+from spiral_jax import describe, evaluate, export, generate, train
 from spiral_jax.model.topology import topologies
+from spiral_jax.run import own_code
+from spiral_jax.run.metrics import read_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "--config.model.d_model=32", "--config.model.core_layers=1", "--config.model.chunks=(2,1)",
     "--config.train.steps=4", "--config.train.batch_size=8", "--config.train.sequence_length=16",
@@ -23,7 +24,7 @@ OWN = """
 import jax
 import jax.numpy as jnp
 import optax
-from spiral_jax.config import default_config
+from spiral_jax.run.config import default_config
 from spiral_jax.model.operators import Linear
 from spiral_jax.model.pooling import Pooling, poolings
 from spiral_jax.model.spreading import Spreading, spreadings

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spiral_jax.config import RunConfig
 from spiral_jax.decoding import cached
 from spiral_jax.decoding.state import empty_state
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import MeshConfig, make_mesh
-from spiral_jax.training.config import TrainConfig
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.training.config import StepConfig, TrainConfig
 from spiral_jax.training.step import make_program
 
 # Relative to the numbers' scale. Rounding leaves 1e-6; what these checks look for leaves 1e-3 and more.
@@ -52,7 +51,7 @@ class Finding:
         return self.difference is None or self.difference < TOLERANCE
 
 
-def check(config: RunConfig) -> Iterator[Finding]:
+def check(config: StepConfig) -> Iterator[Finding]:
     """All checks, each run when its finding is asked for."""
     model = small(config.model)
     yield causality(model)
@@ -168,7 +167,7 @@ def decoded(model: ModelConfig) -> Finding:
     return Finding("decoded", f"{L} tokens one at a time, after {', '.join(map(str, starts_B))} at once", worst, where)
 
 
-def sharded(config: RunConfig) -> Finding:
+def sharded(config: StepConfig) -> Finding:
     """Two train steps on a mesh of eight devices and on one: loss, gradient norm and every parameter's change."""
     if jax.device_count() < 8:
         return Finding("sharded", f"nothing: jax has {jax.device_count()} devices here, and 8 are needed", None)
@@ -179,7 +178,7 @@ def sharded(config: RunConfig) -> Finding:
     windows_BxW = _tokens(8, train.sequence_length + 1)
 
     def steps(mesh: MeshConfig):
-        run = RunConfig(model=config.model, train=train, optimizer=optimizer, mesh=mesh)
+        run = StepConfig(model=config.model, train=train, optimizer=optimizer, mesh=mesh)
         sizes = dataclasses.astuple(mesh)
         program = make_program(run, make_mesh(mesh, jax.devices()[: int(np.prod(sizes))]))
         state = program.init(jax.random.key(0))

@@ -31,10 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spiral_jax import atomic, own_code
-from spiral_jax.checkpoint import on_host, restore_for_inference
-from spiral_jax.config import RunConfig
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
+from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.data.storage import LOCAL, Storage, is_url
@@ -43,7 +41,10 @@ from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.sharding import shardings_of
+from spiral_jax.parallel.mesh import shardings_of
+from spiral_jax.run import own_code
+from spiral_jax.run.checkpoint import on_host, restore_for_inference
+from spiral_jax.run.config import RunConfig
 
 
 def load(path: str | Path, *, step: int | None = None, dtype: str | None = None) -> tuple[SpiralFormer, Any]:

@@ -16,19 +16,19 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from spiral_jax import atomic, own_code
-from spiral_jax.checkpoint import CheckpointConfig
 from spiral_jax.convert.layout import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
+from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.config import EvaluationConfig
-from spiral_jax.metrics import LoggingConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.declarations import check_operators
-from spiral_jax.sharding import MeshConfig, check_divisible
-from spiral_jax.summary import SummaryConfig
-from spiral_jax.training.config import OptimizerConfig, TrainConfig
+from spiral_jax.run import own_code
+from spiral_jax.run.checkpoint import CheckpointConfig
+from spiral_jax.run.metrics import LoggingConfig
+from spiral_jax.run.summary import SummaryConfig
+from spiral_jax.training.config import StepConfig
 
 # What may differ between the run in a directory and the command that resumes it: where and how it runs and what is
 # watched, not what is computed. `train.steps` and the mixture have rules of their own (`check_resume`).
@@ -55,7 +55,7 @@ MUTABLE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(StepConfig):
     """Everything that decides a run.
 
     Attributes:
@@ -63,12 +63,8 @@ class RunConfig:
     """
 
     seed: int = 0
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
     upcycle: UpcycleConfig = UpcycleConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -137,16 +133,6 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Writes `config.json`, whole or not at all."""
         atomic.write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
-
-    def check_mesh(self, num_devices: int) -> tuple[int, int, int]:
-        """Devices along (data, fsdp, tensor).
-
-        Raises:
-          SpiralError: a mesh that does not fit the devices, or a batch or model that does not divide over it.
-        """
-        shape = self.mesh.shape(num_devices)
-        check_divisible(shape, self.model, self.train.batch_size, self.train.accumulation)
-        return shape
 
     def check_resume(self, saved: "RunConfig", step: int) -> None:
         """Whether this configuration continues a run that was saved after `step` steps.

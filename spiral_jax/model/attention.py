@@ -1,10 +1,11 @@
-"""Causal attention in plain XLA operations: any platform, any length."""
+"""The attention of a layer (docs/spec.md section 1) in plain XLA operations: any platform, any length."""
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spiral_jax.kernels.names import ATTENTION
+# Under which `jax.checkpoint` policies find attention's output, and what its backward pass needs with it.
+ATTENTION = "attention"
 
 
 def causal_attention(q_BxLxHxK: jax.Array, k_BxLxHxK: jax.Array, v_BxLxHxK: jax.Array) -> jax.Array:

@@ -6,11 +6,12 @@ import math
 import jax
 import pytest
 
-from spiral_jax.config import RunConfig
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.roofline import expected, hlo, work
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.groups import cross
-from spiral_jax.sharding import MeshConfig, make_mesh
+from spiral_jax.run.config import RunConfig
+from spiral_jax.training import costs
 from spiral_jax.training.config import TrainConfig
 from spiral_jax.training.step import make_program
 
@@ -53,17 +54,15 @@ def by_rows(operations, tensor: int) -> tuple[list[work.Operation], list[work.Op
     return across, inside
 
 
-def moved(operations, tensor: int = 1) -> expected.Communication:
+def moved(operations, tensor: int = 1) -> costs.Communication:
     """Bytes of arrays that are gathered, and that are summed (the compiler may sum all and keep a part)."""
     across, _ = by_rows(operations, tensor)
     found = {kind: traffic.bytes for kind, traffic in work.collectives(across).items()}
-    return expected.Communication(
-        found.get("all-gather", 0), found.get("reduce-scatter", 0) + found.get("all-reduce", 0)
-    )
+    return costs.Communication(found.get("all-gather", 0), found.get("reduce-scatter", 0) + found.get("all-reduce", 0))
 
 
-def form(config: RunConfig) -> expected.Communication:
-    return expected.communication(config, math.prod(dataclasses.astuple(config.mesh)))
+def form(config: RunConfig) -> costs.Communication:
+    return costs.communication(config, math.prod(dataclasses.astuple(config.mesh)))
 
 
 THREE = dict(chunks=(4, 2, 1))
@@ -133,12 +132,12 @@ def test_communication_by_hand():
     scalers = 8 + 8 * 2  # a scorer, and an allocator for two places
     head = 10 * 8
     rest = 10 * 8 + vectors + scalers  # with the embedding
-    assert expected.communication(config, 2) == (
+    assert costs.communication(config, 2) == (
         2 * 4 * matrices * 2 * 2 + rest * 4 + head * 2,
         (2 * 4 * matrices + rest + head) * 4,
     )
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, gather_core="step"))
-    assert expected.communication(config, 2) == (
+    assert costs.communication(config, 2) == (
         2 * 2 * matrices * 2 * 2 + rest * 4 + head * 2 + matrices * 2,
         (2 * 2 * matrices + rest + head) * 4 + matrices * 4,
     )
@@ -151,12 +150,12 @@ def test_flops_by_hand():
     tokens, d = 16 * 16, 64
     layers = 24 * d**2 * (2 * tokens + 2 * tokens // 2 + 2 * tokens + 2 * tokens)
     head = 2 * 64 * d * tokens
-    found = expected.flops(config)
+    found = costs.flops(config)
     assert found.dense == 3 * (layers + head)
     # QKV and the MLP's first product once more.
     assert found.dense_executed == pytest.approx((3 + 7 / 12) * layers + 3 * head, rel=1e-12)
     assert found.attention == 3 * 4 * d * 16 * (2 * 16**2 + 2 * 8**2 + 2 * 16**2 + 2 * 16**2)
-    kept = expected.flops(RunConfig(model=dataclasses.replace(model, remat="keep_all"), train=TRAIN))
+    kept = costs.flops(RunConfig(model=dataclasses.replace(model, remat="keep_all"), train=TRAIN))
     assert kept.dense_executed == found.dense
 
 
@@ -172,6 +171,6 @@ def test_flops_by_hand():
 def test_matrix_work_is_that_of_the_closed_form(remat, topology, compiled):
     """Executed, on one device; the small rest is routers, scorers and what XLA on the CPU does of attention."""
     config = config_of((1, 1, 1), model=dict(remat=remat, d_model=128, topology=topology))
-    form = expected.flops(config)
-    attention = form.attention * (2 + expected.FORWARD_ATTENTION[remat]) / 3
+    form = costs.flops(config)
+    attention = form.attention * (2 + costs.FORWARD_ATTENTION[remat]) / 3
     assert work.dense_flops(compiled(config)) == pytest.approx(form.dense_executed + attention, rel=0.01)

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spiral_jax import atomic
+from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.pooling import poolings
+from spiral_jax.model.registry import Registry, guarded
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
-from spiral_jax.registry import Registry, guarded
 from spiral_jax.training.optimizers import optimizers
 from spiral_jax.training.schedules import schedules
 

@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from spiral_jax import train
-from spiral_jax.config import RunConfig
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.errors import SpiralError
-from spiral_jax.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, read_rows
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, read_rows
 from spiral_jax.training.config import TrainConfig
 
 
@@ -85,7 +85,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, field, value):
     def absent(module):
         raise ImportError(module)
 
-    monkeypatch.setattr("spiral_jax.metrics.importlib.import_module", absent)
+    monkeypatch.setattr("spiral_jax.run.metrics.importlib.import_module", absent)
     with pytest.raises(SpiralError, match=rf"^logging\.{field} needs .*pip install 'spiral_jax\[{field}\]'$"):
         check_extras(LoggingConfig(**{field: value}))
 
@@ -160,7 +160,7 @@ def test_duration(seconds, text):
 
 def test_progress_prints_now_and_then(monkeypatch, capsys):
     now = 0.0
-    monkeypatch.setattr("spiral_jax.metrics.time.monotonic", lambda: now)
+    monkeypatch.setattr("spiral_jax.run.metrics.time.monotonic", lambda: now)
     progress = Progress(total_steps=100, seconds=10)
     for step in range(1, 101):
         now += 2.0

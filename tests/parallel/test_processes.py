@@ -20,19 +20,20 @@ import numpy as np
 import pytest
 from verbs import call
 
-from spiral_jax import distributed, evaluate, train
+from spiral_jax import evaluate, train
 from spiral_jax.data import pipeline
 from spiral_jax.errors import SpiralError
-from spiral_jax.metrics import read_rows
-from spiral_jax.runs import claim
+from spiral_jax.parallel import processes
+from spiral_jax.run.directory import claim
+from spiral_jax.run.metrics import read_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS, STOPPED, BATCH, WINDOW = 6, 4, 8, 17
 CONFIG = """
 import os, signal
 import numpy as np
-from spiral_jax import metrics
-from spiral_jax.config import default_config
+from spiral_jax.run import metrics
+from spiral_jax.run.config import default_config
 from spiral_jax.data import pipeline
 from spiral_jax.errors import SpiralError
 
@@ -390,14 +391,14 @@ def test_one_process_joins_itself_quickly_and_still_ends_at_sigterm():
 import os, signal, time
 from absl import flags
 import jax
-from spiral_jax import distributed
+from spiral_jax.parallel import processes
 values = flags.FlagValues()
-distributed.define(values)
+processes.define(values)
 values(["test"])
 start = time.perf_counter()
-distributed.initialize(values)
+processes.initialize(values)
 seconds = time.perf_counter() - start
-distributed.initialize(values)
+processes.initialize(values)
 print(jax.distributed.is_initialized(), jax.process_count(), seconds, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(20)
@@ -424,7 +425,7 @@ def test_the_part_of_a_batch_that_a_process_has():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(jax, "process_index", lambda process=process: process)
                 with contextlib.suppress(SpiralError):
-                    found.append(distributed.rows_of_process(sharding, size))
+                    found.append(processes.rows_of_process(sharding, size))
         return found
 
     assert parts([[0], [0], [1], [1]]) == [(0, 2), (1, 2)]

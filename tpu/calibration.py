@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.compiling import compile_described
-from spiral_jax.roofline.llama import LOSS_BLOCK, Llama, lower_train_step
 from spiral_jax.roofline.predict import FITTED, Constants, Cost, cost, places_of, total
 from spiral_jax.roofline.slices import describe_devices, parse_slice
+from tpu.llama import LOSS_BLOCK, Llama, lower_train_step
 
 FREE = ("attention_efficiency",)
 BOUNDS = (0.3, 1.0)
