@@ -13,34 +13,32 @@ python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2
 """
 
 import contextlib
-import functools
-import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 
 from spiral_jax import command
 from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
-from spiral_jax.data.pipeline import WindowOrder, train_batches
-from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
-from spiral_jax.data.text.prepare import prepare_stores
-from spiral_jax.data.windows import num_windows
+from spiral_jax.data.pipeline import WindowOrder
+from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.perplexity import score
-from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, open_tasks_of_run
-from spiral_jax.hardware import peak_flops
+from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
+from spiral_jax.evaluation.validation import Validation
 from spiral_jax.parallel import processes
-from spiral_jax.parallel.mesh import batch_sharding, make_mesh
+from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.run import metrics, own_code, summary
-from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.run.checkpoint import Checkpoints, Saves
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import check_same_data, claim, load, open_data, read_model, save_data, tokenizer_of
+from spiral_jax.run.directory import check_same_data, claim, load, open_workdir, read_model, save_data, tokenizer_of
+from spiral_jax.run.prepare import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import parameter_table, write_environment
-from spiral_jax.training.loop import AgreedStop, Recorder, fit
-from spiral_jax.training.step import Program, make_program
+from spiral_jax.run.record import Record
+from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
+from spiral_jax.training.step import Program, TrainState, make_program
+from spiral_jax.training.tracer import Tracer, parse_profile
 
 
 def define(values: flags.FlagValues) -> None:
@@ -75,12 +73,53 @@ def main(values: flags.FlagValues) -> None:
         run(config, workdir, profiled)
 
 
+class Opened(NamedTuple):
+    """What a run stands on: opened and checked before anything is compiled.
+
+    Attributes:
+      data: training and validation text, and the tokenizer.
+      order: which windows come when.
+      tasks: of the harness, None for none.
+      checkpoints: of the run's directory.
+      saved_step: the newest of them; 0 is of imported parameters, not trained here yet; None if there is none.
+      given: parameters to start from, of another model; None for none.
+    """
+
+    data: PreparedData
+    order: WindowOrder
+    tasks: OpenTasks | None
+    checkpoints: Checkpoints
+    saved_step: int | None
+    given: dict[str, Any] | None
+
+
 def run(config: RunConfig, workdir: Path, profiled: range) -> None:
     """The run in `workdir`, from wherever it stands."""
+    opened = open_run(config, workdir)
+    program = make_program(config, make_mesh(config.mesh))
+    state = first_state(config, workdir, program, opened)
+    if processes.is_main():
+        config.save(workdir / "config.json")
+        own_code.save(workdir, config.to_dict())
+        save_data(workdir, opened.data)
+        (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
+        write_environment(workdir / "environment.json", program.mesh)
+    if (opened.saved_step or 0) < config.train.steps:
+        train(config, workdir, program, state, opened, profiled)
+    opened.checkpoints.close()
+    if processes.is_main():
+        finish(config, workdir, opened.data)
+
+
+def open_run(config: RunConfig, workdir: Path) -> Opened:
+    """Opens what the run stands on, and checks it against its newest checkpoint.
+
+    Raises:
+      SpiralError: a configuration or data that does not continue the run, data that is missing or does not suit it, or
+        an `upcycle.source` that does not.
+    """
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    # 0: imported parameters, not trained here yet.
     saved_step = processes.from_main("the newest checkpoint", checkpoints.latest_step)
-    start_step = saved_step or 0
     fingerprints = None
     if saved_step is not None:
         meta = checkpoints.load_meta(saved_step)
@@ -89,214 +128,80 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
         for line in own_code.changes(workdir, config.to_dict()):
             processes.say(line)
         fingerprints = meta["data"]["fingerprints"]
-    data = prepare(config, workdir, fingerprints)
+    data = prepare_data(config, workdir, fingerprints)
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
     order = window_order(config, data)
     tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
-
     given = None
     if saved_step is None and config.upcycle.source:
         given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source))
-
-    mesh = make_mesh(config.mesh)
-    program = make_program(config, mesh)
-    if start_step:
-        state = checkpoints.restore(start_step, program.abstract_state)
-        processes.say(f"resuming after step {start_step} of {config.train.steps}")
-    else:
-        state = program.init(jax.random.key(config.seed))
-        if saved_step is not None:
-            state = state.replace(params=checkpoints.restore_params(0, program.abstract_state.params))
-            processes.say("starting from the imported parameters")
-            if tokenizer_of(workdir).fingerprint != data.tokenizer.fingerprint:
-                processes.say("note: the data is in another tokenizer's ids than the one imported with them")
-        elif given is not None:
-            state = state.replace(params=place(given, state.params))
-            processes.say(f"starting from the layers of {config.upcycle.source}")
-            fresh = fresh_linears(config.model, given)
-            if fresh:
-                processes.say(f"starting as always, as the source has none like them: {', '.join(fresh)}")
-    if processes.is_main():
-        config.save(workdir / "config.json")
-        own_code.save(workdir, config.to_dict())
-        save_data(workdir, data)
-        (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
-        write_environment(workdir / "environment.json", mesh)
-
-    if start_step < config.train.steps:
-        train(config, workdir, program, state, data, order, checkpoints, start_step, profiled, tasks)
-    checkpoints.close()
-    if processes.is_main():
-        finish(config, workdir, data)
+    return Opened(data, order, tasks, checkpoints, saved_step, given)
 
 
-def prepare(config: RunConfig, workdir: Path, fingerprints: Sequence[str] | None) -> PreparedData:
-    """Opens the stores of the configuration, or makes them of its text: on process 0, while the others wait.
-
-    Args:
-      config: the run's.
-      workdir: the run's.
-      fingerprints: of the stores that a resumed run began with.
-
-    Raises:
-      SpiralError: data that is missing or broken, or that a process does not see.
-    """
-    if config.data.stores:
-        return open_stores(config.data)
-
-    def make() -> PreparedData:
-        return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
-
-    if not processes.is_several():
-        return make()
-    data = make() if processes.is_main() else None
-    folder, made = processes.from_main(
-        "preparation of data.paths", lambda: (str(Path(data.train[0].name).parent), data.fingerprints)
-    )
-    if data is None:
-        data = open_folder(folder)
-        if list(data.fingerprints) != made:
-            raise SpiralError(f"{folder}: its tokens on process {processes.process_id()} are not those of process 0")
-    return data
+def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened) -> TrainState:
+    """Where the run starts: at its newest checkpoint, at parameters from elsewhere, or at random ones."""
+    if opened.saved_step:
+        state = opened.checkpoints.restore(opened.saved_step, program.abstract_state)
+        processes.say(f"resuming after step {opened.saved_step} of {config.train.steps}")
+        return state
+    state = program.init(jax.random.key(config.seed))
+    if opened.saved_step == 0:
+        state = state.replace(params=opened.checkpoints.restore_params(0, program.abstract_state.params))
+        processes.say("starting from the imported parameters")
+        if tokenizer_of(workdir).fingerprint != opened.data.tokenizer.fingerprint:
+            processes.say("note: the data is in another tokenizer's ids than the one imported with them")
+    elif opened.given is not None:
+        state = state.replace(params=place(opened.given, state.params))
+        processes.say(f"starting from the layers of {config.upcycle.source}")
+        fresh = fresh_linears(config.model, opened.given)
+        if fresh:
+            processes.say(f"starting as always, as the source has none like them: {', '.join(fresh)}")
+    return state
 
 
-def train(config: RunConfig, workdir: Path, program: Program, state, data: PreparedData, order: WindowOrder,
-          checkpoints: Checkpoints, start_step: int, profiled: range, tasks: OpenTasks | None) -> None:  # fmt: skip
-    """Steps start_step + 1 .. train.steps."""
+def train(
+    config: RunConfig, workdir: Path, program: Program, state: TrainState, opened: Opened, profiled: range
+) -> None:
+    """The steps that are left."""
+    first, last, data = (opened.saved_step or 0) + 1, config.train.steps, opened.data
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
-    # Now rather than when it is first due: what does not fit is known before anything is trained.
-    eval_step = None if data.validation is None else program.compile_eval_step(*eval_shape(config))
+    evaluations: list[Evaluation] = []
+    if data.validation is not None:
+        evaluations.append(Validation(config.evaluation, config.train, program, data.validation, data.tokenizer))
+    if opened.tasks is not None:
+        tasks = TaskEvaluation(opened.tasks, config, program, data.tokenizer)
+        evaluations.append(TasksOfRun(config.evaluation, last, tasks))
     processes.say(f"compiled in {metrics.duration(time.perf_counter() - started)}")
 
+    host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
+    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
     is_main = processes.is_main()
-    writer = metrics.MetricsWriter(workdir, config.logging, last_step=start_step) if is_main else None
+    record = Record(workdir, config, opened.order, first - 1, evaluations) if is_main else None
     tracer = Tracer(workdir / "profile", profiled if is_main else range(0))
-    progress = metrics.Progress(config.train.steps, config.logging.seconds)
-    complete = functools.partial(complete_row, config, order)
-
-    def record(row):
-        if writer is None:
-            return
-        row = complete(row)
-        last = row["step"] == config.train.steps
-        if last or row["step"] % config.logging.every_steps == 0 or evaluate_due(row["step"]):
-            writer.write(row)
-        progress.update(row)
-
-    def validation_due(step):
-        every = config.evaluation.every_steps
-        return data.validation is not None and ((every and step % every == 0) or step == config.train.steps)
-
-    task_evaluation = None if tasks is None else TaskEvaluation(tasks, config, program, data.tokenizer)
-
-    def tasks_due(step):
-        return task_evaluation is not None and config.evaluation.tasks_due(step, config.train.steps)
-
-    def evaluate_due(step):
-        return validation_due(step) or tasks_due(step)
-
-    def evaluate_state(state):
-        step, values = int(state.step), {}
-        if validation_due(step):
-            values |= evaluate(config, program, eval_step, state.params, data)
-        if tasks_due(step):
-            found = task_evaluation.metrics(state.params)
-            print("  ".join([f"tasks after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items())]), flush=True)
-            values |= found
-        return values
-
-    def save(step, state):
-        saved_data = {"step": step, "fingerprints": list(data.fingerprints)}
-        checkpoints.save(step, state, {"config": config.to_dict(), "data": saved_data})
-
-    sharding = batch_sharding(program.mesh)
-    part, parts = processes.rows_of_process(sharding, config.train.batch_size)
-    host_batches = train_batches(
-        data.train,
-        order,
-        sequence_length=config.train.sequence_length,
-        vocab_size=config.model.vocab_size,
-        start_step=start_step,
-        process_index=part,
-        process_count=parts,
-        read_threads=config.data.read_threads,
-        prefetch_batches=config.data.prefetch_batches,
-    )
-    shape = program.abstract_batch.shape
-    device_batches = (jax.make_array_from_process_local_data(sharding, b["tokens"], shape) for b in host_batches)
     try:
         with command.StopRequest() as request, host_batches:
             stop = AgreedStop(lambda: request.signal, program.mesh)
-            _, last_step = fit(
+            _, done = fit(
                 state,
+                range(first, last + 1),
                 train_step=train_step,
-                batches=device_batches,
-                first_step=start_step + 1,
-                last_step=config.train.steps,
-                recorder=Recorder(record),
-                evaluate=evaluate_state,
-                evaluate_due=evaluate_due,
-                save=save,
-                save_due=lambda step: checkpoints.due(step, config.train.steps),
+                batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
+                recorder=Recorder(record or (lambda row: None)),
+                evaluations=evaluations,
+                saving=saving,
                 before_step=tracer,
                 should_stop=stop,
             )
     finally:
         tracer.stop()
-        if writer is not None:
-            writer.close()
-    checkpoints.wait()
-    if stop.signal and last_step < config.train.steps:
-        raise command.Interrupted(
-            f"stopped after step {last_step} of {config.train.steps}, saved; the same command resumes", stop.signal
-        )
-
-
-def complete_row(config: RunConfig, order: WindowOrder, row: dict) -> dict:
-    """Adds what follows from a step's number and time: tokens, epochs, speed, MFU."""
-    tokens_per_second = config.train.tokens_per_step / row["step_time"]
-    row |= {
-        "tokens": row["step"] * config.train.tokens_per_step,
-        "tokens_per_second": tokens_per_second,
-        "epoch": order.epoch(row["step"]),
-    }
-    epochs_of_stores = order.epochs_of_sources(row["step"])
-    if epochs_of_stores is not None:
-        row["epochs_of_stores"] = epochs_of_stores
-    peak = config.logging.peak_flops or peak_flops(jax.devices()[0].device_kind)
-    if peak is not None:
-        for name, causal in (("mfu", True), ("mfu_full_attention", False)):
-            flops = config.model.train_flops_per_token(config.train.sequence_length, causal=causal)
-            row[name] = flops * tokens_per_second / (peak * jax.device_count())
-    memory = jax.local_devices()[0].memory_stats()
-    if memory:
-        row["device_memory_bytes"] = memory["peak_bytes_in_use"]
-    return row
-
-
-def eval_shape(config: RunConfig) -> tuple[int, int]:
-    """Windows per evaluation call and their length: a micro-batch, as what fits in training fits in evaluation."""
-    return config.train.batch_size // config.train.accumulation, config.train.sequence_length
-
-
-def evaluate(config: RunConfig, program: Program, eval_step, params, data: PreparedData) -> dict[str, float]:
-    """Loss on the validation store."""
-    batch_size, sequence_length = eval_shape(config)
-    result = score(
-        eval_step,
-        params,
-        data.validation,
-        utf8_bytes=data.validation.utf8_bytes,
-        separator_id=data.tokenizer.separator_id,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        put=program.put,
-        max_batches=config.evaluation.batches * config.train.accumulation,
-    )
-    return {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+        if record is not None:
+            record.close()
+    opened.checkpoints.wait()
+    if stop.signal and done < last:
+        raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
 
 
 def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
@@ -330,82 +235,6 @@ def check_processes(config: RunConfig) -> None:
             f"evaluation.tasks: found {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
             "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
         )
-
-
-class Tracer:
-    """Profiles a range of steps: from before the first to after the last, or to where the run ends."""
-
-    def __init__(self, folder: Path, profiled: range):
-        self._folder, self._profiled = folder, profiled
-        self._running = False
-
-    def __call__(self, step: int) -> None:
-        """Before a step is dispatched. When step n is, n - 2 is known to be done: its metrics were read."""
-        if step in self._profiled and not self._running:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        if step > self._profiled.stop:
-            self.stop()
-
-    def stop(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
-            print(f"trace        {self._folder}", flush=True)
-
-
-def check_data(config: RunConfig, data: PreparedData) -> None:
-    """Raises SpiralError if the data does not suit the model."""
-    needed = data.tokenizer.vocab_size
-    if config.model.vocab_size < needed:
-        raise SpiralError(
-            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer of {data.train[0].name} has "
-            f"{needed} ids; allowed: at least {needed}"
-        )
-
-
-def window_order(config: RunConfig, data: PreparedData) -> WindowOrder:
-    """Which window of which source the run takes when.
-
-    Raises:
-      SpiralError: a source shorter than a window, or weights that cannot be kept exactly.
-    """
-    return WindowOrder(
-        [num_windows(source, config.train.sequence_length) for source in data.train],
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        weights=config.data.weights,
-        stage_starts=config.data.stage_starts,
-    )
-
-
-def open_workdir(flag: str | None) -> Path:
-    """The run's directory as an absolute path, created if need be.
-
-    Raises:
-      SpiralError: not given, or not writable.
-    """
-    if not flag:
-        raise SpiralError("--workdir is missing: the directory to keep the run in")
-    workdir = Path(flag).expanduser().resolve()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
-    except OSError as error:
-        raise SpiralError(f"--workdir {workdir} is not writable: {error.strerror}") from None
-    return workdir
-
-
-def parse_profile(flag: str) -> range:
-    """FIRST:LAST to the range of steps to trace."""
-    if not flag:
-        return range(0)
-    first, _, last = flag.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise SpiralError(f"--profile is {flag!r}; allowed: FIRST:LAST, two steps with 1 <= FIRST <= LAST")
-    return range(int(first), int(last) + 1)
 
 
 if __name__ == "__main__":

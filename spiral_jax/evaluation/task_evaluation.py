@@ -127,3 +127,18 @@ class TaskEvaluation:
 
         results = self(params, standard_errors=False)
         return {f"task/{name}": value for name, value in harness.values_of(results).items()}
+
+
+class TasksOfRun:
+    """Tasks while a run trains: a `training.loop.Evaluation`."""
+
+    def __init__(self, wanted: EvaluationConfig, last_step: int, tasks: TaskEvaluation):
+        self._wanted, self._last_step, self._tasks = wanted, last_step, tasks
+
+    def due(self, step: int) -> bool:
+        return self._wanted.tasks_due(step, self._last_step)
+
+    def __call__(self, step: int, state: Any) -> dict[str, float]:
+        found = self._tasks.metrics(state.params)
+        print("  ".join([f"tasks after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items())]), flush=True)
+        return found

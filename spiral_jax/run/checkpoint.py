@@ -8,7 +8,7 @@ its final name when all of it is written.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,22 @@ class Checkpoints:
             # orbax says a great deal; its first words say which array or file it is about.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise SpiralError(f"{self.directory / str(step)}: the checkpoint cannot be restored: {reason}") from error
+
+
+class Saves:
+    """Saves a run's state when it is due: a `training.loop.Saving`."""
+
+    def __init__(self, checkpoints: Checkpoints, last_step: int, meta: Mapping[str, Any], fingerprints: Sequence[str]):
+        """`meta` is JSON to keep with every checkpoint; `fingerprints` are those of the training tokens."""
+        self._checkpoints, self._last_step = checkpoints, last_step
+        self._meta, self._fingerprints = meta, list(fingerprints)
+
+    def due(self, step: int) -> bool:
+        return self._checkpoints.due(step, self._last_step)
+
+    def __call__(self, step: int, state: Any) -> None:
+        data = {"step": step, "fingerprints": self._fingerprints}
+        self._checkpoints.save(step, state, {**self._meta, "data": data})
 
 
 def restore_for_inference(workdir: Path, abstract_params, step: int | None = None) -> tuple[Any, int]:

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -129,6 +130,25 @@ def run_directory(path: str | Path | None) -> Path:
     workdir = Path(path).expanduser().resolve()
     if not workdir.is_dir():
         raise SpiralError(f"{workdir}: no such directory")
+    return workdir
+
+
+def open_workdir(flag: str | None) -> Path:
+    """The run's directory as an absolute path, created if need be.
+
+    Raises:
+      SpiralError: not given, or not writable.
+    """
+    if not flag:
+        raise SpiralError("--workdir is missing: the directory to keep the run in")
+    workdir = Path(flag).expanduser().resolve()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
+    except OSError as error:
+        raise SpiralError(f"--workdir {workdir} is not writable: {error.strerror}") from None
     return workdir
 
 

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -104,57 +104,73 @@ class AgreedStop:
         return self.signal is not None
 
 
+class Evaluation(Protocol):
+    """Something to find out about a model after some of its steps."""
+
+    def due(self, step: int) -> bool:
+        """Whether after this step."""
+
+    def __call__(self, step: int, state: Any) -> dict[str, Any]:
+        """Values for the step's row; the state is that after the step."""
+
+
+class Saving(Protocol):
+    """What is kept after some steps, and when the loop is asked to stop."""
+
+    def due(self, step: int) -> bool:
+        """Whether after this step."""
+
+    def __call__(self, step: int, state: Any) -> None:
+        """Keeps the state after the step."""
+
+
 def fit(
     state: Any,
+    steps: range,
     *,
     train_step: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]],
     batches: Iterator[Any],
-    first_step: int,
-    last_step: int,
     recorder: Recorder,
-    evaluate: Callable[[Any], dict[str, Any]],
-    evaluate_due: Callable[[int], bool],
-    save: Callable[[int, Any], None],
-    save_due: Callable[[int], bool],
+    evaluations: Sequence[Evaluation],
+    saving: Saving,
     before_step: Callable[[int], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Any, int]:
-    """Runs steps first_step..last_step (counted from 1).
+    """Runs steps, counted from 1.
 
     Args:
       state: before the first step; donated.
+      steps: which to run.
       train_step: (state, batch) to (state, metrics), asynchronous.
-      batches: device batches, the first one for `first_step`.
-      first_step: first step to run.
-      last_step: last step to run.
+      batches: device batches, the first one for the first step.
       recorder: takes the metrics.
-      evaluate: state to values for the row of the step just done.
-      evaluate_due: step to whether to evaluate after it.
-      save: (step, state), called where `save_due` says and when stopping early.
-      save_due: step to whether to save after it.
+      evaluations: run after the steps for which they are due; their values go into the step's row.
+      saving: run after the steps for which it is due, and when stopping early.
       before_step: called before a step is dispatched (profiling).
       should_stop: asked after every step; True saves and returns.
 
     Returns:
       The state and the number of the last step done.
     """
-    step = first_step - 1
-    for step in range(first_step, last_step + 1):
+    step = steps.start - 1
+    for step in steps:
         before_step(step)
         start = time.perf_counter()
         batch = next(batches)
         input_wait = time.perf_counter() - start
         state, metrics = train_step(state, batch)
         recorder.dispatched(step, metrics, input_wait)
-        if evaluate_due(step):
+        due = [evaluation for evaluation in evaluations if evaluation.due(step)]
+        if due:
             with recorder.paused():
-                recorder.add(evaluate(state))
+                for evaluation in due:
+                    recorder.add(evaluation(step, state))
         stop = should_stop()
-        if stop or save_due(step):
+        if stop or saving.due(step):
             # The row goes out with the checkpoint: a run resumed from here has every step before it on record.
             with recorder.paused():
                 recorder.flush()
-                save(step, state)
+                saving(step, state)
         if stop:
             break
     recorder.flush()

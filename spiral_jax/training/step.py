@@ -65,6 +65,11 @@ class Program:
         """A host array [B, ..] that every process has whole, as a batch on the devices."""
         return jax.make_array_from_callback(rows.shape, self.abstract_batch.sharding, rows.__getitem__)
 
+    def put_rows_of_process(self, rows: np.ndarray) -> jax.Array:
+        """This process's rows of a batch, as the batch on the devices of all."""
+        shape = self.abstract_batch.shape
+        return jax.make_array_from_process_local_data(self.abstract_batch.sharding, rows, shape)
+
     def compile_eval_step(self, batch_size: int, sequence_length: int):
         """`eval_step` for batches of one shape."""
         sharding = self.abstract_batch.sharding

@@ -6,12 +6,12 @@ import math
 import jax
 import pytest
 
-from spiral_jax import train
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, read_rows
+from spiral_jax.run.record import complete_row
 from spiral_jax.training.config import TrainConfig
 
 
@@ -90,7 +90,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, field, value):
         check_extras(LoggingConfig(**{field: value}))
 
 
-# Rows are completed by the train command.
+# Rows are completed with what follows from step and time.
 
 CONFIG = RunConfig(
     model=ModelConfig(vocab_size=64, d_model=32, num_heads=4, prelude_layers=1, core_layers=3, coda_layers=1,
@@ -102,7 +102,7 @@ ORDER = WindowOrder([40], batch_size=8, seed=0)
 
 def completed(peak=None, order=ORDER, **values) -> dict:
     config = RunConfig(model=CONFIG.model, train=CONFIG.train, logging=LoggingConfig(peak_flops=peak))
-    return train.complete_row(config, order, {"step": 5, "step_time": 0.25, "loss": 1.0, **values})
+    return complete_row(config, order, {"step": 5, "step_time": 0.25, "loss": 1.0, **values})
 
 
 def test_mfu_against_flops_counted_by_hand():

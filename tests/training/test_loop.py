@@ -4,6 +4,8 @@ On CPU `jax.transfer_guard` does not see reads, so the steps here are fakes whos
 """
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -43,8 +45,8 @@ class Run:
         assert state == step
         self.log.append(("save", step))
 
-    def evaluate(self, state):
-        assert state == self.dispatched
+    def evaluate(self, step, state):
+        assert step == state == self.dispatched
         self.log.append(("evaluate", state))
         return {"validation_loss": 10.0 + state}
 
@@ -52,17 +54,24 @@ class Run:
         self.dispatched = first_step - 1
         return fit(
             first_step - 1,
+            range(first_step, self.last_step + 1),
             train_step=self.train_step,
             batches=(f"batch {step}" for step in itertools.count(first_step)),
-            first_step=first_step,
-            last_step=self.last_step,
             recorder=recorder or Recorder(self.record),
-            evaluate=self.evaluate,
-            evaluate_due=evaluate_due,
-            save=self.save,
-            save_due=save_due,
+            evaluations=[Due(evaluate_due, self.evaluate)],
+            saving=Due(save_due, self.save),
             **kwargs,
         )
+
+
+class Due(NamedTuple):
+    """Something that is done after some steps."""
+
+    due: Callable[[int], bool]
+    run: Callable
+
+    def __call__(self, step, state):
+        return self.run(step, state)
 
 
 class FakeMetric:

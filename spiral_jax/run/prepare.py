@@ -1,0 +1,96 @@
+"""What a run trains on: its stores opened, or made of text, and checked against its model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax.sharding import NamedSharding
+
+from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
+from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
+from spiral_jax.data.text.prepare import prepare_stores
+from spiral_jax.data.windows import num_windows
+from spiral_jax.errors import SpiralError
+from spiral_jax.parallel import processes
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import open_data
+
+
+def prepare_data(config: RunConfig, workdir: Path, fingerprints: Sequence[str] | None) -> PreparedData:
+    """Opens the stores of the configuration, or makes them of its text: on process 0, while the others wait.
+
+    Args:
+      config: the run's.
+      workdir: the run's.
+      fingerprints: of the stores that a resumed run began with.
+
+    Raises:
+      SpiralError: data that is missing or broken, or that a process does not see.
+    """
+    if config.data.stores:
+        return open_stores(config.data)
+
+    def make() -> PreparedData:
+        return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
+
+    if not processes.is_several():
+        return make()
+    data = make() if processes.is_main() else None
+    folder, made = processes.from_main(
+        "preparation of data.paths", lambda: (str(Path(data.train[0].name).parent), data.fingerprints)
+    )
+    if data is None:
+        data = open_folder(folder)
+        if list(data.fingerprints) != made:
+            raise SpiralError(f"{folder}: its tokens on process {processes.process_id()} are not those of process 0")
+    return data
+
+
+def check_data(config: RunConfig, data: PreparedData) -> None:
+    """Raises SpiralError if the data does not suit the model."""
+    needed = data.tokenizer.vocab_size
+    if config.model.vocab_size < needed:
+        raise SpiralError(
+            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer of {data.train[0].name} has "
+            f"{needed} ids; allowed: at least {needed}"
+        )
+
+
+def window_order(config: RunConfig, data: PreparedData) -> WindowOrder:
+    """Which window of which source the run takes when.
+
+    Raises:
+      SpiralError: a source shorter than a window, or weights that cannot be kept exactly.
+    """
+    return WindowOrder(
+        [num_windows(source, config.train.sequence_length) for source in data.train],
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        weights=config.data.weights,
+        stage_starts=config.data.stage_starts,
+    )
+
+
+def batches_of_process(
+    config: RunConfig, data: PreparedData, order: WindowOrder, sharding: NamedSharding, first_step: int
+) -> TrainBatches:
+    """The rows of each batch that this process reads, from a step on.
+
+    Args:
+      config: the run's.
+      data: the run's.
+      order: which windows a step takes.
+      sharding: of the batch, which says whose rows are whose.
+      first_step: counted from 1.
+    """
+    part, parts = processes.rows_of_process(sharding, config.train.batch_size)
+    return train_batches(
+        data.train,
+        order,
+        sequence_length=config.train.sequence_length,
+        vocab_size=config.model.vocab_size,
+        start_step=first_step - 1,
+        process_index=part,
+        process_count=parts,
+        read_threads=config.data.read_threads,
+        prefetch_batches=config.data.prefetch_batches,
+    )

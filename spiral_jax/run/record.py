@@ -1,0 +1,66 @@
+"""A run's rows: completed with what follows from a step's number and time, written, and shown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spiral_jax.data.pipeline import WindowOrder
+from spiral_jax.hardware import peak_flops
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.metrics import MetricsWriter, Progress
+from spiral_jax.training.loop import Evaluation
+
+
+class Record:
+    """Takes a `Recorder`'s rows on the process that writes."""
+
+    def __init__(
+        self, workdir: Path, config: RunConfig, order: WindowOrder, start_step: int, evaluations: Sequence[Evaluation]
+    ):
+        """Opens metrics.jsonl behind the row of `start_step`.
+
+        Args:
+          workdir: the run's directory.
+          config: the run's.
+          order: which windows a step takes.
+          start_step: the step the run continues from.
+          evaluations: of which a step has the values: its row is written whatever `logging.every_steps` says.
+        """
+        self._config, self._order, self._evaluations = config, order, evaluations
+        self._writer = MetricsWriter(workdir, config.logging, last_step=start_step)
+        self._progress = Progress(config.train.steps, config.logging.seconds)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        row, step = complete_row(self._config, self._order, row), row["step"]
+        is_evaluated = any(evaluation.due(step) for evaluation in self._evaluations)
+        is_last = step == self._config.train.steps
+        if is_last or is_evaluated or step % self._config.logging.every_steps == 0:
+            self._writer.write(row)
+        self._progress.update(row)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def complete_row(config: RunConfig, order: WindowOrder, row: dict) -> dict:
+    """Adds what follows from a step's number and time: tokens, epochs, speed, MFU."""
+    tokens_per_second = config.train.tokens_per_step / row["step_time"]
+    row |= {
+        "tokens": row["step"] * config.train.tokens_per_step,
+        "tokens_per_second": tokens_per_second,
+        "epoch": order.epoch(row["step"]),
+    }
+    epochs_of_stores = order.epochs_of_sources(row["step"])
+    if epochs_of_stores is not None:
+        row["epochs_of_stores"] = epochs_of_stores
+    peak = config.logging.peak_flops or peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        for name, causal in (("mfu", True), ("mfu_full_attention", False)):
+            flops = config.model.train_flops_per_token(config.train.sequence_length, causal=causal)
+            row[name] = flops * tokens_per_second / (peak * jax.device_count())
+    memory = jax.local_devices()[0].memory_stats()
+    if memory:
+        row["device_memory_bytes"] = memory["peak_bytes_in_use"]
+    return row
