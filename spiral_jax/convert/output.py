@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from spiral_jax.data.storage import local_path
 from spiral_jax.data.writer import rename_whole
 from spiral_jax.errors import SpiralError
 
@@ -23,7 +24,7 @@ def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = fr
     """
     if not given:
         raise SpiralError(f"--{flag} is missing: the folder to make")
-    folder = Path(given).expanduser().resolve()
+    folder = local_path(f"--{flag}", given)
     if folder.exists() and not folder.is_dir():
         raise SpiralError(f"--{flag} {folder}: is a file; allowed: a folder, new or empty")
     foreign = sorted(path.name for path in folder.glob("*") if path.name not in replaceable) if folder.exists() else []

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from spiral_jax.data.blob import Blob, LocalBlob
+from spiral_jax.errors import SpiralError
 
 _FILE = "file://"  # needs no fsspec: what follows is a path of this machine
 
@@ -12,6 +13,21 @@ _FILE = "file://"  # needs no fsspec: what follows is a path of this machine
 def is_url(place: str | os.PathLike) -> bool:
     """Whether a place is an fsspec URL rather than a path on this machine."""
     return "://" in str(place)
+
+
+def local_path(field: str, place: str | os.PathLike) -> Path:
+    """The absolute path of a place that is written: of this machine, or of a file system that it sees.
+
+    Args:
+      field: what to call it in errors.
+      place: a path, or a `file://` URL.
+
+    Raises:
+      SpiralError: a URL of another scheme.
+    """
+    if _is_remote(place):
+        raise SpiralError(f"{field} is {str(place)!r}; allowed: a path, as nothing is written to URLs yet")
+    return Path(_local(place)).expanduser().resolve()
 
 
 def join(place: str | os.PathLike, *names: str) -> str:

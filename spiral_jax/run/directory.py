@@ -36,7 +36,7 @@ from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import PreparedData
-from spiral_jax.data.storage import LOCAL, Storage, is_url
+from spiral_jax.data.storage import LOCAL, Storage, is_url, local_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
@@ -127,7 +127,7 @@ def run_directory(path: str | Path | None) -> Path:
     """
     if not path:
         raise SpiralError("--workdir is missing: the directory of a run")
-    workdir = Path(path).expanduser().resolve()
+    workdir = local_path("--workdir", path)
     if not workdir.is_dir():
         raise SpiralError(f"{workdir}: no such directory")
     return workdir
@@ -141,7 +141,7 @@ def open_workdir(flag: str | None) -> Path:
     """
     if not flag:
         raise SpiralError("--workdir is missing: the directory to keep the run in")
-    workdir = Path(flag).expanduser().resolve()
+    workdir = local_path("--workdir", flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"

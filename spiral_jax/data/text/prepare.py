@@ -19,6 +19,7 @@ from pathlib import Path
 
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
+from spiral_jax.data.storage import local_path
 from spiral_jax.data.text.build import RESULT, Build, build, partial_of
 from spiral_jax.data.text.files import TextDocument, find_documents, hold_out, split_documents
 from spiral_jax.data.text.parts import Recipe
@@ -88,7 +89,7 @@ def prepare_folder(
     Raises:
       SpiralError: As `prepare_stores`, or the folder holds something else.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(output)))
+    folder = local_path("--output", output)
     job = _plan(config, folder, report, check)
     with _exclusive(folder.parent, f".{folder.name}.lock", job):
         if folder.is_dir() and any(folder.iterdir()):
