@@ -80,7 +80,7 @@ FAMILIES = {
     "pythia_mesh": dict(chunks=(1, 1), shared_core=False, core_layers=1),
     "looped": dict(chunks=(1, 1), topology="anchor_star", core_layers=1, scan_iterations_from=2),
     "injection": dict(chunks=(2, 1), topology="injection", core_layers=1),
-    "gated": dict(chunks=(2, 2, 1), topology="gated", core_layers=1, scan_iterations_from=2),
+    "gated": dict(chunks=(2, 2, 1), topology="gated", allocation="uniform", core_layers=1, scan_iterations_from=2),
     "spiral_run": dict(chunks=(2, 2, 1), pooling="mean", allocation="uniform", core_layers=1, scan_iterations_from=2),
 }
 
