@@ -11,6 +11,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from spiral_jax.errors import SpiralError
+from spiral_jax.model.registry import guarded
 from spiral_jax.parallel import processes
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
@@ -144,7 +145,12 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         raise SpiralError(_one_line(message)) from None
     except (SyntaxError, ImportError) as error:
         raise SpiralError(f"--config: {type(error).__name__}: {_one_line(error)}") from None
-    except (AttributeError, KeyError) as error:
+    except SpiralError:
+        raise
+    except Exception as error:
+        _blame_the_config_file(error)
+        if not isinstance(error, AttributeError | KeyError):
+            raise
         # The message names the part of the path that is unknown, quoted in several ways.
         given = next(filter(None, map(_override, re.findall(r"\w+", str(error)))), None)
         if given is None:
@@ -152,6 +158,15 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         near = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f"; did you mean {near[1]}?" if near else "; docs/config.md lists them all"
         raise SpiralError(f"{given} is not a field of the configuration{hint}") from None
+
+
+def _blame_the_config_file(error: Exception) -> None:
+    """Raises SpiralError if something was raised in the file that --config names, or in what it called."""
+    given = next((arg.partition("=")[2] for arg in sys.argv[1:] if arg.startswith("--config=")), "")
+    file = os.path.realpath(given) if os.path.isfile(given) else os.path.realpath(given.rpartition(":")[0])
+    if any(os.path.realpath(frame.filename) == file for frame in traceback.extract_tb(error.__traceback__)):
+        with guarded(f"--config={given}", file):
+            raise error
 
 
 def _override(name: str) -> str | None:

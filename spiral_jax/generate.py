@@ -32,8 +32,9 @@ from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, check_divisible, constrain, make_mesh
-from spiral_jax.run.directory import check_dtype, load_config, param_shardings, read_model, run_directory, tokenizer_of
+from spiral_jax.parallel.mesh import MeshConfig, check_divisible, constrain, make_mesh, param_shardings
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
 
 
 def define(values: flags.FlagValues) -> None:
@@ -107,7 +108,7 @@ def tokenizer_and_length(folder: Path) -> tuple[Tokenizer, int]:
     """What a model's texts are made of, and the tokens it was trained with at a time."""
     if is_huggingface(folder):
         return load_tokenizer(folder), read_config(folder)[1]
-    return tokenizer_of(folder), load_config(folder).train.sequence_length
+    return tokenizer_of(folder), RunConfig.load(folder).train.sequence_length
 
 
 def read_prompts(flag: Sequence[str], path: str) -> Iterator[tuple[str, str]]:
@@ -219,7 +220,7 @@ def open_model(
     check_divisible(shape, config, data * fsdp, 1)
     mesh = make_mesh(mesh_config, jax.devices()[: data * fsdp * tensor])
     model = SpiralFormer(config, Backend(attention_for(mesh, config), functools.partial(constrain, mesh)))
-    return model, jax.device_put(params, param_shardings(model, mesh)), mesh
+    return model, jax.device_put(params, param_shardings(model.config, mesh)), mesh
 
 
 class Shown:

@@ -72,7 +72,7 @@ def _spiralformer(fields: Fields, name: str) -> dict[str, Any]:
         level = Fields(level, f"{name}: schedule[{t}]")
         schedule.append([level.read(field, int) for field in ("chunk", "offset", "shift")])
     chunks, offsets, shifts = zip(*schedule, strict=True) if schedule else ((), (), ())
-    topology = fields.read("topology", str)
+    topology = fields.choose("topology", tuple(topologies))
     return dict(
         {field: fields.read(field, int) for field in ("prelude_layers", "core_layers", "coda_layers")},
         chunks=chunks,

@@ -81,18 +81,13 @@ class ExportedLinear(NamedTuple):
 
 def operator_linears(config: ModelConfig) -> list[ExportedLinear]:
     """Every Linear that the operators declare."""
-    topology, pooling, spreading = config.operators
-    found = [
-        ExportedLinear(f"spiralformer.{topology.exported(None, name)}", ("entry", name), linear)
-        for name, linear in topology.entry_linears().items()
-    ]
-    for t, level in enumerate(config.schedule):
-        own = {f"spiralformer.{topology.exported(t, name)}": name for name in topology.linears(level)}
-        if level.chunk > 1:
-            scalers = [*pooling.linears(level), *spreading.linears(level)]
-            own |= {f"spiralformer.steps.{t}.{name}": name for name in scalers}
-        declared = config.operators.linears(level)
-        found += [ExportedLinear(exported, (f"steps_{t}", name), declared[name]) for exported, name in own.items()]
+    topology, found = config.operators.topology, []
+    for field, group, t, name, linear in config.operators.declared():
+        if field != "topology":
+            exported = f"steps.{t}.{name}"
+        else:
+            exported = topology.exported_entry(name) if group == "entry" else topology.exported(t, name)
+        found.append(ExportedLinear(f"spiralformer.{exported}", (group, name), linear))
     return found
 
 

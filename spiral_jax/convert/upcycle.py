@@ -34,8 +34,9 @@ class UpcycleConfig:
       coda: the source's layers that become the coda; empty for its last ones.
       core_method: `select` takes as many layers as the core has; `average` takes a multiple M K of its number of layers
         K, and core layer i is the mean of the listed layers i, i + K, i + 2 K, ...
-      iterations: for each iteration of the model, which of the source's it takes its own parameters from; empty for the
-        same ones where both have as many, and for a vanilla source.
+      iterations: for each iteration of the model, which of the source's it takes its own parameters from (and its core,
+        with `model.shared_core` False in both); empty for the same ones where both have as many, and for a vanilla
+        source.
     """
 
     source: str = ""
@@ -74,7 +75,8 @@ def upcycled(
     Raises:
       SpiralError: a source that does not fit, or layers or iterations it does not have, with the field's name.
     """
-    parts, steps = source_layers(config, model, source), source_iterations(config, model, source)
+    steps = source_iterations(config, model, source)
+    parts = source_layers(config, model, source)
     layers = [params[stack]["layers"] for stack in stacks(source)]
     layers = jax.tree.map(lambda *arrays: np.concatenate(arrays), *layers) if layers else {}
     groups_of_core, taken = iter(parts["core"]), {}
@@ -131,7 +133,7 @@ def source_layers(config: UpcycleConfig, model: ModelConfig, source: ModelConfig
     prelude = config.prelude or tuple(range(model.prelude_layers))
     coda = config.coda or tuple(range(total - model.coda_layers, total))
     between = range(max(prelude, default=-1) + 1, min(coda, default=total))
-    core = config.core or (tuple(between) if core_layers else ())
+    core = config.core or _cores_of_iterations(config, model, source) or (tuple(between) if core_layers else ())
     for field, layers, needed in (
         ("prelude", prelude, model.prelude_layers),
         ("coda", coda, model.coda_layers),
@@ -150,6 +152,14 @@ def source_layers(config: UpcycleConfig, model: ModelConfig, source: ModelConfig
         "core": [list(core[i::core_layers]) for i in range(core_layers)],
         "coda": [[layer] for layer in coda],
     }
+
+
+def _cores_of_iterations(config: UpcycleConfig, model: ModelConfig, source: ModelConfig) -> tuple[int, ...]:
+    """Where both models have a core of its own for each iteration, cores go with their iterations."""
+    if model.shared_core or source.shared_core or not config.iterations or model.core_layers != source.core_layers:
+        return ()
+    first, K = source.prelude_layers, source.core_layers
+    return tuple(first + t * K + i for t in config.iterations for i in range(K))
 
 
 def place(taken: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def run_coarse(
         for iteration, old, slots_BxRxD, chunk_B in zip(group, olds, slots, chunks, strict=True):
             level, arrays = iteration.level, iteration.arrays
             h_BxD = core_input(config, level, arrays, at)[:, 0]
-            place_B, is_first_B = (position_B + level.offset) % level.chunk, opens(position_B, level)
+            place_B, is_first_B = level.place_of(position_B), opens(position_B, level)
             opened.append(add_member(config, level, arrays, old.open, place_B, is_first_B, h_BxD))
             pooled.append(close_chunk(config, level, arrays, opened[-1], chunk_B, h_BxD.dtype))
             e_Bx1xD = update(config, iteration, slots_BxRxD, position_B)
@@ -157,8 +157,7 @@ def run_if(is_due: jax.Array, run: Callable, x: jax.Array):
 
 def locate(position_B: jax.Array, level: Level) -> tuple[jax.Array, jax.Array]:
     """The chunk that each row's token is in, and whether it closes it."""
-    padded_B = position_B + level.offset
-    return padded_B // level.chunk, padded_B % level.chunk == level.chunk - 1
+    return level.chunk_of(position_B), level.closes(position_B)
 
 
 def open_after(config: ModelConfig, iteration: Iteration, h_BxLxD: jax.Array, lengths_B: jax.Array) -> Any:
@@ -187,20 +186,19 @@ def open_after(config: ModelConfig, iteration: Iteration, h_BxLxD: jax.Array, le
 
 def opens(position_B: jax.Array, level: Level) -> jax.Array:
     """Whether each row's token is the first of its chunk; with an offset the first chunk starts later than place 0."""
-    return ((position_B + level.offset) % level.chunk == 0) | (position_B == 0)
+    return (level.place_of(position_B) == 0) | (position_B == 0)
 
 
 def most_at_once(levels: list[Level], capacity: int) -> int:
     """The largest number of levels that close a chunk at the same token."""
     position_C = np.arange(capacity)
-    return int(sum((position_C + offset + 1) % chunk == 0 for chunk, offset, _ in levels).max())
+    return int(sum(level.closes(position_C) for level in levels).max())
 
 
 def update(config: ModelConfig, iteration: Iteration, slots_BxRxD: jax.Array, position_B: jax.Array) -> jax.Array:
     """e(t) of one token per row, [B, 1, D]: its share of the chunk `shift` tokens back, zero before that."""
-    G, offset, shift = iteration.level
-    source_B = position_B - shift
-    chunk_B, place_B = (source_B + offset) // G, (source_B + offset) % G
+    source_B = position_B - iteration.level.shift
+    chunk_B, place_B = iteration.level.chunk_of(source_B), iteration.level.place_of(source_B)
     zhat_Bx1xD = take(slots_BxRxD, (chunk_B % num_slots(iteration.level))[:, None])
     u_BxGxD = spread(config, iteration.level, iteration.arrays, zhat_Bx1xD)[:, 0]
     return jnp.where(source_B[:, None, None] >= 0, take(u_BxGxD, place_B[:, None]), 0)

@@ -18,13 +18,17 @@ import numpy as np
 from spiral_jax.decoding import cached
 from spiral_jax.decoding.state import empty_state
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.declarations import check_operators
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
 from spiral_jax.training.config import StepConfig, TrainConfig
+from spiral_jax.training.loss import mean_window_nats
 from spiral_jax.training.step import make_program
 
 # Relative to the numbers' scale. Rounding leaves 1e-6; what these checks look for leaves 1e-3 and more.
 TOLERANCE = 1e-4
+# Of `sharded`.
+MESH = MeshConfig(2, 2, 2)
 # Code generation in less time; the operations are the same.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -52,8 +56,14 @@ class Finding:
 
 
 def check(config: StepConfig) -> Iterator[Finding]:
-    """All checks, each run when its finding is asked for."""
+    """All checks, each run when its finding is asked for.
+
+    Raises:
+      SpiralError: operators that do not fit the small model, or a mesh.
+    """
     model = small(config.model)
+    check_operators(model)
+    check_divisible(dataclasses.astuple(MESH), model, batch_size=8, accumulation=1)
     yield causality(model)
     yield lengths(model)
     yield rows(model)
@@ -97,19 +107,21 @@ def lengths(model: ModelConfig) -> Finding:
     tokens_1xL = _tokens(1, L)
     logits_BxLxV = forward(model, tokens_1xL)
     differences = {n: difference(forward(model, tokens_1xL[:, :n]), logits_BxLxV[:, :n]) for n in tried}
-    n = max(differences, key=differences.get)
+    n = max(differences, key=lambda n: differences[n])
     return Finding("lengths", f"the first {', '.join(map(str, tried))} of {L} tokens", differences[n], f"at length {n}")
 
 
 def rows(model: ModelConfig) -> Finding:
-    """A row of a batch beside another one, and beside a third."""
-    tokens_3xL = _tokens(3, window(model))
-    beside = forward(model, tokens_3xL[:2])[0], forward(model, tokens_3xL[::2])[0]
-    return Finding("rows", "a row of a batch beside other rows", difference(*beside), "the first row")
+    """Rows of a batch beside others: first and last."""
+    tokens_4xL = _tokens(4, window(model))
+    alone = [forward(model, tokens_4xL[row]) for row in ([0, 1, 3], [0, 2, 3])]
+    found = {f"the {name} row": difference(alone[0][i], alone[1][i]) for name, i in (("first", 0), ("last", 2))}
+    worst = max(found, key=lambda name: found[name])
+    return Finding("rows", "rows of a batch beside another one", found[worst], worst)
 
 
 def scanned(model: ModelConfig) -> Finding:
-    """Neighbouring iterations of one level as a scan, and written out: logits and gradients."""
+    """Neighbouring iterations of one level as a scan, and written out and recomputed: logits and gradients."""
     twice = tuple(itertools.chain(*((level, level) for level in dict.fromkeys(model.schedule))))
     chunks, offsets, shifts = zip(*twice, strict=True) if twice else ((), (), ())
     model = dataclasses.replace(model, chunks=chunks, offsets=offsets, shifts=shifts, scan_iterations_from=2)
@@ -126,9 +138,10 @@ def scanned(model: ModelConfig) -> Finding:
         return jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params)
 
     grads, logits_BxLxV = logits_and_gradients(model)
-    plain_grads, plain_logits_BxLxV = logits_and_gradients(dataclasses.replace(model, unroll=True))
+    other = dataclasses.replace(model, unroll=True, remat="keep_inputs")
+    plain_grads, plain_logits_BxLxV = logits_and_gradients(other)
     found = {"logits": difference(logits_BxLxV, plain_logits_BxLxV)} | _by_path(grads, plain_grads)
-    worst = max(found, key=found.get)
+    worst = max(found, key=lambda name: found[name])
     return Finding("scanned", f"logits and gradients of levels {chunks}, scanned and written out", found[worst], worst)
 
 
@@ -168,36 +181,42 @@ def decoded(model: ModelConfig) -> Finding:
 
 
 def sharded(config: StepConfig) -> Finding:
-    """Two train steps on a mesh of eight devices and on one: loss, gradient norm and every parameter's change."""
-    if jax.device_count() < 8:
+    """A train step on a mesh of eight devices and on one: loss, gradient norm, and what became of every parameter."""
+    if jax.device_count() < MESH.data * MESH.fsdp * MESH.tensor:
         return Finding("sharded", f"nothing: jax has {jax.device_count()} devices here, and 8 are needed", None)
-    # Gradients that are zero but for rounding stay without effect.
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=None, epsilon=1e-3)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
     train = TrainConfig(steps=100, batch_size=8, sequence_length=window(config.model), attention="xla")
-    params = random_params(config.model)
-    windows_BxW = _tokens(8, train.sequence_length + 1)
+    params, windows_BxW = random_params(config.model), _tokens(8, train.sequence_length + 1)
 
-    def steps(mesh: MeshConfig):
-        run = StepConfig(model=config.model, train=train, optimizer=optimizer, mesh=mesh)
-        sizes = dataclasses.astuple(mesh)
-        program = make_program(run, make_mesh(mesh, jax.devices()[: int(np.prod(sizes))]))
+    def step(mesh: MeshConfig):
+        program = make_program(
+            StepConfig(config.model, train, optimizer, mesh),
+            make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]),
+        )
         state = program.init(jax.random.key(0))
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.abstract_state.params)
-        state = state.replace(params=placed)
-        step = program.train_step.lower(program.abstract_state, program.abstract_batch)
-        step = step.compile(compiler_options=QUICK)
-        for _ in range(2):
-            state, metrics = step(state, program.put(windows_BxW))
+        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch)
+        compiled = compiled.compile(compiler_options=QUICK)
+        state, metrics = compiled(state.replace(params=placed), program.put(windows_BxW))
         change = jax.tree.map(lambda x, before: np.asarray(x) - np.asarray(before), state.params, params)
         return {name: np.asarray(metrics[name]) for name in ("loss", "gradient_norm")}, change
 
-    metrics, change = steps(MeshConfig(2, 2, 2))
-    plain_metrics, plain_change = steps(MeshConfig(1, 1, 1))
+    model = SpiralFormer(config.model)
+    gradient = jax.grad(lambda params: mean_window_nats(model, params, jnp.asarray(windows_BxW), train.loss_block)[0])
+    grads = jax.jit(gradient, compiler_options=QUICK)(params)
+    metrics, change = step(MESH)
+    plain_metrics, plain_change = step(MeshConfig(1, 1, 1))
     found = {name: difference(value, plain_metrics[name]) for name, value in metrics.items()}
-    # An optimizer of one's own may know no epsilon, and divide rounding by rounding.
-    found["parameters"] = relative(jax.tree.leaves(change), jax.tree.leaves(plain_change)) / 10
-    worst = max(found, key=found.get)
-    return Finding("sharded", "two train steps on data 2 x fsdp 2 x tensor 2 and on one device", found[worst], worst)
+    # Where a gradient is zero but for rounding, its sign decides what an optimizer that divides by its size does.
+    of_path = {path: (x, y) for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(plain_change), jax.tree.leaves(grads), strict=True
+    )}  # fmt: skip
+    for path, x in jax.tree_util.tree_leaves_with_path(change):
+        plain, grad = (np.asarray(y) for y in of_path[path])
+        is_known = np.abs(grad) > 1e-3 * np.abs(grad).max()
+        found["parameter " + "/".join(key.key for key in path)] = relative([x[is_known]], [plain[is_known]])
+    worst = max(found, key=lambda name: found[name])
+    return Finding("sharded", "a train step on data 2 x fsdp 2 x tensor 2 and on one device", found[worst], worst)
 
 
 def window(model: ModelConfig) -> int:
@@ -213,17 +232,28 @@ def offsets(model: ModelConfig) -> list[tuple[int, ...]]:
 
 def forward(model: ModelConfig, tokens_BxL: np.ndarray) -> np.ndarray:
     """Logits [B, L, V]."""
-    return np.asarray(_compiled(model)(random_params(model), tokens_BxL))
+    return np.asarray(_compiled(model, _classes(model))(random_params(model), tokens_BxL))
+
+
+def _classes(model: ModelConfig) -> tuple[type, ...]:
+    """Of its operators: a name may be registered anew."""
+    return tuple(map(type, model.operators))
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model: ModelConfig) -> Callable:
+def _compiled(model: ModelConfig, classes: tuple[type, ...]) -> Callable:
+    del classes
     return jax.jit(lambda params, tokens: SpiralFormer(model).apply({"params": params}, tokens), compiler_options=QUICK)
 
 
-@functools.lru_cache(maxsize=16)
 def random_params(model: ModelConfig) -> Any:
     """Parameters at unit scale, none of them at its initial zero or one: an error anywhere shows."""
+    return _random_params(model, _classes(model))
+
+
+@functools.lru_cache(maxsize=16)
+def _random_params(model: ModelConfig, classes: tuple[type, ...]) -> Any:
+    del classes
     tokens_1x1 = np.zeros((1, 1), np.int32)
     init = jax.jit(SpiralFormer(model).init, compiler_options=QUICK)
     params = nn.unbox(init(jax.random.key(0), tokens_1x1)["params"])
@@ -244,20 +274,24 @@ def difference(found: Any, wanted: Any) -> float:
     return float(np.nan_to_num(np.abs(found - wanted).max() / _scale(wanted), nan=np.inf))
 
 
-def relative(found: list, wanted: list) -> float:
-    """Norm of the difference of lists of arrays over the norm of `wanted`."""
-    squares = [
-        (np.sum(np.square(a - b, dtype=np.float64)), np.sum(np.square(b, dtype=np.float64)))
-        for a, b in zip(found, wanted, strict=True)
-    ]
-    off, size = map(sum, zip(*squares, strict=True))
-    return float(np.nan_to_num(np.sqrt(off / max(size, 1e-30)), nan=np.inf))
+def relative(found: list, wanted: list, floor: float = 0.0) -> float:
+    """Norm of the difference of lists of arrays over the norm of `wanted`, or over `floor` if that is larger."""
+    off = _norm([a - b for a, b in zip(found, wanted, strict=True)])
+    return float(np.nan_to_num(off / max(_norm(wanted), floor, 1e-30), nan=np.inf))
+
+
+def _norm(arrays: list) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays)))
 
 
 def _by_path(found: Any, wanted: Any) -> dict[str, float]:
+    # What is small because large terms cancel is rounding to that part.
+    floor = 1e-3 * _norm(jax.tree.leaves(jax.device_get(wanted)))
     of_path = dict(jax.tree_util.tree_leaves_with_path(wanted))
     return {
-        "gradient of " + "/".join(key.key for key in path): relative([np.asarray(x)], [np.asarray(of_path[path])])
+        "gradient of " + "/".join(key.key for key in path): relative(
+            [np.asarray(x)], [np.asarray(of_path[path])], floor
+        )
         for path, x in jax.tree_util.tree_leaves_with_path(found)
     }
 

@@ -22,6 +22,18 @@ class Level(NamedTuple):
         """Complete chunks in `length` tokens; the trailing incomplete one is dropped."""
         return (length + self.offset) // self.chunk
 
+    def chunk_of(self, token):
+        """The chunk that a token is in."""
+        return (token + self.offset) // self.chunk
+
+    def place_of(self, token):
+        """Its place there, 0..g-1."""
+        return (token + self.offset) % self.chunk
+
+    def closes(self, token):
+        """Whether it is its chunk's last."""
+        return self.place_of(token) == self.chunk - 1
+
 
 def to_chunks(h_BxLxD: jax.Array, level: Level) -> tuple[jax.Array, np.ndarray]:
     """The complete chunks, h_BxNxGxD, and which of their places are tokens, is_token_NxG.

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 from spiral_jax.errors import SpiralError, require
@@ -218,18 +217,13 @@ class ModelConfig:
 
     @property
     def router_parameters(self) -> int:
-        """Of the topology: MeSH's T + 1 pairs of routers d -> S with bias."""
-        topology = self.operators.topology
-        declared = [topology.entry_linears(), *(topology.linears(level) for level in self.schedule)]
-        return sum(linear.parameters for linears in declared for linear in linears.values())
+        """Of the topology: in `mesh` T + 1 pairs of routers d -> S with bias."""
+        return sum(found.linear.parameters for found in self.operators.declared() if found.field == "topology")
 
     @property
     def scaler_parameters(self) -> int:
         """Of pooling and allocation, in iterations with g > 1: scorers (d -> 1, no bias), allocators (d -> g)."""
-        _, pooling, spreading = self.operators
-        coarse = [level for level in self.schedule if level.chunk > 1]
-        declared = [operator.linears(level) for level in coarse for operator in (pooling, spreading)]
-        return sum(linear.parameters for linears in declared for linear in linears.values())
+        return sum(found.linear.parameters for found in self.operators.declared() if found.field != "topology")
 
     @property
     def non_embedding_parameters(self) -> int:
@@ -255,14 +249,13 @@ class ModelConfig:
 
     def operator_flops(self, length: int) -> int:
         """FLOPs of the matrix products that operators declare, in one forward pass over `length` tokens."""
-        topology, pooling, spreading = self.operators
-        flops = 2 * length * _matrix_weights(topology.entry_linears())
-        for level in self.schedule:
-            flops += 2 * length * _matrix_weights(topology.linears(level))
-            if level.chunk > 1:
-                flops += 2 * length * _matrix_weights(pooling.linears(level))
-                flops += 2 * level.num_chunks(length) * _matrix_weights(spreading.linears(level))
-        return flops
+        chunks = [level.num_chunks(length) for level in self.schedule]
+        # What a spreading looks at are chunks; all others look at tokens.
+        return sum(
+            2 * (chunks[found.t] if found.field == "allocation" else length) * found.linear.weights
+            for found in self.operators.declared()
+            if found.linear.is_matrix
+        )
 
     def attention_flops(self, length: int, *, causal: bool) -> int:
         """FLOPs of the layers' scores and weighted sums in one forward pass: all, or those below the diagonal."""
@@ -290,6 +283,24 @@ class ModelConfig:
         return 3 * self.prefill_flops(length, causal=causal) / length
 
 
+class Declared(NamedTuple):
+    """A Linear that an operator of a model declares.
+
+    Attributes:
+      field: of ModelConfig that names the operator.
+      group: of the parameter tree: `steps_{t}`, or `entry`.
+      t: the iteration; -1 for the entry.
+      name: within the group.
+      linear: sizes and axes.
+    """
+
+    field: str
+    group: str
+    t: int
+    name: str
+    linear: Linear
+
+
 class Operators(NamedTuple):
     """The operators of a model."""
 
@@ -297,11 +308,14 @@ class Operators(NamedTuple):
     pooling: Pooling
     spreading: Spreading
 
-    def linears(self, level: Level) -> dict[str, Linear]:
-        """All Linears that an iteration at this level has of its own; at full resolution those of the topology."""
-        scalers = self.pooling.linears(level) | self.spreading.linears(level) if level.chunk > 1 else {}
-        return self.topology.linears(level) | scalers
-
-
-def _matrix_weights(linears: Mapping[str, Linear]) -> int:
-    return sum(linear.weights for linear in linears.values() if linear.is_matrix)
+    def declared(self) -> list[Declared]:
+        """All Linears that they declare; pooling and spreading have none at full resolution."""
+        entry = self.topology.entry_linears()
+        found = [Declared("topology", "entry", -1, name, linear) for name, linear in entry.items()]
+        for t, level in enumerate(self.topology.config.schedule):
+            own = {"topology": self.topology.linears(level)}
+            if level.chunk > 1:
+                own |= {"pooling": self.pooling.linears(level), "allocation": self.spreading.linears(level)}
+            for field, linears in own.items():
+                found += [Declared(field, f"steps_{t}", t, name, linear) for name, linear in linears.items()]
+        return found

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.errors import require
 from spiral_jax.model.chunks import Level, to_chunks, to_tokens
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import bind
@@ -64,8 +65,14 @@ def advance(
 
 
 def _updated(states: States, update: Update) -> tuple[States, Mapping[str, jax.Array]]:
+    require(isinstance(update, Update), "what a topology makes of an iteration", _kind(update), "an Update")
+    require(isinstance(update.kept, tuple), "Update.kept", _kind(update.kept), "a tuple, as in (x,)")
     h_BxLxD = update.h_BxLxD.astype(states.h_BxLxD.dtype)
     return states._replace(h_BxLxD=h_BxLxD, kept=(*states.kept, *update.kept)), update.metrics
+
+
+def _kind(x: Any) -> str:
+    return "array" if isinstance(x, jax.Array) else type(x).__name__
 
 
 # One token at a time.

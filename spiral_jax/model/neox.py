@@ -140,6 +140,7 @@ class Layer(nn.Module):
         return nn.DenseGeneral(
             linear.outputs,
             axis=tuple(range(-len(linear.inputs), 0)),
+            use_bias=linear.bias,
             dtype=self.config.dtype,
             param_dtype=param_dtype(self.config),
             kernel_init=nn.with_logical_partitioning(linear.init, linear.in_axes + linear.out_axes),

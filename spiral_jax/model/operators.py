@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.errors import require
 from spiral_jax.model.chunks import Level
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Linear:
     Attributes:
       inputs: sizes of the axes that are summed over; a number for one axis.
       outputs: sizes of the axes that come of it; a number for one axis.
-      in_axes: logical names of the inputs' axes, which `sharding.RULES` maps to the mesh.
+      in_axes: logical names of the inputs' axes, which `parallel.mesh.RULES` maps to the mesh.
       out_axes: those of the outputs' axes.
       bias: whether there is one; it starts at zero.
       init: (key, shape, dtype) to the fresh kernel of shape [*inputs, *outputs].
@@ -52,10 +53,18 @@ class Linear:
         for field in ("inputs", "outputs"):
             if isinstance(getattr(self, field), int):
                 object.__setattr__(self, field, (getattr(self, field),))
+        for axes, sizes in (("in_axes", self.inputs), ("out_axes", self.outputs)):
+            names = getattr(self, axes)
+            require(len(names) == len(sizes), f"Linear.{axes}", names, f"a name for each axis of {sizes}")
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         return (*self.inputs, *self.outputs)
+
+    def axes(self, d_model: int) -> tuple[str | None, ...]:
+        """Logical names of the kernel's axes: `embed` only where the size is a multiple of d, so that it divides."""
+        names = zip(self.kernel_shape, self.in_axes + self.out_axes, strict=True)
+        return tuple(None if name == "embed" and size % d_model else name for size, name in names)
 
     @property
     def weights(self) -> int:

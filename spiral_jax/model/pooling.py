@@ -1,6 +1,6 @@
 """How a chunk of token states becomes one vector (docs/spec.md section 3, step 1)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,20 @@ import jax.numpy as jnp
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import HIGHEST, Bound, Linear, Operator, at_least_float32
 from spiral_jax.model.registry import Registry
+
+
+class RunningSum(NamedTuple):
+    """The members so far of the chunk that each row is in, as a weighted sum on its way; at least float32.
+
+    Attributes:
+      top_B: the largest score, so that members weigh exp(score - top) and nothing overflows.
+      total_B: sum of the weights.
+      sum_BxD: weighted sum of the members.
+    """
+
+    top_B: jax.Array
+    total_B: jax.Array
+    sum_BxD: jax.Array
 
 
 class Pooling(Operator):
@@ -57,6 +71,21 @@ class SelfAggregation(Pooling):
         weight_BxNxG = jax.nn.softmax(jnp.where(is_token_NxG, score_BxNxG, -jnp.inf), axis=-1)
         return jnp.einsum("bng,bngd->bnd", weight_BxNxG, h_BxNxGxD.astype(weight_BxNxG.dtype), precision=HIGHEST)
 
+    def open(self, level, batch):
+        zeros_BxD = jnp.zeros((batch, self.config.d_model), at_least_float32(self.config.dtype))
+        # Finite, so that no infinities are subtracted.
+        return RunningSum(jnp.full_like(zeros_BxD[:, 0], jnp.finfo(zeros_BxD.dtype).min), zeros_BxD[:, 0], zeros_BxD)
+
+    def add(self, chunk, place_B, h_BxD, level, linears):
+        score_B = linears["scorer"](h_BxD)[:, 0]
+        top_B = jnp.maximum(chunk.top_B, score_B)
+        kept_B, weight_B = jnp.exp(chunk.top_B - top_B), jnp.exp(score_B - top_B)
+        sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD.astype(chunk.sum_BxD.dtype)
+        return RunningSum(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
+
+    def close(self, chunk, is_token_BxG, level, linears):
+        return chunk.sum_BxD / jnp.maximum(chunk.total_B, 1)[:, None]  # the largest weighs 1
+
 
 @poolings.register("mean")
 class Mean(Pooling):
@@ -64,3 +93,12 @@ class Mean(Pooling):
 
     def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
         return jnp.sum(h_BxNxGxD, axis=2, dtype=at_least_float32(h_BxNxGxD.dtype)) / level.chunk
+
+    def open(self, level, batch):
+        return jnp.zeros((batch, self.config.d_model), at_least_float32(self.config.dtype))
+
+    def add(self, chunk, place_B, h_BxD, level, linears):
+        return chunk + h_BxD.astype(chunk.dtype)
+
+    def close(self, chunk, is_token_BxG, level, linears):
+        return chunk / level.chunk

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from spiral_jax.errors import SpiralError
 
 T = TypeVar("T")
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Code:
     Attributes:
       file: absolute path; of a notebook's cell whatever Python calls it.
       line: of the registration.
-      sha256: of the file, in hexadecimal; empty where it is no file.
+      sha256: of the file, in hexadecimal; empty where it is no file, or is the package's own.
     """
 
     file: str
@@ -59,6 +59,8 @@ class Registry(Generic[T]):
         Raises:
           SpiralError: something else has the name, or what is registered is not of the kind.
         """
+        if not isinstance(name, str) or not name:
+            raise SpiralError(f'{self.field}: register is given {name!r}; allowed: a name, as in @register("mine")')
         caller = sys._getframe(1)
         code = _code_of(caller.f_code.co_filename, caller.f_lineno)
 
@@ -131,7 +133,7 @@ def guarded(where: str, file: str) -> Iterator[None]:
 
 def _is_same_file_again(before: Code, now: Code) -> bool:
     """Whether a registration is one of before, executed again, perhaps changed or as a copy; notebooks' always are."""
-    if not now.sha256 and not before.sha256:
+    if not now.sha256 and not before.sha256 and not before.is_ours:
         return True
     if before.sha256 == now.sha256:
         return before.line == now.line
@@ -140,6 +142,8 @@ def _is_same_file_again(before: Code, now: Code) -> bool:
 
 def _code_of(file: str, line: int) -> Code:
     path = Path(file).resolve()
+    if PACKAGE in path.parents:
+        return Code(str(path), line, "")
     try:
         return Code(str(path), line, hashlib.sha256(path.read_bytes()).hexdigest())
     except OSError:

@@ -22,34 +22,33 @@ class Linears(nn.Module):
 
     Attributes:
       config: the architecture.
-      level: the iteration's; None for the entry.
+      group: which, as in `Declared.group`.
     """
 
     config: ModelConfig
-    level: Level | None
+    group: str
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, jax.Array]]:
         """`{name: {"kernel": [*inputs, *outputs], "bias": [*outputs]}}`."""
-        operators = self.config.operators
-        declared = operators.topology.entry_linears() if self.level is None else operators.linears(self.level)
-        return {name: LinearArrays(linear, param_dtype(self.config), name=name)() for name, linear in declared.items()}
+        declared = [found for found in self.config.operators.declared() if found.group == self.group]
+        return {found.name: LinearArrays(self.config, found.linear, name=found.name)() for found in declared}
 
 
 class LinearArrays(nn.Module):
     """The parameters of one declared Linear."""
 
+    config: ModelConfig
     linear: Linear
-    dtype: Any
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        linear = self.linear
-        kernel_init = nn.with_logical_partitioning(linear.init, linear.in_axes + linear.out_axes)
-        arrays = {"kernel": self.param("kernel", kernel_init, linear.kernel_shape, self.dtype)}
+        linear, dtype = self.linear, param_dtype(self.config)
+        kernel_init = nn.with_logical_partitioning(linear.init, linear.axes(self.config.d_model))
+        arrays = {"kernel": self.param("kernel", kernel_init, linear.kernel_shape, dtype)}
         if linear.bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, linear.out_axes)
-            arrays["bias"] = self.param("bias", bias_init, linear.outputs, self.dtype)
+            arrays["bias"] = self.param("bias", bias_init, linear.outputs, dtype)
         return arrays
 
 
@@ -80,8 +79,8 @@ class SpiralFormer(nn.Module):
         self.head = Head(c)
 
         # Each iteration's own, so that weights can move between schedules; a scan stacks those that it runs.
-        self.entry = Linears(c, None)
-        self.steps = [Linears(c, level) for level in c.schedule]
+        self.entry = Linears(c, "entry")
+        self.steps = [Linears(c, f"steps_{t}") for t in range(c.num_iterations)]
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
         """Logits [B, L, V] at every position, at least float32."""
@@ -208,3 +207,14 @@ def unembed(h_BxLxD: jax.Array, kernel_DxV: jax.Array) -> jax.Array:
 def _with_axis(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What one iteration recorded, as of a run of one."""
     return {name: value[None] for name, value in metrics.items()}
+
+
+def boxed_params(config: ModelConfig) -> Any:
+    """Shapes and dtypes of a model's parameters, boxed with the logical names of their axes."""
+    tokens_1x1 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(SpiralFormer(config).init, jax.eval_shape(lambda: jax.random.key(0)), tokens_1x1)["params"]
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes and dtypes of a model's parameters."""
+    return nn.unbox(boxed_params(config))

@@ -16,6 +16,9 @@ from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import Bound, Linear, Operator, at_least_float32
 from spiral_jax.model.registry import Registry
 
+# Names of a row's values that are not a topology's.
+RESERVED = ("step", "loss", "learning_rate", "gradient_norm", "step_time", "input_wait", "tokens", "epoch")
+
 
 class States(NamedTuple):
     """The token-level states on their way through the loop.
@@ -39,7 +42,7 @@ class Update(NamedTuple):
     Attributes:
       h_BxLxD: the next state.
       kept: pytrees to add to `States.kept`, as many of the same structure from every iteration.
-      metrics: small arrays to record, at least float32; of every iteration the same names and shapes.
+      metrics: small arrays to record, at least float32; of every iteration the same names and shapes, none of RESERVED.
     """
 
     h_BxLxD: jax.Array
@@ -94,9 +97,13 @@ class Topology(Operator):
         """Whether h(0) is something else than the prelude's output: a model without iterations is then not vanilla."""
         return type(self).enter is not Topology.enter
 
-    def exported(self, t: int | None, name: str) -> str:
-        """Exported name of a Linear of iteration t, or with None of the entry (docs/spec.md section 7)."""
-        return f"entry.{name}" if t is None else f"steps.{t}.{name}"
+    def exported(self, t: int, name: str) -> str:
+        """Exported name of a Linear of iteration t (docs/spec.md section 7)."""
+        return f"steps.{t}.{name}"
+
+    def exported_entry(self, name: str) -> str:
+        """Exported name of a Linear of the entry."""
+        return f"entry.{name}"
 
     def kept_vectors(self) -> int:
         """Vectors of width d per token that the backward pass needs beside the layers': for memory's closed form."""
@@ -172,8 +179,8 @@ class Injection(Topology):
         return e_BxLxD
 
     def kept_vectors(self) -> int:
-        # Every h(t), and the embeddings.
-        return self.config.num_iterations + 1
+        # Every h(t), the embeddings, and what coarse iterations start from, which their scorers look at.
+        return self.config.num_iterations + 1 + sum(level.chunk > 1 for level in self.config.schedule)
 
 
 def _pass_first_half(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
@@ -234,8 +241,11 @@ class MeSH(Topology):
         entropy_2 = jnp.stack([_mean_entropy(write_BxLxS), _mean_entropy(read_BxLxS)])
         return Update(h_BxLxD, (new,), {"router_entropy": entropy_2})
 
-    def exported(self, t: int | None, name: str) -> str:
-        return f"memory.{0 if t is None else t + 1}.{name}"
+    def exported(self, t: int, name: str) -> str:
+        return f"memory.{t + 1}.{name}"
+
+    def exported_entry(self, name: str) -> str:
+        return f"memory.0.{name}"
 
     def kept_vectors(self) -> int:
         # What was written (embeddings, prelude, T updates), and h(t) of coarse iterations, which their routers look at.

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Linear
+from spiral_jax.model.spiralformer import boxed_params
 
 AXES = ("data", "fsdp", "tensor")
 # Every logical axis has a rule; an axis without one is an error (`partition_spec`).
@@ -129,23 +130,14 @@ def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_
                 f"model.{field} is {getattr(model, field)}; it must be a multiple of mesh.tensor {tensor}"
             )
     sizes = dict(zip(AXES, mesh_shape, strict=True))
-    topology, pooling, spreading = model.operators
-    named = {f"model.topology {model.topology!r}": [topology.entry_linears(), *map(topology.linears, model.schedule)]}
-    coarse = [level for level in model.schedule if level.chunk > 1]
-    named[f"model.pooling {model.pooling!r}"] = list(map(pooling.linears, coarse))
-    named[f"model.allocation {model.allocation!r}"] = list(map(spreading.linears, coarse))
-    for operator, declared in named.items():
-        for name, linear in (pair for linears in declared for pair in linears.items()):
-            _check_linear(f"{operator}: Linear {name!r}", linear, sizes)
+    for found in model.operators.declared():
+        where = f"model.{found.field} {getattr(model, found.field)!r}: Linear {found.name!r}"
+        _check_linear(where, found.linear, model.d_model, sizes)
 
 
-def _check_linear(where: str, linear: Linear, mesh_sizes: dict[str, int]) -> None:
-    """Whether a declared Linear names its axes, all by rules, and they divide over the mesh."""
-    names = linear.in_axes + linear.out_axes
-    require(
-        len(names) == len(linear.kernel_shape), f"{where}: axes", names, f"a name for each of {linear.kernel_shape}"
-    )
-    for size, name in zip(linear.kernel_shape, names, strict=True):
+def _check_linear(where: str, linear: Linear, d_model: int, mesh_sizes: dict[str, int]) -> None:
+    """Whether the axes of a declared Linear have rules, and divide over the mesh."""
+    for size, name in zip(linear.kernel_shape, linear.axes(d_model), strict=True):
         require(name is None or name in RULES, f"{where}: axis", name, f"None, {', '.join(RULES)}")
         axis = None if name is None else RULES[name]
         parts = mesh_sizes[axis] if isinstance(axis, str) else 1
@@ -191,6 +183,11 @@ def shardings_of(boxed_tree, mesh: Mesh | AbstractMesh):
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(sharding, boxed_tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh | AbstractMesh):
+    """Where a model's parameters lie on a mesh."""
+    return shardings_of(boxed_params(model), mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -29,6 +29,8 @@ from spiral_jax.run.checkpoint import CheckpointConfig
 from spiral_jax.run.metrics import LoggingConfig
 from spiral_jax.run.summary import SummaryConfig
 from spiral_jax.training.config import StepConfig
+from spiral_jax.training.optimizers import check_optimizer
+from spiral_jax.training.schedules import schedules
 
 # What may differ between the run in a directory and the command that resumes it: where and how it runs and what is
 # watched, not what is computed. `train.steps` and the mixture have rules of their own (`check_resume`).
@@ -73,25 +75,7 @@ class RunConfig(StepConfig):
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise SpiralError(f"seed is {self.seed}; it must lie in 0..{2**32 - 1}")
-        self._check_warmup()
-
-    def _check_warmup(self):
-        steps, optimizer = self.train.steps, self.optimizer
-        warmup = optimizer.warmup_steps
-        if warmup is not None and warmup > steps:
-            raise SpiralError(f"optimizer.warmup_steps is {warmup}; allowed: at most train.steps, {steps}")
-        if optimizer.schedule != "wsd":
-            return
-        if warmup is not None and warmup > optimizer.stable_until(steps):
-            raise SpiralError(
-                f"optimizer.warmup_steps is {warmup}; allowed: at most {optimizer.stable_until(steps)}, where "
-                "optimizer.decay_fraction begins the decay"
-            )
-        if warmup is None and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
-            raise SpiralError(
-                f"optimizer.warmup_fraction {optimizer.warmup_fraction} and optimizer.decay_fraction "
-                f"{optimizer.decay_fraction} overlap; allowed: at most 1 together"
-            )
+        schedules[self.optimizer.schedule](self.optimizer, self.train.steps).check()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -105,6 +89,7 @@ class RunConfig(StepConfig):
         """
         config = _from_mapping(cls, values, "")
         check_operators(config.model)
+        check_optimizer(config.optimizer, config.train.steps, config.model)
         return config
 
     @classmethod
@@ -173,9 +158,10 @@ class RunConfig(StepConfig):
         if given < step:
             raise SpiralError(f"{message}: {step} steps are done already")
         if self.optimizer.stable_until(was) == 0:
+            others = [name for name in schedules if schedules[name](self.optimizer, was).stable_until() > 0]
             raise SpiralError(
                 f"{message}: the {self.optimizer.schedule} schedule depends on it from the first step; allowed with "
-                "wsd, constant"
+                f"{', '.join(others)}"
             )
         for steps in (was, given):
             low, high = self.optimizer.resolved_warmup(steps), self.optimizer.stable_until(steps)

@@ -27,10 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
@@ -41,8 +38,8 @@ from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import shardings_of
+from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
+from spiral_jax.parallel import processes
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import on_host, restore_for_inference
 from spiral_jax.run.config import RunConfig
@@ -82,7 +79,7 @@ def read_model(
     config = load_config(folder).model
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    params, _ = restore_for_inference(folder, on_host(abstract_params(SpiralFormer(config))), step)
+    params, _ = restore_for_inference(folder, on_host(abstract_params(config)), step)
     return config, params
 
 
@@ -94,7 +91,7 @@ def load_config(workdir: Path) -> RunConfig:
     """
     config = RunConfig.load(workdir)
     for line in own_code.changes(workdir, config.to_dict()):
-        print(line, file=sys.stderr)
+        processes.say(line, file=sys.stderr)
     return config
 
 
@@ -102,21 +99,6 @@ def check_dtype(dtype: str, field: str) -> None:
     """Raises SpiralError naming `field` if jax does not compute in this dtype here."""
     ok = dtype != "float64" or jax.config.jax_enable_x64
     require(ok, field, dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
-
-
-def abstract_params(model: SpiralFormer):
-    """Shapes and dtypes of a model's parameters."""
-    return nn.unbox(_boxed_params(model.config))
-
-
-def param_shardings(model: SpiralFormer, mesh: Mesh):
-    """Where a model's parameters lie on a mesh."""
-    return shardings_of(_boxed_params(model.config), mesh)
-
-
-def _boxed_params(config: ModelConfig):
-    tokens_1x1 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(SpiralFormer(config).init, jax.eval_shape(lambda: jax.random.key(0)), tokens_1x1)["params"]
 
 
 def run_directory(path: str | Path | None) -> Path:

@@ -86,8 +86,8 @@ def check_registered(workdir: Path, config: Mapping[str, Any]) -> None:
         if isinstance(name, str) and name not in registry and registry.field in saved:
             file = saved[registry.field].get("file")
             raise SpiralError(
-                f"{registry.field} is {name!r}, which the run in {workdir} has from {file}; allowed: the command with "
-                f"--import={file}, or wherever the file is now"
+                f"{registry.field} is {name!r}, which the run in {workdir} has from {file}; allowed: with "
+                f"--import={file} or where the file is now (in Python, import it first)"
             )
 
 
@@ -98,8 +98,8 @@ def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
         before = saved.get(field, {}).get("sha256")
         if before is not None and before != code["sha256"]:
             lines.append(
-                f"note: {field} {code['name']!r} is not what the run was started with: {code['file']} has the sha256 "
-                f"{code['sha256'][:12]}, the run's file had {before[:12]}"
+                f"note: {field} {code['name']!r} is not what the run was last started with: "
+                f"{code['file']} has sha256 {code['sha256'][:12]} now, {before[:12]} then"
             )
     return lines
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.registry import Registry
 
 if TYPE_CHECKING:
@@ -29,6 +30,15 @@ class Schedule:
     def factor(self, k: jax.Array) -> jax.Array:
         """The learning rate of step k over the peak; k is float32, from 0 to steps - 1."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Whether warm-up and schedule fit into the run.
+
+        Raises:
+          SpiralError: naming the fields that do not.
+        """
+        warmup, steps = self.config.warmup_steps, self.steps
+        require(warmup is None or warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps, {steps}")
 
     def stable_until(self) -> int:
         """First step whose learning rate depends on how many follow: until there a run may become longer or shorter."""
@@ -56,6 +66,18 @@ class WarmupStableDecay(Schedule):
         stable = self.stable_until()
         progress = jnp.clip((k + 1 - stable) / max(self.steps - stable, 1), 0, 1)
         return 1 - (1 - self.config.final_fraction) * progress
+
+    def check(self):
+        super().check()
+        config, stable = self.config, self.stable_until()
+        if config.warmup_steps is not None:
+            allowed = f"at most {stable}, where optimizer.decay_fraction begins the decay"
+            require(config.warmup_steps <= stable, "optimizer.warmup_steps", config.warmup_steps, allowed)
+        elif config.warmup_fraction + config.decay_fraction > 1:
+            raise SpiralError(
+                f"optimizer.warmup_fraction {config.warmup_fraction} and optimizer.decay_fraction "
+                f"{config.decay_fraction} overlap; allowed: at most 1 together"
+            )
 
     def stable_until(self):
         return self.steps - math.ceil(self.config.decay_fraction * self.steps)

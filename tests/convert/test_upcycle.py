@@ -15,10 +15,9 @@ from spiral_jax import train
 from spiral_jax.convert.upcycle import UpcycleConfig, fresh_linears, place, source_layers, upcycled
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import abstract_params
 from spiral_jax.training.step import abstract_state
 
 SOURCE = ModelConfig(vocab_size=19, d_model=16, num_heads=2, prelude_layers=6, core_layers=0, coda_layers=0,
@@ -153,7 +152,16 @@ def test_iterations_left_out_repeated_and_reordered(looped, chunks, iterations):
         jax.tree.map(np.testing.assert_array_equal, taken[f"steps_{t}"], looped[f"steps_{source}"])
     assert fresh_linears(model, taken) == []
     shapes = jax.tree.map(np.shape, taken)
-    assert shapes == jax.tree.map(np.shape, abstract_params(SpiralFormer(model)))
+    assert shapes == jax.tree.map(np.shape, abstract_params(model))
+
+
+def test_cores_of_their_own_go_with_their_iterations(random_model):
+    config = dataclasses.replace(LOOPED, shared_core=False, topology="gated")
+    params = random_model(config)[2]
+    taken = upcycled(dataclasses.replace(GIVEN, iterations=(3, 1, 1, 0)), config, config, params)
+    for t, source in enumerate((3, 1, 1, 0)):
+        jax.tree.map(np.testing.assert_array_equal, taken[f"cores_{t}"], params[f"cores_{source}"])
+        jax.tree.map(np.testing.assert_array_equal, taken[f"steps_{t}"]["gate"], params[f"steps_{source}"]["gate"])
 
 
 def test_the_same_schedule_is_the_same_function(looped, forward):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +19,11 @@ SMALL = ModelConfig(vocab_size=V, d_model=16, num_heads=2, prelude_layers=1, cor
                     rotary_fraction=0.5, dtype="float32")  # fmt: skip
 
 
-class OpenChunk(NamedTuple):
-    """A softmax-weighted sum on its way: members weigh exp(score - top)."""
+@poolings.register("kept_members")
+class KeptMembers(SelfAggregation):
+    """Self-aggregation whose pass of one token at a time is the one that follows from `pool`."""
 
-    top_B: jax.Array
-    total_B: jax.Array
-    sum_BxD: jax.Array
-
-
-@poolings.register("running_aggregation")
-class RunningAggregation(SelfAggregation):
-    """Self-aggregation that keeps a sum, not the members: a one-token pass of a pooling's own."""
-
-    def open(self, level, batch):
-        zeros_BxD = jnp.zeros((batch, self.config.d_model))
-        return OpenChunk(jnp.full(batch, jnp.finfo(jnp.float32).min), zeros_BxD[:, 0], zeros_BxD)
-
-    def add(self, chunk, place_B, h_BxD, level, linears):
-        score_B = linears["scorer"](h_BxD)[:, 0]
-        top_B = jnp.maximum(chunk.top_B, score_B)
-        kept_B, weight_B = jnp.exp(chunk.top_B - top_B), jnp.exp(score_B - top_B)
-        sum_BxD = kept_B[:, None] * chunk.sum_BxD + weight_B[:, None] * h_BxD
-        return OpenChunk(top_B, kept_B * chunk.total_B + weight_B, sum_BxD)
-
-    def close(self, chunk, is_token_BxG, level, linears):
-        return chunk.sum_BxD / chunk.total_B[:, None]
+    open, add, close = Pooling.open, Pooling.add, Pooling.close
 
 
 def small(**fields) -> ModelConfig:
@@ -71,7 +50,7 @@ SLOW = {
     "unrolled": small(chunks=(4, 2), core_layers=2, unroll=True, update_scale="none"),
     "gated": small(chunks=(4, 2, 1), topology="gated"),
     "injection_far": small(**FAR, topology="injection", shared_core=False),
-    "running": small(chunks=(5, 3, 1), offsets=(0, 2, 0), topology="gated", pooling="running_aggregation"),
+    "kept": small(chunks=(5, 3, 1), offsets=(0, 2, 0), topology="gated", pooling="kept_members"),
     "no_rotary": small(chunks=(4, 2), rotary_fraction=0.0),
     **{
         f"{topology}_{pooling}_{allocation}_{scale}": small(
@@ -96,7 +75,7 @@ LENGTHS = np.array([1, 2, 5, 11])
 
 def config_of_reference(config: ModelConfig) -> ModelConfig:
     """With a pooling that the reference knows, of the same function and parameters."""
-    return dataclasses.replace(config, pooling=config.pooling.replace("running", "self"))
+    return dataclasses.replace(config, pooling=config.pooling.replace("kept_members", "self_aggregation"))
 
 
 def tokens(rows: int) -> np.ndarray:
@@ -176,11 +155,11 @@ def not_rescaled(self, chunk, place_B, h_BxD, level, linears):
     after = ADD(self, chunk, place_B, h_BxD, level, linears)
     weight_B = jnp.exp(linears["scorer"](h_BxD)[:, 0] - after.top_B)
     sum_BxD = chunk.sum_BxD + weight_B[:, None] * h_BxD
-    return OpenChunk(after.top_B, chunk.total_B + weight_B, sum_BxD)
+    return after._replace(total_B=chunk.total_B + weight_B, sum_BxD=sum_BxD)
 
 
 def at_the_next_place(self, chunk, place_B, h_BxD, level, linears):
-    return MEMBER(self, chunk, (place_B + 1) % level.chunk, h_BxD, level, linears)
+    return KEEP(self, chunk, (place_B + 1) % level.chunk, h_BxD, level, linears)
 
 
 def at_the_place_of_the_first_row(model, params, token_B, before):
@@ -190,14 +169,14 @@ def at_the_place_of_the_first_row(model, params, token_B, before):
     return logits_BxV, after
 
 
-LOCATE, UPDATE, ADD, MEMBER, STEP = entry.locate, entry.update, RunningAggregation.add, Pooling.add, cached.step
+LOCATE, UPDATE, ADD, KEEP, STEP = entry.locate, entry.update, SelfAggregation.add, Pooling.add, cached.step
 BREAKS = [
     (entry, "locate", LOCATE),
     (entry, "locate", misplaced),
     (entry, "update", early),
     (entry, "opens", never_opens),
-    (RunningAggregation, "add", not_rescaled),
-    (SelfAggregation, "add", at_the_next_place),
+    (SelfAggregation, "add", not_rescaled),
+    (KeptMembers, "add", at_the_next_place),
     (cached, "step", at_the_place_of_the_first_row),
 ]
 
@@ -209,8 +188,8 @@ def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, ran
     _, _, params = random_model(config)
     tokens_BxL, lengths_B = tokens(2), np.array([1, 4])
     wanted = expected(forward(config, params, tokens_BxL), lengths_B, LENGTH - 4)
-    if wrong is not at_the_next_place:
-        config = dataclasses.replace(config, pooling="running_aggregation")
+    if wrong is at_the_next_place:
+        config = dataclasses.replace(config, pooling="kept_members")
     monkeypatch.setattr(module, name, wrong)
     found = error(decode(config, params, tokens_BxL, lengths_B, quick), wanted)
     assert found < 1e-4 if wrong is LOCATE else found > 1e-2
@@ -302,8 +281,10 @@ def test_shapes_and_dtypes_of_the_state(random_model):
     coarse, fine = found.iterations
     assert (coarse.cache.keys.shape, fine.cache.values.shape) == ((1, 3, 3, 2, 8), (1, 3, 11, 2, 8))
     assert (coarse.zhat_BxRxD.shape, fine.open, fine.zhat_BxRxD) == ((3, 2, 16), None, None)
-    assert coarse.open.shape == (3, 4, 16)
-    assert {x.dtype.name for x in (*coarse.cache, *found.coda, coarse.open, coarse.zhat_BxRxD)} == {"bfloat16"}
+    assert {x.dtype.name for x in coarse.open} == {"float32"}
+    assert {x.dtype.name for x in (*coarse.cache, *found.coda, coarse.zhat_BxRxD)} == {"bfloat16"}
+    kept = state.empty_state(dataclasses.replace(config, pooling="kept_members"), 3, 11).iterations[0].open
+    assert (kept.shape, kept.dtype.name) == ((3, 4, 16), "bfloat16")
 
     _, _, params = random_model(dataclasses.replace(config, dtype="float32"))
     read = jax.eval_shape(

@@ -14,8 +14,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, constrain, make_mesh
-from spiral_jax.run.directory import param_shardings
+from spiral_jax.parallel.mesh import MeshConfig, constrain, make_mesh, param_shardings
 
 V, NUM_IDS, CAPACITY = 20, 18, 44
 STOP = 9
@@ -41,7 +40,7 @@ def decoder_of(rows, shape=(1, 1, 1)):
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
     model = SpiralFormer(CONFIG, Backend(constrain=functools.partial(constrain, mesh)))
     made = Decoder(model, mesh, rows=rows, capacity=CAPACITY, num_ids=NUM_IDS, stop_ids=(STOP,))
-    return made, param_shardings(model, mesh)
+    return made, param_shardings(model.config, mesh)
 
 
 def texts(weights, requests, *args):

@@ -252,7 +252,6 @@ def test_a_process_that_was_given_another_configuration_says_in_what(folder, sta
     both_end(done, "train.steps: found 7 on process 1; allowed: the same on every process (6)")
 
 
-@pytest.mark.slow
 def test_a_process_with_another_file_of_ones_own_says_so(folder, start):
     """The same names, defined otherwise: the processes would compute different things."""
     for number, body in enumerate(("e_BxLxD", "2 * e_BxLxD")):
@@ -268,6 +267,7 @@ def test_a_process_with_another_file_of_ones_own_says_so(folder, start):
     assert "--import.model.topology: found '" in other.stderr and "on process 1; allowed: the same" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_shared_is_refused(folder, start, tmp_path):
     done = start("train", *flags_of(folder, "mine"), second=(f"--workdir={tmp_path}",), timeout=60)
     both_end(done, "does not share with process 0")

@@ -1,7 +1,11 @@
 """Topologies, poolings and optimizers in files of one's own: every command takes them, none runs without the file."""
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +14,21 @@ from verbs import call
 
 import spiral_jax
 from spiral_jax import describe, evaluate, export, generate, train
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.operators import Linear
+from spiral_jax.model.pooling import poolings
 from spiral_jax.model.topology import topologies
+from spiral_jax.parallel.mesh import check_divisible
 from spiral_jax.run import own_code
 from spiral_jax.run.metrics import read_rows
+from spiral_jax.training.optimizers import optimizers
+from spiral_jax.training.schedules import schedules
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--config.model.d_model=32", "--config.model.core_layers=1", "--config.model.chunks=(2,1)",
-    "--config.train.steps=4", "--config.train.batch_size=8", "--config.train.sequence_length=16",
+    "--config.optimizer.schedule=constant", "--config.train.steps=4", "--config.train.batch_size=8",
+    "--config.train.sequence_length=16",
     "--config.checkpoint.every_steps=2", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
 ]  # fmt: skip
 OWN = """
@@ -33,24 +44,24 @@ from spiral_jax.training.optimizers import optimizers
 from spiral_jax.training.schedules import Schedule, schedules
 
 
-@poolings.register("last")
+@poolings.register("own_last")
 class Last(Pooling):
     def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
         return h_BxNxGxD[:, :, -1]
 
 
-@spreadings.register("first")
+@spreadings.register("own_first")
 class First(Spreading):
     def shares(self, zhat_BxNxD, level, linears):
         return jax.nn.one_hot(0, level.chunk)[None, None]
 
 
-@optimizers.register("lion")
+@optimizers.register("own_lion")
 def lion(config, learning_rate, model):
     return optax.lion(learning_rate, b1=config.beta1, weight_decay=config.weight_decay)
 
 
-@schedules.register("square_root")
+@schedules.register("own_square_root")
 class SquareRoot(Schedule):
     def factor(self, k):
         return (self.config.resolved_warmup(self.steps) / (k + 1)) ** 0.5
@@ -59,9 +70,10 @@ class SquareRoot(Schedule):
 def get_config(argument=""):
     config = default_config()
     config.model.update(dict(vocab_size=264, d_model=32, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=0,
-                             chunks=(2, 1), dtype="float32", pooling="last", allocation="first", topology="base"))
+                             chunks=(2, 1), dtype="float32", topology="base"))
+    config.model.update(dict(pooling="own_last", allocation="own_first"))
     config.train.update(dict(steps=3, batch_size=8, sequence_length=16))
-    config.optimizer.update(dict(name="lion", schedule="square_root", warmup_steps=1, peak_learning_rate=1e-3))
+    config.optimizer.update(dict(name="own_lion", schedule="own_square_root", warmup_steps=1, peak_learning_rate=1e-3))
     config.data.paths = ("TEXT",)
     config.data.validation_fraction = 0.2
     config.mesh.data, config.mesh.fsdp = 2, 4
@@ -71,7 +83,7 @@ def get_config(argument=""):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the example, a text, and a run of the example that was stopped after step 2 of 4."""
+    """A copy of the example, a file with one of everything else, and a text."""
     folder = tmp_path_factory.mktemp("own")
     shutil.copy(ROOT / "experiments/own_topology.py", folder / "mine.py")
     text = folder / "text.txt"
@@ -86,8 +98,10 @@ def arguments(folder, *more):
 
 @pytest.fixture(scope="module")
 def run(folder):
+    """Of the example, resumed after step 2 of 4."""
     workdir = folder / "run"
-    assert call(train, *arguments(folder, f"--workdir={workdir}")) == (0, "")
+    for steps in (2, 4):
+        assert call(train, *arguments(folder, f"--workdir={workdir}", f"--config.train.steps={steps}")) == (0, "")
     return workdir
 
 
@@ -131,7 +145,7 @@ def test_another_file_is_said_in_one_line_at_resume(folder, run, tmp_path, capsy
         mine.write_text(before + "# a remark\n")
         assert call(train, *arguments(folder, f"--workdir={workdir}")) == (0, "")
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-        assert len(lines) == 1 and "model.topology 'blend' is not what the run was started with" in lines[0]
+        assert len(lines) == 1 and "model.topology 'blend' is not what the run was last started with" in lines[0]
     finally:
         mine.write_text(before)
 
@@ -151,16 +165,65 @@ def test_poolings_allocations_optimizers_and_schedules(folder, capsys):
     saved = json.loads((folder / "own" / own_code.FILE).read_text())
     assert set(saved) == {"model.pooling", "model.allocation", "optimizer.name", "optimizer.schedule"}
     status, errors = call(train, f"--config={folder}/own.py", f"--workdir={folder}/own", "--config.train.steps=5")
-    assert status == 2 and "the square_root schedule depends on it from the first step" in errors
+    assert status == 2 and "the own_square_root schedule depends on it from the first step" in errors
 
 
 HEAD = """
 from spiral_jax.model.operators import Linear
 from spiral_jax.model.pooling import Pooling, poolings
-from spiral_jax.model.topology import Topology, topologies
+from spiral_jax.model.topology import Topology, Update, topologies
 from spiral_jax.training.optimizers import optimizers
 """
+KEEPS = """
+@topologies.register("bad")
+class Bad(Topology):
+    def update(self, states, e_BxLxD, linears):
+        return Update(e_BxLxD, {kept})
+"""
 BAD_FILES = {
+    "a kept array without its comma": (
+        KEEPS.replace("{kept}", "kept=(e_BxLxD)"),
+        "bad",
+        "bad.py): Update.kept is 'array'; allowed: a tuple",
+    ),
+    "a metric that a row has already": (
+        KEEPS.replace("{kept}", "metrics={'loss': e_BxLxD.mean()}"),
+        "bad",
+        "metrics is ['loss']; allowed: other names",
+    ),
+    "metrics that differ from level to level": (
+        KEEPS.replace("{kept}", "metrics={'x': e_BxLxD[0, :, 0]}"),
+        "bad",
+        "allowed: the same from every iteration",
+    ),
+    "no Update": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def update(self, states, e_BxLxD, linears):
+        return e_BxLxD
+""",
+        "bad",
+        "allowed: an Update",
+    ),
+    "a register without a name": (
+        """
+@topologies.register
+class Bad(Topology): pass
+""",
+        "bad",
+        "allowed: a name, as in @register",
+    ),
+    "a Linear named as layers are": (
+        """
+@topologies.register("bad")
+class Bad(Topology):
+    def linears(self, level):
+        return {"layers": Linear(self.config.d_model, 1)}
+""",
+        "bad",
+        "linears is 'layers'; allowed: another name",
+    ),
     "two registrations of one name": (
         """
 @topologies.register("twice")
@@ -287,6 +350,101 @@ def test_bad_files_are_one_line_before_anything_is_compiled(name, folder, tmp_pa
     assert status == 2 and errors.count("\n") == 1, errors
     assert expected.replace("{file}", str(file)) in errors
     assert not compilations
+
+
+@pytest.mark.parametrize(
+    "body, named",
+    [
+        ("def get_config():\n    return undefined", r"config.py, line 2: NameError: name 'undefined' is not defined"),
+        ("import jax\njax.nothing\ndef get_config():\n    pass", "line 2: AttributeError"),
+        ("1 / 0", "line 1: ZeroDivisionError"),
+    ],
+)
+def test_a_config_file_that_raises_is_one_line(tmp_path, body, named):
+    (tmp_path / "config.py").write_text(body)
+    status, errors = call(describe, f"--config={tmp_path}/config.py")
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert named in errors
+
+
+BAD_TRAINING = {
+    "no transformation": ("return None", "allowed: an optax.GradientTransformation"),
+    "an update that raises": (
+        "return optax.GradientTransformation(lambda p: (), lambda u, s, p: (1 / 0, s))", "line 7: ZeroDivisionError"
+    ),
+    "updates of other shapes": (
+        "return optax.stateless(lambda u, p: jax.tree.map(lambda x: x.sum(), u))", "shapes of updates"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING)
+def test_bad_optimizers_are_one_line(name, folder, tmp_path):
+    body, named = BAD_TRAINING[name]
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "import jax\nimport optax\nfrom spiral_jax.training.optimizers import optimizers\n\n"
+        f'@optimizers.register("bad")\ndef bad(config, rate, model):\n    {body}\n'
+    )
+    try:
+        status, errors = call(describe, *arguments(folder, f"--import={file}", "--config.optimizer.name=bad"))
+    finally:
+        optimizers._entries.pop("bad", None)
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert "optimizer.name 'bad'" in errors and named in errors
+
+
+def test_a_schedule_that_gives_no_number(folder, tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "import jax.numpy as jnp\nfrom spiral_jax.training.schedules import Schedule, schedules\n"
+        '@schedules.register("bad")\nclass Bad(Schedule):\n    def factor(self, k):\n        return jnp.ones(2)\n'
+    )
+    try:
+        status, errors = call(describe, *arguments(folder, f"--import={file}", "--config.optimizer.schedule=bad"))
+    finally:
+        schedules._entries.pop("bad", None)
+    assert status == 2 and "what factor gives" in errors and errors.count("\n") == 1, errors
+
+
+def test_a_pooling_whose_sum_is_not_what_it_began_with(folder, tmp_path):
+    """In bfloat16 the gate's float32 makes the sum another array than `open` gave: found before the first token."""
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "import jax.numpy as jnp\nfrom spiral_jax.model.pooling import Mean, poolings\n"
+        '@poolings.register("bad")\nclass Bad(Mean):\n'
+        "    def open(self, level, batch):\n"
+        "        return jnp.zeros((batch, self.config.d_model), self.config.dtype)\n"
+        "    def add(self, chunk, place_B, h_BxD, level, linears):\n"
+        "        return chunk + h_BxD.astype(jnp.float32)\n"
+    )
+    flags = (f"--import={file}", "--config.model.pooling=bad")
+    try:
+        assert call(describe, *arguments(folder, *flags, "--devices=8")) == (0, "")
+        status, errors = call(describe, *arguments(folder, *flags, "--config.model.dtype=bfloat16"))
+    finally:
+        poolings._entries.pop("bad", None)
+    assert status == 2 and "what add gives" in errors and errors.count("\n") == 1, errors
+
+
+def test_small_inputs_are_not_cut(folder, tmp_path):
+    """A Linear of three inputs on a mesh that cuts the others in two: on every device."""
+    model = dataclasses.replace(ModelConfig(vocab_size=64, d_model=32, num_heads=4), topology="base")
+    assert Linear(3, 1).axes(32) == (None, "features")
+    assert Linear((4, 32), 8, ("heads", "embed")).axes(32) == ("heads", "embed", "features")
+    check_divisible((1, 8, 1), model, 8, 1)
+
+
+def test_a_package_behind_a_link_is_still_the_package(tmp_path):
+    (tmp_path / "linked").symlink_to(ROOT / "spiral_jax", target_is_directory=True)
+    (tmp_path / "linked").rename(tmp_path / "spiral_jax")
+    code = (
+        "from spiral_jax.run import own_code; from spiral_jax.run.config import RunConfig; "
+        "print(own_code.own_code(RunConfig().to_dict()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.strip() == "{}", found.stderr
 
 
 def test_import_of_no_file(folder):

@@ -10,10 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from spiral_jax.model.spiralformer import abstract_params
+from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, param_shardings
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import abstract_params, param_shardings
 from spiral_jax.training.config import OptimizerConfig
 from spiral_jax.training.optimizers import make_optimizer, optimizers, state_shardings
 from spiral_jax.training.optimizers.muon import matrix_axes
@@ -34,7 +33,7 @@ def leaves(tree) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def arrays():
     """Parameters, and gradients of two steps."""
-    rng, shapes = np.random.default_rng(0), abstract_params(SpiralFormer(MODEL))
+    rng, shapes = np.random.default_rng(0), abstract_params(MODEL)
     return [jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes) for _ in range(3)]
 
 
@@ -50,7 +49,7 @@ def updates_of(config, arrays, jit=jax.jit):
 
 
 def test_matrices_of_layers_and_of_operators_are_its_own():
-    shapes = abstract_params(SpiralFormer(MODEL))
+    shapes = abstract_params(MODEL)
     paths = jax.tree_util.tree_leaves_with_path(shapes)
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): matrix_axes(MODEL, path) for path, _ in paths}
     for stack in ("prelude", "core", "coda"):
@@ -60,7 +59,7 @@ def test_matrices_of_layers_and_of_operators_are_its_own():
     assert found["steps_0/inject/kernel"] == found["steps_1/inject/kernel"] == ((0,), (1,))
     assert sum(axes is not None for axes in found.values()) == 3 * 4 + 2
     mesh = dataclasses.replace(MODEL, topology="mesh")
-    for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(SpiralFormer(mesh))):
+    for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(mesh)):
         names = [key.key for key in path]
         assert (matrix_axes(mesh, path) is None) == ("layers" not in names or names[-1] != "kernel"), names
 
@@ -136,7 +135,7 @@ def test_on_a_mesh_the_updates_are_the_same(arrays, mesh, quick):
     """Within 1e-5 of the update's norm."""
     plain = updates_of(CONFIG, arrays)
     devices = make_mesh(MeshConfig(*mesh))
-    placed = param_shardings(SpiralFormer(MODEL), devices)
+    placed = param_shardings(MODEL, devices)
     params, *grads = (jax.device_put(tree, placed) for tree in arrays)
     optimizer = make_optimizer(CONFIG, STEPS, MODEL)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays[0], placed)

@@ -2,6 +2,6 @@
 
 from spiral_jax.training.optimizers.adamw import adamw
 from spiral_jax.training.optimizers.muon import muon
-from spiral_jax.training.optimizers.optimizer import make_optimizer, optimizers, state_shardings
+from spiral_jax.training.optimizers.optimizer import check_optimizer, make_optimizer, optimizers, state_shardings
 
-__all__ = ["adamw", "make_optimizer", "muon", "optimizers", "state_shardings"]
+__all__ = ["adamw", "check_optimizer", "make_optimizer", "muon", "optimizers", "state_shardings"]

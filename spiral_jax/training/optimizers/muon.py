@@ -56,16 +56,9 @@ def matrix_axes(model: ModelConfig, path: tuple[Any, ...]) -> MuonDimensionNumbe
     if field != "kernel":
         return None
     if groups[-1:] == ["layers"]:
-        linear = layer_linears(model).get(name)
-        return None if linear is None else _axes_of(linear, stacked=1)
-    group = groups[-1] if groups else ""
-    if group == "entry":
-        linear = model.operators.topology.entry_linears().get(name)
-    elif group.startswith("steps_"):
-        linear = model.operators.linears(model.schedule[int(group.removeprefix("steps_"))]).get(name)
-    else:
-        return None
-    return _axes_of(linear, stacked=0) if linear is not None and linear.is_matrix else None
+        return _axes_of(layer_linears(model)[name], stacked=1)
+    own = [found.linear for found in model.operators.declared() if [found.group] == groups and found.name == name]
+    return _axes_of(own[0], stacked=0) if own and own[0].is_matrix else None
 
 
 def _axes_of(linear: Linear, stacked: int) -> MuonDimensionNumbers:

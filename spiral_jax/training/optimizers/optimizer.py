@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from spiral_jax.errors import require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.registry import Registry, guarded
+from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import replicated
-from spiral_jax.training.schedules import learning_rate
+from spiral_jax.training.schedules import learning_rate, schedules
 
 if TYPE_CHECKING:
     from spiral_jax.training.config import OptimizerConfig
@@ -31,8 +34,39 @@ def make_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) ->
     make = optimizers[config.name]
     with guarded(f"optimizer.name {config.name!r} ({code.file})", code.file):
         optimizer = make(config, learning_rate(config, steps), model)
+        require(
+            isinstance(optimizer, optax.GradientTransformation),
+            f"optimizer.name {config.name!r} ({code.file}): what it returns",
+            optimizer,
+            "an optax.GradientTransformation",
+        )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, optimizer)
+
+
+def check_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) -> None:
+    """Whether an optimizer and a schedule of the user's own take the model's parameters, found out from shapes.
+
+    Raises:
+      SpiralError: naming it, its file, and what is wrong.
+    """
+    code = schedules.code(config.schedule)
+    if not code.is_ours:
+        where = f"optimizer.schedule {config.schedule!r} ({code.file})"
+        with guarded(where, code.file):
+            rate = jax.eval_shape(learning_rate(config, steps), jax.ShapeDtypeStruct((), jnp.int32))
+        require(getattr(rate, "shape", None) == (), f"{where}: what factor gives", rate, "one number")
+    code = optimizers.code(config.name)
+    if code.is_ours:
+        return
+    where = f"optimizer.name {config.name!r} ({code.file})"
+    optimizer = make_optimizer(config, steps, model)
+    params = abstract_params(model)
+    with guarded(where, code.file):
+        state = jax.eval_shape(optimizer.init, params)
+        updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    found, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (updates, params))
+    require(found == wanted, f"{where}: shapes of updates", "others", "those of the parameters")
 
 
 def state_shardings(opt_state: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
