@@ -98,7 +98,7 @@ def export(
         card = model_card(
             config,
             step,
-            rows=[row for row in read_rows(workdir / "metrics.jsonl") if row["step"] <= step],
+            rows=read_rows(workdir / "metrics.jsonl"),
             start=last_start(workdir / "environment.json"),
             fingerprints=meta["data"]["fingerprints"],
             tokenizer=tokenizer,

@@ -78,13 +78,14 @@ def model_card(
     Args:
       config: the run's, as saved with the checkpoint.
       step: of the checkpoint.
-      rows: of the run's metrics, up to the checkpoint's.
+      rows: of the run's metrics; those after the checkpoint do not count.
       start: what the run's last start recorded of its environment; None if that is not known.
       fingerprints: of the training tokens.
       tokenizer: the run's.
       dtype: of the exported tensors.
     """
     model, train = config.model, config.train
+    rows = [row for row in rows if row["step"] <= step]
     vanilla = is_vanilla(model)
     return _TEXT.format(
         notation=model.notation,

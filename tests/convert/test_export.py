@@ -241,18 +241,22 @@ def test_transformers_gives_our_ids(tmp_path):
         assert theirs.decode(tokenizer.encode(HARD)) == HARD
 
 
-def test_the_card_says_what_the_model_is(runs):
+def test_the_card_says_what_the_model_is():
     from spiral_jax.run.config import RunConfig
     from spiral_jax.training.config import TrainConfig
 
     config = RunConfig(model=SPIRAL, train=TrainConfig(steps=90, batch_size=4, sequence_length=8))
-    (runs / "metrics.jsonl").write_text(
-        '{"step": 10, "loss": 3.25, "validation_loss": 3.5}\n{"step": 20, "loss": 3.0}\n{"step": 30, "loss": 2.0}\n'
+    rows = [
+        {"step": 10, "loss": 3.25, "validation_loss": 3.5}, {"step": 20, "loss": 3.0}, {"step": 30, "loss": 2.0}
+    ]  # fmt: skip
+    start = {"packages": {"jax": "0.10.2", "flax": None}, "git_commit": None}
+    card = model_card(
+        config, 20, rows=rows, start=start, fingerprints=["abc"], tokenizer=ByteTokenizer(), dtype="bfloat16"
     )
-    card = model_card(runs, config, 20, fingerprints=["abc"], tokenizer=ByteTokenizer(), dtype="bfloat16")
     for said in (
         "1+1x{1/4,1}+1", f"{SPIRAL.total_parameters:,}", f"{SPIRAL.non_embedding_parameters:,}", "20 of 90 steps",
         "640 tokens", "3.0000 (step 20)", "3.5000 (step 10)", "`abc`", "trust_remote_code", "bfloat16",
+        "jax 0.10.2; git commit unknown",
     ):  # fmt: skip
         assert said in card, said
     assert "2.0000" not in card
