@@ -28,10 +28,10 @@ def main(values: flags.FlagValues) -> None:
     with contextlib.suppress(RuntimeError):  # jax has started already: in a test, or in a file of the user's own
         jax.config.update("jax_num_cpu_devices", 8)
         jax.config.update("jax_platforms", "cpu")
-    own = own_code.own_code(config.to_dict())
+    values = config.to_dict()
+    own = own_code.own_code(values)
     for registry in own_code.REGISTRIES:
-        room, field = registry.field.split(".")
-        name = getattr(getattr(config, room), field)
+        name = registry.chosen(values)
         of = f" of {own[registry.field]['file']}" if registry.field in own else ""
         print(f"{registry.field:<18} {name}{of}")
     print(flush=True)

@@ -11,7 +11,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.model.registry import guarded
+from spiral_jax.model.registry import blamed, lines_in
 from spiral_jax.parallel import processes
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
@@ -164,9 +164,8 @@ def _blame_the_config_file(error: Exception) -> None:
     """Raises SpiralError if something was raised in the file that --config names, or in what it called."""
     given = next((arg.partition("=")[2] for arg in sys.argv[1:] if arg.startswith("--config=")), "")
     file = os.path.realpath(given) if os.path.isfile(given) else os.path.realpath(given.rpartition(":")[0])
-    if any(os.path.realpath(frame.filename) == file for frame in traceback.extract_tb(error.__traceback__)):
-        with guarded(f"--config={given}", file):
-            raise error
+    if lines_in(error, file):
+        raise blamed(error, f"--config={given}", file) from error
 
 
 def _override(name: str) -> str | None:

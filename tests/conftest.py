@@ -24,11 +24,9 @@ import reference  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from spiral_jax.convert.huggingface import config_to_huggingface, params_from_tensors  # noqa: E402
+from spiral_jax.evaluation.invariants import QUICK  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache, parse_slice  # noqa: E402
-
-# Code generation in less time; the operations are the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Golden(NamedTuple):

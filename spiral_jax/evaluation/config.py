@@ -36,7 +36,15 @@ class EvaluationConfig:
         if self.tasks_every_steps and not self.tasks:
             require(False, "evaluation.tasks_every_steps", self.tasks_every_steps, "0 without evaluation.tasks")
 
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether the validation store is scored after a step."""
+        return _due(self.every_steps, step, last_step)
+
     def tasks_due(self, step: int, last_step: int) -> bool:
         """Whether `tasks` run after a step."""
-        every = self.tasks_every_steps
-        return bool(self.tasks) and ((every > 0 and step % every == 0) or step == last_step)
+        return bool(self.tasks) and _due(self.tasks_every_steps, step, last_step)
+
+
+def _due(every: int, step: int, last_step: int) -> bool:
+    """Every so many steps, 0 for never, and after the last one."""
+    return (every > 0 and step % every == 0) or step == last_step

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from spiral_jax.decoding import cached
 from spiral_jax.decoding.state import empty_state
@@ -208,13 +209,11 @@ def sharded(config: StepConfig) -> Finding:
     plain_metrics, plain_change = step(MeshConfig(1, 1, 1))
     found = {name: difference(value, plain_metrics[name]) for name, value in metrics.items()}
     # Where a gradient is zero but for rounding, its sign decides what an optimizer that divides by its size does.
-    of_path = {path: (x, y) for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(plain_change), jax.tree.leaves(grads), strict=True
-    )}  # fmt: skip
-    for path, x in jax.tree_util.tree_leaves_with_path(change):
-        plain, grad = (np.asarray(y) for y in of_path[path])
+    for (path, x), plain, grad in zip(
+        jax.tree_util.tree_leaves_with_path(change), *map(jax.tree.leaves, (plain_change, grads)), strict=True
+    ):
         is_known = np.abs(grad) > 1e-3 * np.abs(grad).max()
-        found["parameter " + "/".join(key.key for key in path)] = relative([x[is_known]], [plain[is_known]])
+        found[f"parameter {_name(path)}"] = relative(x[is_known], plain[is_known])
     worst = max(found, key=lambda name: found[name])
     return Finding("sharded", "a train step on data 2 x fsdp 2 x tensor 2 and on one device", found[worst], worst)
 
@@ -274,26 +273,22 @@ def difference(found: Any, wanted: Any) -> float:
     return float(np.nan_to_num(np.abs(found - wanted).max() / _scale(wanted), nan=np.inf))
 
 
-def relative(found: list, wanted: list, floor: float = 0.0) -> float:
-    """Norm of the difference of lists of arrays over the norm of `wanted`, or over `floor` if that is larger."""
-    off = _norm([a - b for a, b in zip(found, wanted, strict=True)])
-    return float(np.nan_to_num(off / max(_norm(wanted), floor, 1e-30), nan=np.inf))
-
-
-def _norm(arrays: list) -> float:
-    return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays)))
+def relative(found: Any, wanted: Any, floor: float = 0.0) -> float:
+    """Norm of the difference over the norm of `wanted`, or over `floor` if that is larger."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    size = max(np.linalg.norm(wanted), floor, 1e-30)
+    return float(np.nan_to_num(np.linalg.norm(found - wanted) / size, nan=np.inf))
 
 
 def _by_path(found: Any, wanted: Any) -> dict[str, float]:
     # What is small because large terms cancel is rounding to that part.
-    floor = 1e-3 * _norm(jax.tree.leaves(jax.device_get(wanted)))
-    of_path = dict(jax.tree_util.tree_leaves_with_path(wanted))
-    return {
-        "gradient of " + "/".join(key.key for key in path): relative(
-            [np.asarray(x)], [np.asarray(of_path[path])], floor
-        )
-        for path, x in jax.tree_util.tree_leaves_with_path(found)
-    }
+    floor = 1e-3 * float(optax.tree.norm(wanted))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True)
+    return {f"gradient of {_name(path)}": relative(x, y, floor) for (path, x), y in leaves}
+
+
+def _name(path) -> str:
+    return "/".join(key.key for key in path)
 
 
 def _scale(x: np.ndarray) -> float:

@@ -32,8 +32,7 @@ class Validation:
         self._eval_step = program.compile_eval_step(self._batch_size, train.sequence_length)
 
     def due(self, step: int) -> bool:
-        every = self._wanted.every_steps
-        return (every > 0 and step % every == 0) or step == self._train.steps
+        return self._wanted.due(step, self._train.steps)
 
     def __call__(self, step: int, state: Any) -> dict[str, float]:
         result = score(

@@ -11,9 +11,9 @@ import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from spiral_jax.errors import SpiralError
 
@@ -102,6 +102,11 @@ class Registry(Generic[T]):
                 "--import=FILE, the file that registers it"
             )
 
+    def chosen(self, config: Mapping[str, Any]) -> Any:
+        """What a run's configuration, as nested mappings, has in the field; None if it lacks it."""
+        room, field = self.field.split(".")
+        return (config.get(room) or {}).get(field)
+
     def code(self, name: str) -> Code:
         """Where `name` was registered."""
         self.check(name)
@@ -124,11 +129,20 @@ def guarded(where: str, file: str) -> Iterator[None]:
     except SpiralError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == file]
-        place = f", line {lines[-1]}" if lines else ""
-        reason = " ".join(str(error).split())[:300]
-        raise SpiralError(f"{where}{place}: {type(error).__name__}: {reason}") from error
+        raise blamed(error, where, file) from error
+
+
+def blamed(error: Exception, where: str, file: str) -> SpiralError:
+    """The line that `guarded` makes of what somebody's own code raised."""
+    lines = lines_in(error, file)
+    place = f", line {lines[-1]}" if lines else ""
+    return SpiralError(f"{where}{place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def lines_in(error: Exception, file: str) -> list[int]:
+    """Lines of a file (its real path) that an exception came through, the outermost first."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.lineno for frame in frames if os.path.realpath(frame.filename) == file]
 
 
 def _is_same_file_again(before: Code, now: Code) -> bool:

@@ -216,13 +216,13 @@ class MeSH(Topology):
     fields = ("memory_slots",)
 
     def linears(self, level: Level) -> dict[str, Linear]:
+        return self.entry_linears()
+
+    def entry_linears(self) -> dict[str, Linear]:
         # Random, not zero: slots with equal routers would never part.
         S, d = self.config.num_slots, self.config.d_model
         router = Linear(d, S, out_axes=("slots",), init=jax.nn.initializers.normal((2 / (S * d)) ** 0.5))
         return {"write": router, "read": router}
-
-    def entry_linears(self) -> dict[str, Linear]:
-        return self.linears(Level(1, 0, 0))
 
     def enter(self, states, linears):
         S, dtype = self.config.num_slots, at_least_float32(states.h_BxLxD.dtype)

@@ -51,8 +51,7 @@ def own_code(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """
     found = {}
     for registry in REGISTRIES:
-        room, field = registry.field.split(".")
-        name = config[room][field]
+        name = registry.chosen(config)
         code = registry.code(name)
         if not code.is_ours:
             found[registry.field] = {"name": name, "file": code.file, "sha256": code.sha256}
@@ -81,8 +80,7 @@ def check_registered(workdir: Path, config: Mapping[str, Any]) -> None:
     """
     saved = _read(workdir)
     for registry in REGISTRIES:
-        room, field = registry.field.split(".")
-        name = (config.get(room) or {}).get(field)
+        name = registry.chosen(config)
         if isinstance(name, str) and name not in registry and registry.field in saved:
             file = saved[registry.field].get("file")
             raise SpiralError(

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.neox import Backend
-from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.model.spiralformer import SpiralFormer, boxed_params
 from spiral_jax.parallel.mesh import batch_sharding, constrain, replicated, shardings_of
 from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
@@ -130,10 +130,9 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
 
 def abstract_state(config: StepConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """The TrainState's shapes, dtypes and shardings on a mesh, which may be one that is not there."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed = jax.eval_shape(functools.partial(_initial_params, config), key)
-    state = jax.eval_shape(functools.partial(_initial_state, config), key)
+    boxed = boxed_params(config.model)
     params = jax.tree.map(_placed, nn.unbox(boxed), shardings_of(boxed, mesh))
+    state = jax.eval_shape(functools.partial(_start, config), params, jax.eval_shape(lambda: jax.random.key(0)))
     everywhere = functools.partial(_placed, sharding=replicated(mesh))
     return TrainState(
         everywhere(state.step),
@@ -147,15 +146,15 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _initial_params(config: StepConfig, key: jax.Array):
-    """Of step 0, still boxed with the names of their axes."""
-    return SpiralFormer(config.model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
 def _initial_state(config: StepConfig, key: jax.Array) -> TrainState:
     """Step 0."""
     init_key, rng = jax.random.split(key)
-    params = nn.unbox(_initial_params(config, init_key))
+    params = nn.unbox(SpiralFormer(config.model).init(init_key, jnp.zeros((1, 1), jnp.int32))["params"])
+    return _start(config, params, rng)
+
+
+def _start(config: StepConfig, params: Any, rng: jax.Array) -> TrainState:
+    """Step 0 from these parameters."""
     optimizer = make_optimizer(config.optimizer, config.train.steps, config.model)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
 
