@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from spiral_jax.data.atomic import rename_whole
 from spiral_jax.data.storage import local_path
-from spiral_jax.data.writer import rename_whole
 from spiral_jax.errors import SpiralError
 
 

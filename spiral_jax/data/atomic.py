@@ -1,14 +1,53 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all: the one way to write them."""
 
 import os
+import shutil
 from pathlib import Path
+
+from spiral_jax.errors import SpiralError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file beside `path` and renames it, so that a kill leaves the old content or the new, never a part."""
+    """Writes a UTF-8 file beside `path` and renames it, so that a kill leaves the old content or the new, never a part.
+
+    Raises:
+      SpiralError: it cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise SpiralError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def rename_whole(partial: Path, folder: Path) -> None:
+    """Gives a complete folder its final name so that the name survives a power cut; replaces what was there.
+
+    Args:
+      partial: The complete folder, its files already on disk.
+      folder: Its final name, on the same file system.
+
+    Raises:
+      OSError: The file system refuses.
+    """
+    _sync_folder(partial)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
+    if folder.exists():
+        # A folder with content cannot be renamed over. Between the two renames there is no store, never half of one.
+        os.rename(folder, replaced)
+    os.rename(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

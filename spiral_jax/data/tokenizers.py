@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from spiral_jax.data import atomic
 from spiral_jax.data.storage import LOCAL, Storage, join
 from spiral_jax.errors import SpiralError
 
@@ -168,7 +169,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return int(ids[0]) if len(ids) == 1 and self.decode(ids) == text else None
 
     def save(self, folder: str | os.PathLike) -> None:
-        _write_file(Path(folder, _HUGGING_FACE_FILE), self._json_text)
+        atomic.write_text(Path(folder, _HUGGING_FACE_FILE), self._json_text)
         info = {"kind": "huggingface", "separator": self._separator, "fingerprint": self.fingerprint}
         _write_info(Path(folder), info)
 
@@ -264,13 +265,6 @@ def _read_file(place: str | os.PathLike, storage: Storage = LOCAL) -> str:
 
 
 def _write_info(folder: Path, info: dict) -> None:
-    _write_file(folder / _INFO_FILE, json.dumps({"format": _FORMAT, "version": _VERSION, **info}, indent=2) + "\n")
-
-
-def _write_file(path: Path, content: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content.encode("utf-8"))
-        os.replace(partial, path)
-    except OSError as error:
-        raise SpiralError(f"{path}: cannot be written ({error.strerror})") from error
+    atomic.write_text(
+        folder / _INFO_FILE, json.dumps({"format": _FORMAT, "version": _VERSION, **info}, indent=2) + "\n"
+    )

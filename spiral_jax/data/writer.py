@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spiral_jax.data.atomic import rename_whole
 from spiral_jax.data.store import DOCUMENTS, MANIFEST, OFFSET_DTYPE, TOKENS, Manifest, TokenStore, token_dtype
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
@@ -213,35 +214,6 @@ def check_ids(ids_N: np.ndarray, tokenizer: Tokenizer, name: str) -> None:
     smallest, largest = int(ids_N.min()), int(ids_N.max())
     if smallest < 0 or largest >= tokenizer.vocab_size:
         raise SpiralError(f"{name} has ids {smallest} to {largest}, allowed: 0 to {tokenizer.vocab_size - 1}")
-
-
-def rename_whole(partial: Path, folder: Path) -> None:
-    """Gives a complete folder its final name so that the name survives a power cut; replaces what was there.
-
-    Args:
-      partial: The complete folder, its files already on disk.
-      folder: Its final name, on the same file system.
-
-    Raises:
-      OSError: The file system refuses.
-    """
-    _sync_folder(partial)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
-    if folder.exists():
-        # A folder with content cannot be renamed over. Between the two renames there is no store, never half of one.
-        os.rename(folder, replaced)
-    os.rename(partial, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _HashedFile:
