@@ -32,14 +32,15 @@ from spiral_jax.data.text.files import find_documents, read_text
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.perplexity import score
+from spiral_jax.evaluation.perplexity import WindowScorer, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
+from spiral_jax.kernels.choose import attention_for
 from spiral_jax.parallel import processes
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
+from spiral_jax.parallel.placed import PlacedModel, place
 from spiral_jax.run.checkpoint import restore_for_inference
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import load_config, run_directory, tokenizer_of, validation_store_of
-from spiral_jax.training.step import make_program
 
 
 def define(values: flags.FlagValues) -> None:
@@ -77,17 +78,16 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
 
-    program = make_program(config, make_mesh(config.mesh))
-    params, step = restore_for_inference(workdir, program.abstract_state.params, values.step)
+    placed = placed_model(config)
+    params, step = restore_for_inference(workdir, placed.abstract_params, values.step)
     result = score(
-        program.eval_step,
+        WindowScorer(config, placed),
         params,
         source,
         utf8_bytes=utf8_bytes,
         separator_id=tokenizer.separator_id,
         sequence_length=config.train.sequence_length,
         batch_size=config.train.batch_size,
-        put=program.put,
         stride=values.stride,
         report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
     )
@@ -122,10 +122,10 @@ def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
         limit=values.limit,
         max_length=config.train.sequence_length,
     )
-    program = make_program(config, make_mesh(config.mesh))
-    params, step = restore_for_inference(workdir, program.abstract_state.params, values.step)
+    placed = placed_model(config)
+    params, step = restore_for_inference(workdir, placed.abstract_params, values.step)
     about = {"model_args": {"workdir": str(workdir), "step": step}}
-    results = TaskEvaluation(opened, config, program, tokenizer)(params, about=about)
+    results = TaskEvaluation(opened, config, placed, tokenizer)(params, about=about)
 
     from spiral_jax.evaluation import harness
 
@@ -174,6 +174,12 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
         return on(config.mesh)
     except SpiralError:
         return on(MeshConfig())  # the run was trained on other devices: replicas fit any number
+
+
+def placed_model(config: RunConfig) -> PlacedModel:
+    """The run's model on the devices here."""
+    mesh = make_mesh(config.mesh)
+    return place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
 
 
 def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig) -> tuple[TokenSource, int]:

@@ -103,7 +103,7 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
         own_code.save(workdir, config.to_dict())
         save_data(workdir, opened.data)
         (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
-        write_environment(workdir / "environment.json", program.mesh)
+        write_environment(workdir / "environment.json", program.placed.mesh)
     if (opened.saved_step or 0) < config.train.steps:
         train(config, workdir, program, state, opened, profiled)
     opened.checkpoints.close()
@@ -170,9 +170,9 @@ def train(
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
     if data.validation is not None:
-        evaluations.append(Validation(config.evaluation, config.train, program, data.validation, data.tokenizer))
+        evaluations.append(Validation(config.evaluation, config, program.placed, data.validation, data.tokenizer))
     if opened.tasks is not None:
-        tasks = TaskEvaluation(opened.tasks, config, program, data.tokenizer)
+        tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer)
         evaluations.append(TasksOfRun(config.evaluation, last, tasks))
     processes.say(f"compiled in {metrics.duration(time.perf_counter() - started)}")
 
@@ -183,7 +183,7 @@ def train(
     tracer = Tracer(workdir / "profile", profiled if is_main else range(0))
     try:
         with command.StopRequest() as request, host_batches:
-            stop = AgreedStop(lambda: request.signal, program.mesh)
+            stop = AgreedStop(lambda: request.signal, program.placed.mesh)
             _, done = fit(
                 state,
                 range(first, last + 1),

@@ -7,24 +7,24 @@ import numpy as np
 
 from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.decoding.decoder import Decoder, IsDone, Request
+from spiral_jax.parallel.placed import PlacedModel
 from spiral_jax.progress import Progress
-from spiral_jax.training.step import Program
 
 
 class Generator:
     """Continues prompts with the parameters of one model on its mesh."""
 
-    def __init__(self, program: Program, *, max_length: int, batch_size: int, num_ids: int):
+    def __init__(self, placed: PlacedModel, *, max_length: int, batch_size: int, num_ids: int):
         """Compiles nothing yet.
 
         Args:
-          program: the model and its mesh.
+          placed: the model on its mesh.
           max_length: the most tokens of a prompt and its continuation.
           batch_size: prompts at a time, rounded up to what divides over the mesh.
           num_ids: ids from here on stand for no token and are never generated.
         """
         self.max_length = max_length
-        self._program = program
+        self._placed = placed
         self._batch_size = batch_size
         self._num_ids = num_ids
         self._decoders: dict[int, Decoder] = {}  # by capacity: programs stay compiled from call to call
@@ -65,8 +65,8 @@ class Generator:
     def _decoder(self, capacity: int) -> Decoder:
         if capacity not in self._decoders:
             self._decoders[capacity] = Decoder(
-                self._program.model,
-                self._program.mesh,
+                self._placed.model,
+                self._placed.mesh,
                 rows=self._batch_size,
                 capacity=capacity,
                 num_ids=self._num_ids,

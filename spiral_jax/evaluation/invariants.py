@@ -198,7 +198,7 @@ def sharded(config: StepConfig) -> Finding:
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.abstract_state.params)
         compiled = program.train_step.lower(program.abstract_state, program.abstract_batch)
         compiled = compiled.compile(compiler_options=QUICK)
-        state, metrics = compiled(state.replace(params=placed), program.put(windows_BxW))
+        state, metrics = compiled(state.replace(params=placed), program.placed.put(windows_BxW))
         change = jax.tree.map(lambda x, before: np.asarray(x) - np.asarray(before), state.params, params)
         return {name: np.asarray(metrics[name]) for name in ("loss", "gradient_norm")}, change
 

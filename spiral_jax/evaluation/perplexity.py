@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from spiral_jax.data.windows import TokenSource
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
+from spiral_jax.parallel.placed import PlacedModel
 from spiral_jax.progress import Progress, Report
+from spiral_jax.training import fsdp
+from spiral_jax.training.config import StepConfig
+from spiral_jax.training.loss import window_nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +76,49 @@ def scoring_batches(
         yield windows_BxW, weights_BxL
 
 
+class WindowScorer:
+    """Weighted nats of a batch of windows, its parameters gathered as in training: what fits there fits here."""
+
+    def __init__(self, config: StepConfig, placed: PlacedModel, *, ahead: bool = False):
+        """Builds the step.
+
+        Args:
+          config: the run's; a batch is one of its micro-batches.
+          placed: its model on its mesh.
+          ahead: whether to compile now rather than at the first batch.
+        """
+        train, abstract_params = config.train, placed.abstract_params
+        self.batch_size, self.sequence_length = train.batch_size // train.accumulation, train.sequence_length
+        self._placed = placed
+        specs = fsdp.specs_of(jax.tree.map(lambda x: x.sharding, abstract_params))
+        local = fsdp.model_of_a_device(config.model, train, placed.mesh, specs)
+
+        def nats(params, windows_BxW, weights_BxL):
+            nats_BxL = window_nats(local, fsdp.gather_rest(params, specs), windows_BxW, train.loss_block)
+            return jnp.sum(nats_BxL * weights_BxL, axis=-1)
+
+        def eval_step(params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
+            rows = PartitionSpec(fsdp.ROWS)
+            return fsdp.on_each_device(placed.mesh, nats, (specs, rows, rows), rows)(params, windows_BxW, weights_BxL)
+
+        self.step = jax.jit(eval_step, out_shardings=placed.everywhere)
+        if ahead:
+            self.step = self.lowered().compile()
+
+    def lowered(self) -> jax.stages.Lowered:
+        """The step for the shapes that it is called with."""
+        B, L, batch = self.batch_size, self.sequence_length, self._placed.batch
+        windows_BxW = jax.ShapeDtypeStruct((B, L + 1), jnp.int32, sharding=batch)
+        weights_BxL = jax.ShapeDtypeStruct((B, L), jnp.float32, sharding=batch)
+        return self.step.lower(self._placed.abstract_params, windows_BxW, weights_BxL)
+
+    def __call__(self, params: Any, windows_BxW: np.ndarray, weights_BxL: np.ndarray) -> jax.Array:
+        """nats_B, each row's sum of -log p times its weights."""
+        return self.step(params, self._placed.put(windows_BxW), self._placed.put(weights_BxL))
+
+
 def score(
-    eval_step: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    nats_of: Callable[[Any, np.ndarray, np.ndarray], jax.Array],
     params: Any,
     source: TokenSource,
     *,
@@ -79,7 +126,6 @@ def score(
     separator_id: int,
     sequence_length: int,
     batch_size: int,
-    put: Callable[[np.ndarray], jax.Array],
     stride: int | None = None,
     max_batches: int = 0,
     report: Report = lambda line: None,
@@ -87,14 +133,13 @@ def score(
     """Scores a token stream.
 
     Args:
-      eval_step: (params, windows_BxW, weights_BxL) to weighted nats per row.
+      nats_of: (params, windows_BxW, weights_BxL) to weighted nats per row, as a `WindowScorer`.
       params: the model's.
       source: the tokens.
       utf8_bytes: length of the text behind all of `source`.
       separator_id: what the first token is predicted from.
       sequence_length: L, positions per window.
-      batch_size: windows per call of `eval_step`.
-      put: host array to device array, with the sharding `eval_step` wants.
+      batch_size: windows per call of `nats_of`.
       stride: how far windows advance; None for L, so that windows do not overlap. A smaller one gives every
         prediction at least L - stride tokens of context.
       max_batches: stop after so many batches; 0 for the whole stream. Bytes are then counted by the stream's mean
@@ -105,8 +150,7 @@ def score(
       SpiralError: an empty stream, or a stride outside 1..L.
     """
     stride = sequence_length if stride is None else stride
-    if not 1 <= stride <= sequence_length:
-        raise SpiralError(f"--stride is {stride}; allowed: 1 to the sequence length, {sequence_length}")
+    require(1 <= stride <= sequence_length, "--stride", stride, f"1 to the sequence length, {sequence_length}")
     if source.num_tokens == 0:
         raise SpiralError(f"{source.name}: no tokens to score")
     total = -(-num_scoring_windows(source.num_tokens, sequence_length, stride) // batch_size)
@@ -117,7 +161,7 @@ def score(
     for done, (windows_BxW, weights_BxL) in enumerate(batches):
         if done == total:
             break
-        result_B = eval_step(params, put(windows_BxW), put(weights_BxL))
+        result_B = nats_of(params, windows_BxW, weights_BxL)
         tokens += int(weights_BxL.sum())
         # Read the previous batch only now that the next one is on its way.
         nats += _total(pending)

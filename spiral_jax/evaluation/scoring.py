@@ -12,10 +12,10 @@ import numpy as np
 
 from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.evaluation.shared_prompts import Choices, Shape, arrays_of, choices_of, score_choices
-from spiral_jax.model.spiralformer import unembed
-from spiral_jax.parallel.mesh import batch_sharding, replicated, rounded_to_mesh
+from spiral_jax.parallel.mesh import rounded_to_mesh
+from spiral_jax.parallel.placed import PlacedModel
 from spiral_jax.progress import Progress
-from spiral_jax.training.step import Program
+from spiral_jax.training.loss import nats_and_greedy
 
 _SHORTEST_CONTINUATION = 16
 
@@ -66,31 +66,23 @@ def windows(request: Request, max_length: int) -> Iterator[tuple[np.ndarray, int
 class Scorer:
     """Scores requests with the parameters of one model on its mesh."""
 
-    def __init__(self, program: Program, *, max_length: int, batch_size: int, block: int):
+    def __init__(self, placed: PlacedModel, *, max_length: int, batch_size: int, block: int):
         """Compiles nothing yet.
 
         Args:
-          program: the model and its mesh.
+          placed: the model on its mesh.
           max_length: the longest input, L.
           batch_size: inputs of `max_length` tokens at a time, rounded up to what divides over the mesh; of shorter
             ones as many more as have the same number of tokens.
           block: positions of such an input whose logits exist at one time.
         """
         self.max_length = max_length
-        self._batch_size = rounded_to_mesh(batch_size, program.mesh)
-        self._put = program.put
-        batch, everywhere = batch_sharding(program.mesh), replicated(program.mesh)
-        self._step = jax.jit(
-            functools.partial(_score, program.model, block * self._batch_size),
-            in_shardings=(None, batch, batch, batch),
-            out_shardings=everywhere,
-        )
-        self._mesh = program.mesh
-        self._score_choices = jax.jit(
-            functools.partial(score_choices, program.model),
-            in_shardings=(None, batch, batch, batch),
-            out_shardings=everywhere,
-        )
+        self._batch_size = rounded_to_mesh(batch_size, placed.mesh)
+        self._placed = placed
+        shardings = dict(in_shardings=(None, *[placed.batch] * 3), out_shardings=placed.everywhere)
+        step = functools.partial(_score, placed.model, block * self._batch_size)
+        self._step = jax.jit(step, **shardings)
+        self._score_choices = jax.jit(functools.partial(score_choices, placed.model), **shardings)
 
     def __call__(
         self, params: Any, requests: Sequence[Request], report: Callable[[str], None] = lambda line: None
@@ -127,7 +119,7 @@ class Scorer:
         pending = None
         for rows, length, positions, members in batches:
             arrays = _padded(members, rows, length, positions)
-            scored = self._step(params, *map(self._put, arrays))
+            scored = self._step(params, *map(self._placed.put, arrays))
             if pending is not None:
                 collect(*pending)  # only now that the next batch is on its way
             pending = members, *scored
@@ -136,7 +128,7 @@ class Scorer:
             collect(*pending)
         for rows, shape, groups in choice_batches:
             arrays = arrays_of(groups, shape, rows)
-            logp_GxKxN, greedy_GxKxN = map(np.asarray, self._score_choices(params, *map(self._put, arrays)))
+            logp_GxKxN, greedy_GxKxN = map(np.asarray, self._score_choices(params, *map(self._placed.put, arrays)))
             for row, group in enumerate(groups):
                 for k, (number, continuation) in enumerate(zip(group.numbers, group.continuations, strict=True)):
                     add(number, len(continuation), logp_GxKxN[row, k], greedy_GxKxN[row, k])
@@ -154,7 +146,7 @@ class Scorer:
             rows = 1
             while rows < len(groups) and 2 * rows <= room:
                 rows *= 2
-            rows = rounded_to_mesh(rows, self._mesh)
+            rows = rounded_to_mesh(rows, self._placed.mesh)
             batches += [(rows, shape, groups[first : first + rows]) for first in range(0, len(groups), rows)]
         return batches
 
@@ -195,25 +187,8 @@ def _padded(members: list[_Window], rows: int, length: int, positions: int) -> t
 
 def _score(model, block_tokens: int, params, tokens_BxL, positions_BxC, targets_BxC) -> tuple[jax.Array, jax.Array]:
     """logp_BxC of the targets after the tokens at `positions`, and greedy_BxC: whether they were the likeliest."""
-    constrain = model.backend.constrain
     h_BxLxD, _ = model.apply({"params": params}, tokens_BxL, method="hidden")
     h_BxCxD = jnp.take_along_axis(h_BxLxD, positions_BxC[..., None], axis=1)
-    kernel_DxV = constrain(params["head"]["kernel"], "activation_embed", "vocab")
-
-    B, C, D = h_BxCxD.shape
-    block = max(1, min(block_tokens // B, C))
-    padding = -C % block
-    h_NxBxPxD = jnp.pad(h_BxCxD, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, block, D).swapaxes(0, 1)
-    targets_NxBxP = jnp.pad(targets_BxC, ((0, 0), (0, padding))).reshape(B, -1, block).swapaxes(0, 1)
-
-    def score_block(h_and_targets):
-        h_BxPxD, targets_BxP = h_and_targets
-        logits_BxPxV = constrain(unembed(h_BxPxD, kernel_DxV), "batch", "length", "vocab")
-        # A comparison instead of a gather: it stays local where the vocabulary is sharded.
-        is_target_BxPxV = jnp.arange(logits_BxPxV.shape[-1]) == targets_BxP[..., None]
-        target_BxP = jnp.sum(jnp.where(is_target_BxPxV, logits_BxPxV, 0), axis=-1)
-        logp_BxP = target_BxP - jax.nn.logsumexp(logits_BxPxV, axis=-1)
-        return logp_BxP, jnp.argmax(logits_BxPxV, axis=-1) == targets_BxP
-
-    scored_NxBxP = jax.lax.map(score_block, (h_NxBxPxD, targets_NxBxP))
-    return jax.tree.map(lambda x_NxBxP: x_NxBxP.swapaxes(0, 1).reshape(B, -1)[:, :C], scored_NxBxP)
+    block = max(1, block_tokens // len(h_BxCxD))
+    nats_BxC, greedy_BxC = nats_and_greedy(model, params, h_BxCxD, targets_BxC, block)
+    return -nats_BxC, greedy_BxC

@@ -11,8 +11,8 @@ from spiral_jax.evaluation import catalogue
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
+from spiral_jax.parallel.placed import PlacedModel
 from spiral_jax.training.config import StepConfig
-from spiral_jax.training.step import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +80,19 @@ def open_tasks_of_run(wanted: EvaluationConfig, max_length: int) -> OpenTasks | 
 class TaskEvaluation:
     """Runs tasks with one model on its mesh."""
 
-    def __init__(self, opened: OpenTasks, config: StepConfig, program: Program, tokenizer: Tokenizer):
+    def __init__(self, opened: OpenTasks, config: StepConfig, placed: PlacedModel, tokenizer: Tokenizer):
         """Compiles nothing yet. A batch is one of `config`'s micro-batches: what fits in training fits here."""
         from spiral_jax.evaluation import harness
 
         train = config.train
         max_length, batch_size = train.sequence_length, train.batch_size // train.accumulation
-        scorer = Scorer(program, max_length=max_length, batch_size=batch_size, block=train.loss_block)
-        generator = Generator(
-            program, max_length=max_length, batch_size=batch_size, num_ids=tokenizer.vocab_size
-        )  # fmt: skip
+        extent = {"max_length": max_length, "batch_size": batch_size}
+        scorer = Scorer(placed, **extent, block=train.loss_block)
+        generator = Generator(placed, **extent, num_ids=tokenizer.vocab_size)
         self._opened = opened
         self._model = {"model": f"spiral_jax {config.model.notation} {config.model.topology}",
                        "model_num_parameters": config.model.total_parameters, "model_dtype": config.model.dtype,
-                       "max_length": max_length, "batch_size": batch_size}  # fmt: skip
+                       **extent}  # fmt: skip
         self._lm = harness.SpiralLM(tokenizer, scorer, generator, params=None)
 
     def __call__(self, params: Any, *, standard_errors: bool = True, about: dict[str, Any] | None = None) -> dict:

@@ -92,7 +92,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
     """What a compiled step needs and does, as JSON values: memory, FLOPs, collectives, predicted time."""
     module = hlo.parse(step.text)
     operations = work.operations(module)
-    devices = step.program.mesh.devices.flatten()
+    devices = step.program.placed.mesh.devices.flatten()
     places = places_of(devices)
     found = predict(operations, chips, places)
     model, train = config.model, config.train
@@ -101,7 +101,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
     layout = costs.layout(config, num_devices)
     traffic = work.collectives(operations)
     # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
-    rows = [place // step.program.mesh.shape["tensor"] for place in range(num_devices)]
+    rows = [place // step.program.placed.mesh.shape["tensor"] for place in range(num_devices)]
     slice_of = [place.slice_index for place in places]
     moved = collections.Counter()
     for operation in operations:

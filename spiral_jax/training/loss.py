@@ -13,14 +13,31 @@ from spiral_jax.model.spiralformer import SpiralFormer, unembed
 def window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> jax.Array:
     """-log p of tokens 1..L of windows of L + 1 tokens: nats_BxL, at least float32. For scoring, not for training."""
     h_BxLxD, _ = model.apply({"params": params}, windows_BxW[:, :-1], method="hidden")
+    return nats_and_greedy(model, params, h_BxLxD, windows_BxW[:, 1:], block)[0]
+
+
+def nats_and_greedy(
+    model: SpiralFormer, params, h_BxLxD: jax.Array, targets_BxL: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) at every position, and whether the target was the likeliest token; not to be differentiated.
+
+    Args:
+      model: the model, tied to its mesh.
+      params: its parameters.
+      h_BxLxD: final hidden states.
+      targets_BxL: the token to predict at each position.
+      block: positions whose logits exist at one time.
+
+    Returns:
+      nats_BxL, at least float32, and greedy_BxL.
+    """
     kernel_DxV, constrain = _head(model, params), model.backend.constrain
 
-    def nats_of_block(_, xs):
-        return None, _nats(_logits(xs[0], kernel_DxV, constrain), xs[1])[0]
+    def of_block(carry, h_BxPxD, targets_BxP, is_real_P):
+        logits_BxPxV = _logits(h_BxPxD, kernel_DxV, constrain)
+        return carry, (_nats(logits_BxPxV, targets_BxP)[0], jnp.argmax(logits_BxPxV, axis=-1) == targets_BxP)
 
-    B, L, _ = h_BxLxD.shape
-    _, nats_NxBxP = jax.lax.scan(nats_of_block, None, _blocks(h_BxLxD, windows_BxW[:, 1:], block)[:2])
-    return nats_NxBxP.swapaxes(0, 1).reshape(B, -1)[:, :L]
+    return _over_blocks(of_block, None, h_BxLxD, targets_BxL, block)[1]
 
 
 def mean_window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> tuple[jax.Array, dict]:
@@ -57,12 +74,10 @@ def mean_nats(
 
 
 def _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain):
-    B, L, D = h_BxLxD.shape
     dtype = at_least_float32(h_BxLxD.dtype)
 
-    def add(carry, xs):
+    def add(carry, h_BxPxD, targets_BxP, is_real_P):
         total, d_kernel_DxV = carry
-        h_BxPxD, targets_BxP, is_real_P = xs
         logits_BxPxV = _logits(h_BxPxD, kernel_DxV, constrain)
         nats_BxP, log_sum_BxP, is_target_BxPxV = _nats(logits_BxPxV, targets_BxP)
         p_BxPxV = jnp.exp(logits_BxPxV - log_sum_BxP[..., None])
@@ -76,8 +91,7 @@ def _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain)
         return (total + jnp.sum(nats_BxP * is_real_P), d_kernel_DxV), d_h_BxPxD.astype(h_BxPxD.dtype)
 
     start = jnp.zeros((), dtype), jnp.zeros(kernel_DxV.shape, dtype)
-    (total, d_kernel_DxV), d_h_NxBxPxD = jax.lax.scan(add, start, _blocks(h_BxLxD, targets_BxL, block))
-    d_h_BxLxD = d_h_NxBxPxD.swapaxes(0, 1).reshape(B, -1, D)[:, :L]
+    (total, d_kernel_DxV), d_h_BxLxD = _over_blocks(add, start, h_BxLxD, targets_BxL, block)
     return total / targets_BxL.size, (d_h_BxLxD, d_kernel_DxV.astype(kernel_DxV.dtype))
 
 
@@ -95,15 +109,35 @@ def _head(model: SpiralFormer, params) -> jax.Array:
     return model.backend.constrain(params["head"]["kernel"], "activation_embed", "vocab")
 
 
-def _blocks(h_BxLxD: jax.Array, targets_BxL: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """h_NxBxPxD, targets_NxBxP and is_real_NxP, 0 where the last block goes beyond the sequence."""
-    B, L, D = h_BxLxD.shape
+def _over_blocks(body: Callable, carry, h_BxLxD: jax.Array, targets_BxL: jax.Array, block: int):
+    """Scans a sequence a block of positions at a time.
+
+    Args:
+      body: (carry, h_BxPxD, targets_BxP, is_real_P) to (carry, tree of [B, P, ..]); `is_real_P` is 0 where the last
+        block goes beyond the sequence.
+      carry: of the first block.
+      h_BxLxD: final hidden states.
+      targets_BxL: the token to predict at each position.
+      block: P, or more than there are.
+
+    Returns:
+      The last carry, and the tree of [B, L, ..].
+    """
+    B, L, _ = h_BxLxD.shape
     block = min(block, L)
     padding = -L % block
-    h_NxBxPxD = jnp.pad(h_BxLxD, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, block, D).swapaxes(0, 1)
-    targets_NxBxP = jnp.pad(targets_BxL, ((0, 0), (0, padding))).reshape(B, -1, block).swapaxes(0, 1)
+
+    def cut(x_BxLx: jax.Array) -> jax.Array:
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x_BxLx.ndim - 2)
+        return jnp.pad(x_BxLx, widths).reshape(B, -1, block, *x_BxLx.shape[2:]).swapaxes(0, 1)
+
+    def joined(x_NxBxPx: jax.Array) -> jax.Array:
+        return x_NxBxPx.swapaxes(0, 1).reshape(B, -1, *x_NxBxPx.shape[3:])[:, :L]
+
     is_real_NxP = (jnp.arange(L + padding) < L).astype(at_least_float32(h_BxLxD.dtype)).reshape(-1, block)
-    return h_NxBxPxD, targets_NxBxP, is_real_NxP
+    blocks = cut(h_BxLxD), cut(targets_BxL), is_real_NxP
+    carry, outputs = jax.lax.scan(lambda carry, xs: body(carry, *xs), carry, blocks)
+    return carry, jax.tree.map(joined, outputs)
 
 
 def _logits(h_BxPxD: jax.Array, kernel_DxV: jax.Array, constrain: Callable) -> jax.Array:

@@ -13,12 +13,12 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.kernels.choose import attention_for
-from spiral_jax.model.neox import Backend
-from spiral_jax.model.spiralformer import SpiralFormer, boxed_params
-from spiral_jax.parallel.mesh import batch_sharding, constrain, replicated, shardings_of
+from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.parallel.mesh import replicated
+from spiral_jax.parallel.placed import PlacedModel, abstract_params_on, place
 from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
-from spiral_jax.training.loss import mean_window_nats, window_nats
+from spiral_jax.training.loss import mean_window_nats
 from spiral_jax.training.optimizers import make_optimizer, state_shardings
 from spiral_jax.training.schedules import learning_rate
 
@@ -41,41 +41,26 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One run's functions on one mesh; `training.step.make_program` builds it for commands and compilers alike.
+    """One run's training on one mesh; `make_program` builds it for commands and compilers alike.
 
     Attributes:
-      model: the module, tied to the mesh.
-      mesh: the devices.
+      placed: the model on the mesh.
       init: (key) to a TrainState, born sharded. Jitted.
       train_step: (state, windows_BxW) to (state, metrics); donates the state. Jitted.
-      eval_step: (params, windows_BxW, weights_BxL) to weighted nats per row [B]. Jitted.
       abstract_state: TrainState of ShapeDtypeStructs that carry their shardings.
       abstract_batch: windows [B, L + 1] likewise.
     """
 
-    model: SpiralFormer
-    mesh: Mesh
+    placed: PlacedModel
     init: Any
     train_step: Any
-    eval_step: Any
     abstract_state: TrainState
     abstract_batch: jax.ShapeDtypeStruct
-
-    def put(self, rows: np.ndarray) -> jax.Array:
-        """A host array [B, ..] that every process has whole, as a batch on the devices."""
-        return jax.make_array_from_callback(rows.shape, self.abstract_batch.sharding, rows.__getitem__)
 
     def put_rows_of_process(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of a batch, as the batch on the devices of all."""
         shape = self.abstract_batch.shape
         return jax.make_array_from_process_local_data(self.abstract_batch.sharding, rows, shape)
-
-    def compile_eval_step(self, batch_size: int, sequence_length: int):
-        """`eval_step` for batches of one shape."""
-        sharding = self.abstract_batch.sharding
-        windows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32, sharding=sharding)
-        weights = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.float32, sharding=sharding)
-        return self.eval_step.lower(self.abstract_state.params, windows, weights).compile()
 
 
 def make_program(config: StepConfig, mesh: Mesh) -> Program:
@@ -84,15 +69,13 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
     Raises:
       SpiralError: `train.attention` is one that the devices or the model do not have.
     """
-    attention = attention_for(mesh, config.model, config.train.attention)
-    model = SpiralFormer(config.model, Backend(attention, functools.partial(constrain, mesh)))
+    placed = place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
     optimizer = make_optimizer(config.optimizer, config.train.steps, config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     specs = fsdp.specs_of(shardings.params)
     local = fsdp.model_of_a_device(config.model, config.train, mesh, specs)
-    batch, everywhere = batch_sharding(mesh), replicated(mesh)
     window_shape = (config.train.batch_size, config.train.sequence_length + 1)
 
     def train_step(state: TrainState, windows_BxW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -107,39 +90,29 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
         }
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
-    def eval_step(params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
-        def nats(params, windows_BxW, weights_BxL):
-            nats_BxL = window_nats(local, fsdp.gather_rest(params, specs), windows_BxW, config.train.loss_block)
-            return jnp.sum(nats_BxL * weights_BxL, axis=-1)
-
-        rows = PartitionSpec(fsdp.ROWS)
-        return fsdp.on_each_device(mesh, nats, (specs, rows, rows), rows)(params, windows_BxW, weights_BxL)
-
     return Program(
-        model=model,
-        mesh=mesh,
+        placed=placed,
         init=jax.jit(functools.partial(_initial_state, config), out_shardings=shardings),
         train_step=jax.jit(
-            train_step, in_shardings=(shardings, batch), out_shardings=(shardings, everywhere), donate_argnums=0
+            train_step,
+            in_shardings=(shardings, placed.batch),
+            out_shardings=(shardings, placed.everywhere),
+            donate_argnums=0,
         ),
-        eval_step=jax.jit(eval_step, in_shardings=(shardings.params, batch, batch), out_shardings=everywhere),
         abstract_state=state,
-        abstract_batch=jax.ShapeDtypeStruct(window_shape, jnp.int32, sharding=batch),
+        abstract_batch=jax.ShapeDtypeStruct(window_shape, jnp.int32, sharding=placed.batch),
     )
 
 
 def abstract_state(config: StepConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """The TrainState's shapes, dtypes and shardings on a mesh, which may be one that is not there."""
-    boxed = boxed_params(config.model)
-    params = jax.tree.map(_placed, nn.unbox(boxed), shardings_of(boxed, mesh))
+    params = abstract_params_on(config.model, mesh)
     state = jax.eval_shape(functools.partial(_start, config), params, jax.eval_shape(lambda: jax.random.key(0)))
-    everywhere = functools.partial(_placed, sharding=replicated(mesh))
-    return TrainState(
-        everywhere(state.step),
-        params,
-        jax.tree.map(_placed, state.opt_state, state_shardings(state.opt_state, params, mesh)),
-        everywhere(state.rng),
-    )
+
+    shardings = state_shardings(state.opt_state, params, mesh)
+    opt_state = jax.tree.map(_placed, state.opt_state, shardings)
+    everywhere = replicated(mesh)
+    return TrainState(_placed(state.step, everywhere), params, opt_state, _placed(state.rng, everywhere))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

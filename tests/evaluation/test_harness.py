@@ -23,12 +23,11 @@ from spiral_jax.evaluation import catalogue
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation
+from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.parallel.placed import place
 from spiral_jax.run import metrics
-from spiral_jax.run.config import RunConfig
-from spiral_jax.training.config import TrainConfig
-from spiral_jax.training.step import make_program
 
 pytest.importorskip("lm_eval", reason="needs lm_eval")
 EVAL = Path("/work/shared/data/eval")
@@ -75,12 +74,12 @@ def pair(tmp_path_factory):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), **special)
     theirs = HFLM(pretrained=theirs, tokenizer=fast, batch_size=8, device="cpu", max_length=MAX_LENGTH)
 
-    mesh = MeshConfig(4, 2, 1)
-    program = make_program(RunConfig(model=MODEL, train=TrainConfig(steps=1, batch_size=8), mesh=mesh), make_mesh(mesh))
+    devices = make_mesh(MeshConfig(4, 2, 1))
+    placed = place(MODEL, devices, attention_for(devices, MODEL))
     params = params_from_tensors(MODEL, load_file(folder / "model.safetensors"))
-    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, program.abstract_state.params))
-    scorer = Scorer(program, max_length=MAX_LENGTH, batch_size=3, block=64)
-    generator = Generator(program, max_length=MAX_LENGTH, batch_size=3, num_ids=tokenizer.vocab_size)
+    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
+    scorer = Scorer(placed, max_length=MAX_LENGTH, batch_size=3, block=64)
+    generator = Generator(placed, max_length=MAX_LENGTH, batch_size=3, num_ids=tokenizer.vocab_size)
     return SpiralLM(tokenizer, scorer, generator, params), theirs
 
 
@@ -296,7 +295,7 @@ def test_bad_input(folder, capsys, case, monkeypatch):
     (folder / "data" / "winogrande_dev.jsonl").write_text('{"sentence": "a _ b"}\n')
     compiled = []
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *a, **k: compiled.append(a))
-    monkeypatch.setattr(evaluate, "make_program", lambda *a: compiled.append(a))
+    monkeypatch.setattr(evaluate, "placed_model", lambda *a: compiled.append(a))
     code, out, errors = evaluated(folder, capsys, *flags.split())
     assert (code, out, compiled) == (2, "", [])
     assert errors.startswith("error: ") and errors.count("\n") == 1

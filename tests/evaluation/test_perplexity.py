@@ -11,12 +11,13 @@ import reference
 
 from spiral_jax.data.windows import TokensInMemory
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.perplexity import Score, num_scoring_windows, score, scoring_batches
+from spiral_jax.evaluation.perplexity import Score, WindowScorer, num_scoring_windows, score, scoring_batches
+from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.parallel.placed import place
 from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
-from spiral_jax.training.step import make_program
 
 SEPARATOR = 19
 
@@ -37,7 +38,7 @@ def contexts(source, L: int, stride: int):
         yield stream[k * stride : position], stream[position]
 
 
-def nats_of(context, target) -> float:
+def nats_after(context, target) -> float:
     """A model of nothing but arithmetic: it depends on every token of the context and its place."""
     value = 0.0
     for i, token in enumerate(context):
@@ -46,9 +47,9 @@ def nats_of(context, target) -> float:
 
 
 def eval_step(params, windows_BxW, weights_BxL):
-    """`nats_of` in the interface of a compiled step; rows are processed whatever their weights."""
+    """`nats_after` in the interface of a compiled step; rows are processed whatever their weights."""
     nats_BxL = np.array(
-        [[nats_of(row[: i + 1], row[i + 1]) for i in range(len(row) - 1)] for row in windows_BxW.tolist()]
+        [[nats_after(row[: i + 1], row[i + 1]) for i in range(len(row) - 1)] for row in windows_BxW.tolist()]
     )
     return (nats_BxL * weights_BxL).sum(axis=-1)
 
@@ -56,7 +57,7 @@ def eval_step(params, windows_BxW, weights_BxL):
 def scored(source, L, stride=None, batch_size=3, **kwargs) -> Score:
     return score(
         eval_step, None, source, utf8_bytes=1000, separator_id=SEPARATOR, sequence_length=L, batch_size=batch_size,
-        put=np.asarray, stride=stride, **kwargs,
+        stride=stride, **kwargs,
     )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def test_windows_are_no_more_than_needed():
                                           (40, 7, 1), (9, 8, 8)])  # fmt: skip
 def test_score_is_the_sum_over_tokens(N, L, stride):
     source = source_of(N)
-    expected = sum(nats_of(*pair) for pair in contexts(source, L, stride or L))
+    expected = sum(nats_after(*pair) for pair in contexts(source, L, stride or L))
     for batch_size in (1, 3, 64):
         result = scored(source, L, stride, batch_size)
         assert result.tokens == N
@@ -128,7 +129,7 @@ def test_the_first_batches_alone():
     result = scored(source, 8, max_batches=2)
     pairs = list(contexts(source, 8, 8))[: 2 * 3 * 8]
     assert result.tokens == len(pairs)
-    assert result.nats == pytest.approx(sum(nats_of(*pair) for pair in pairs))
+    assert result.nats == pytest.approx(sum(nats_after(*pair) for pair in pairs))
     assert result.utf8_bytes == pytest.approx(1000 * len(pairs) / 100)
     assert scored(source, 8, max_batches=1000) == scored(source, 8)
 
@@ -152,25 +153,24 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def real(random_model, quick):
-    """(hf_config, tensors) for the reference; params, the compiled eval step and what puts a batch on its devices."""
+    """(hf_config, tensors) for the reference; params on their devices, and the compiled scorer of windows."""
     hf_config, tensors, params = random_model(CONFIG.model)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 1))
-    program = make_program(config, make_mesh(config.mesh, jax.devices()[:4]))
-    batch = program.abstract_batch
-    weights = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=batch.sharding)
-    step = program.eval_step.lower(program.abstract_state.params, batch, weights).compile(compiler_options=quick)
-    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, program.abstract_state.params))
-    return hf_config, tensors, params, step, lambda x: jax.device_put(x, batch.sharding)
+    devices = make_mesh(config.mesh, jax.devices()[:4])
+    placed = place(config.model, devices, attention_for(devices, config.model))
+    nats_of = WindowScorer(config, placed)
+    nats_of.step = nats_of.lowered().compile(compiler_options=quick)
+    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
+    return hf_config, tensors, params, nats_of
 
 
 @pytest.mark.parametrize("N, stride", [(5, None), (35, None), (21, 3)])
 def test_a_model_against_the_reference(real, N, stride):
     """Padding rows, padded windows and the loss's blocks leave no trace in the sum."""
-    hf_config, tensors, params, step, put = real
+    hf_config, tensors, params, nats_of = real
     source = source_of(N, seed=1)
     result = score(
-        step, params, source, utf8_bytes=77, separator_id=SEPARATOR, sequence_length=8, batch_size=4, put=put,
-        stride=stride,
+        nats_of, params, source, utf8_bytes=77, separator_id=SEPARATOR, sequence_length=8, batch_size=4, stride=stride,
     )  # fmt: skip
     expected = []
     for context, target in contexts(source, 8, stride or 8):
@@ -183,12 +183,12 @@ def test_a_model_against_the_reference(real, N, stride):
 
 def test_rows_of_no_weight_do_not_count(real):
     """Whatever stands in them."""
-    _, _, params, step, put = real
+    _, _, params, nats_of = real
     rng = np.random.default_rng(2)
     windows_BxW = rng.integers(20, size=(4, 9)).astype(np.int32)
     weights_BxL = np.float32([[1] * 8, [1] * 3 + [0] * 5, [0] * 5 + [1] * 3, [0] * 8])
-    nats_B = np.asarray(step(params, put(windows_BxW), put(weights_BxL)))
+    nats_B = np.asarray(nats_of(params, windows_BxW, weights_BxL))
     other_BxW = windows_BxW.copy()
     other_BxW[1, 4:], other_BxW[3] = rng.integers(20, size=5), rng.integers(20, size=9)
-    np.testing.assert_array_equal(np.asarray(step(params, put(other_BxW), put(weights_BxL))), nats_B)
+    np.testing.assert_array_equal(np.asarray(nats_of(params, other_BxW, weights_BxL)), nats_B)
     assert nats_B[3] == 0

@@ -16,11 +16,10 @@ from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
 from spiral_jax.evaluation.scoring import Request, Scorer, _score, windows
 from spiral_jax.evaluation.shared_prompts import Shape, choices_of
+from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.run.config import RunConfig
-from spiral_jax.training.config import TrainConfig
-from spiral_jax.training.step import make_program
+from spiral_jax.parallel.placed import place
 
 L = 48  # not a power of two
 V = 20
@@ -36,9 +35,10 @@ def weights(random_model):
 
 
 def on_mesh(weights, mesh=MeshConfig(4, 2, 1)):  # noqa: B008
-    """(program, params on its devices)."""
-    program = make_program(RunConfig(model=MODEL, train=TrainConfig(steps=1, batch_size=8), mesh=mesh), make_mesh(mesh))
-    return program, jax.device_put(weights[2], jax.tree.map(lambda x: x.sharding, program.abstract_state.params))
+    """(the placed model, params on its devices)."""
+    devices = make_mesh(mesh)
+    placed = place(MODEL, devices, attention_for(devices, MODEL))
+    return placed, jax.device_put(weights[2], jax.tree.map(lambda x: x.sharding, placed.abstract_params))
 
 
 def requests_of(count=40, seed=0) -> list[Request]:
@@ -98,8 +98,8 @@ def requests(logp_of):
 @pytest.mark.parametrize("mesh, batch_size", [((4, 2, 1), 3), ((2, 2, 2), 1)])
 def test_requests_against_the_reference(weights, requests, mesh, batch_size):
     """On meshes that the batch does not divide over, and whatever the order."""
-    program, params = on_mesh(weights, MeshConfig(*mesh))
-    scorer = Scorer(program, max_length=L, batch_size=batch_size, block=7)
+    placed, params = on_mesh(weights, MeshConfig(*mesh))
+    scorer = Scorer(placed, max_length=L, batch_size=batch_size, block=7)
     given, wanted = requests
     order = np.random.default_rng(batch_size).permutation(len(given))
     results = scorer(params, [given[i] for i in order])
@@ -130,8 +130,8 @@ def test_contexts_are_read_once_where_they_are_shared(weights, logp_of, monkeypa
     assert lengths == {1, 5, 31, 33, 48}  # not where long answers would be read step by step, or a context is cut
     assert all(np.array_equal(given[number].context, group.context) for group in groups for number in group.numbers)
 
-    program, params = on_mesh(weights)
-    scorer = Scorer(program, max_length=L, batch_size=3, block=7)
+    placed, params = on_mesh(weights)
+    scorer = Scorer(placed, max_length=L, batch_size=3, block=7)
     if broken:
         # Every answer goes on from its neighbour's context.
         repeat = shared_prompts.repeat_rows
@@ -161,8 +161,8 @@ def test_what_costs_more_together_stays_apart():
 
 
 def test_nothing_to_score(weights):
-    program, params = on_mesh(weights)
-    scorer = Scorer(program, max_length=L, batch_size=8, block=L)
+    placed, params = on_mesh(weights)
+    scorer = Scorer(placed, max_length=L, batch_size=8, block=L)
     assert scorer(params, []) == []
     empty = Request(np.array([1], np.int32), np.array([], np.int32))
     assert scorer(params, [empty]) == [(0.0, True)]
@@ -197,8 +197,8 @@ def test_shapes_are_few():
 
 def test_short_inputs_come_in_larger_batches(weights):
     """As many tokens at a time whatever the length; and never more rows than there are inputs for."""
-    program, _ = on_mesh(weights)
-    scorer = Scorer(program, max_length=256, batch_size=8, block=256)
+    placed, _ = on_mesh(weights)
+    scorer = Scorer(placed, max_length=256, batch_size=8, block=256)
 
     def of_length(length, count):
         return [Request(np.zeros(length, np.int32), np.zeros(1, np.int32))] * count
@@ -209,10 +209,10 @@ def test_short_inputs_come_in_larger_batches(weights):
 
 def test_logits_never_exist_for_all_positions(weights):
     """The largest array with a vocabulary axis is a block's."""
-    program, params = on_mesh(weights)
+    placed, params = on_mesh(weights)
     B, block = 8, 4
     arrays = [np.zeros((B, length), np.int32) for length in (L, L, L)]
-    jaxpr = jax.make_jaxpr(lambda *xs: _score(program.model, block * B, params, *xs))(*arrays)
+    jaxpr = jax.make_jaxpr(lambda *xs: _score(placed.model, block * B, params, *xs))(*arrays)
     sizes = [math.prod(shape) for shape in shapes_in(jaxpr.jaxpr) if len(shape) == 3 and shape[-1] == V]
     assert max(sizes) == B * block * V
 
@@ -263,8 +263,8 @@ def test_documents_and_prompts():
 
 
 def test_generation_against_the_reference(weights, logp_of):
-    program, params = on_mesh(weights)
-    generator = Generator(program, max_length=L, batch_size=3, num_ids=V - 2)
+    placed, params = on_mesh(weights)
+    generator = Generator(placed, max_length=L, batch_size=3, num_ids=V - 2)
     prompts = [request.context for request in requests_of(20, seed=3)]
     ends = [lambda ids, i=i: len(ids) == 1 + i % 5 for i in range(len(prompts))]
     found = generator(params, prompts, max_new_tokens=4, is_done=ends)
