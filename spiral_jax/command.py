@@ -52,7 +52,7 @@ def run(
             sys.exit(OK)
         if rest:
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
-        own_code.import_files(values["import"].value)
+        own_code.import_files(getattr(values, "import"))
         main(values)
         processes.finish()
     except SpiralError as error:

@@ -31,7 +31,7 @@ from spiral_jax.data.store import TokenStore
 from spiral_jax.data.text.files import find_documents, read_text
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.perplexity import WindowScorer, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.kernels.choose import attention_for
@@ -64,7 +64,7 @@ def main(values: flags.FlagValues) -> None:
     workdir = run_directory(values.workdir)
     if values.tasks and processes.is_several():
         raise SpiralError(
-            f"--tasks: found {processes.num_processes()} processes; allowed: one, with any number of devices"
+            f"--tasks is given to {processes.num_processes()} processes; allowed: one, with any number of devices"
         )
     if values.tasks:
         evaluate_tasks(values, workdir)
@@ -130,7 +130,7 @@ def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
     from spiral_jax.evaluation import harness
 
     name = f"step_{step:08d}_{values.num_fewshot}shot_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
-    path = Path(values.output).expanduser() if values.output else workdir / "lm_eval" / name
+    path = Path(values.output).expanduser().resolve() if values.output else workdir / "lm_eval" / name
     harness.save(results, path)
     if values.json:
         print(harness.as_json(results))
@@ -143,13 +143,12 @@ def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
 def check_flags(values: flags.FlagValues) -> None:
     """Raises SpiralError where flags contradict each other or are out of range."""
     for name in ("num_fewshot", "limit"):
-        if values[name].value < 0:
-            raise SpiralError(f"--{name}: found {values[name].value}; allowed: 0 or more")
+        require(getattr(values, name) >= 0, f"--{name}", getattr(values, name), "0 or more")
     with_tasks, without_tasks = ("num_fewshot", "limit", "tasks_data", "output"), ("input", "stride")
     for name in without_tasks if values.tasks else with_tasks:
         if values[name].value not in ("", 0, None):
             other = "without" if values.tasks else "with"
-            raise SpiralError(f"--{name}: found {values[name].value}; allowed: only {other} --tasks")
+            raise SpiralError(f"--{name} is {values[name].value}; allowed: only {other} --tasks")
 
 
 def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
@@ -159,8 +158,7 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
       SpiralError: a batch size below 1.
     """
     batch_size = config.train.batch_size // config.train.accumulation if batch_size is None else batch_size
-    if batch_size < 1:
-        raise SpiralError(f"--batch_size is {batch_size}; allowed: 1 or more")
+    require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
 
     def on(mesh: MeshConfig) -> RunConfig:
         rows = rounded_to_mesh(batch_size, abstract_mesh(mesh, jax.device_count()))
@@ -192,11 +190,13 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
     if flag and not is_url(flag) and not path.is_dir():
         documents = find_documents((flag,), field="--input")
         if len(documents) > 1:
-            raise SpiralError(f"--input {flag}: matches {len(documents)} files; allowed: one text file or token store")
+            raise SpiralError(
+                f"--input is {flag!r}, which matches {len(documents)} files; allowed: one text file or token store"
+            )
         text = read_text(documents[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:
-            raise SpiralError(f"--input {flag}: the file is empty")
+            raise SpiralError(f"--input is {flag!r}, which is empty; allowed: a file with text")
         return TokensInMemory(flag, tokens_N), len(text.encode())
     storage = storage_of(config.data)
     store = TokenStore.open(flag if is_url(flag) else path, storage) if flag else validation_store_of(workdir, storage)

@@ -1,5 +1,6 @@
 """How far a long job is: a line every few seconds."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ class Progress:
     """Reports the share done, the rate and the time left.
 
     Attributes:
-      done: How much is done, in units.
+      done: how much is done, in units.
     """
 
     def __init__(
@@ -26,12 +27,12 @@ class Progress:
         """Starts the clock.
 
         Args:
-          label: What is going on, in front of the line.
-          total: How much there is to do.
-          unit: What the numbers are shown in.
-          scale: How much one such unit is: 1e6 to show bytes as MB.
-          report: Called with a line.
-          seconds: Least time between two lines.
+          label: what is going on, in front of the line.
+          total: how much there is to do.
+          unit: what the numbers are shown in.
+          scale: how much one such unit is: 1e6 to show bytes as MB.
+          report: called with a line.
+          seconds: least time between two lines.
         """
         self._label = label
         self._total = total
@@ -51,18 +52,40 @@ class Progress:
     def advance(self, amount: float) -> None:
         """Counts what has just been done, and reports if it is time to."""
         self.done += amount
+        if self.done > self._skipped and self.is_due():
+            share = min(self.done / self._total, 1.0) if self._total else 1.0
+            self._report(
+                f"{self._label}: {self._show(self.done)} of {self._show(self._total)} ({share:.0%}), "
+                f"{self._show(self._rate())}/s, {duration(self.seconds_left())} left"
+            )
+
+    def is_due(self, at_once: bool = False) -> bool:
+        """Whether it is time for a line, or one is wanted `at_once`; the wait for the next one then starts."""
         now = time.monotonic()
-        if now - self._last < self._seconds or self.done <= self._skipped:
-            return
+        if not at_once and now - self._last < self._seconds:
+            return False
         self._last = now
-        rate = (self.done - self._skipped) / max(now - self._begin, 1e-9)
-        left = max(self._total - self.done, 0) / rate
-        share = min(self.done / self._total, 1.0) if self._total else 1.0
-        self._report(
-            f"{self._label}: {self._show(self.done)} of {self._show(self._total)} ({share:.0%}), "
-            f"{self._show(rate)}/s, {left:.0f} s left"
-        )
+        return True
+
+    def seconds_left(self) -> float:
+        """At the rate since the start; infinite while nothing has been done."""
+        rate = self._rate()
+        return max(self._total - self.done, 0) / rate if rate else math.inf
+
+    def _rate(self) -> float:
+        return (self.done - self._skipped) / max(time.monotonic() - self._begin, 1e-9)
 
     def _show(self, amount: float) -> str:
         shown = f"{amount / self._scale:,.1f}" if self._scale != 1 else f"{amount:,.0f}"
         return f"{shown} {self._unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45s, 3m20s, 5h07m, 2d03h."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = round(seconds)
+    for size, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if seconds >= size:
+            return f"{seconds // size}{names[0]}{seconds % size // small:02d}{names[1]}"
+    return f"{seconds}s"

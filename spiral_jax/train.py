@@ -14,14 +14,15 @@ python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2
 
 import contextlib
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from etils.epath import Path
 
 from spiral_jax import command
 from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
+from spiral_jax.data import atomic
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
@@ -29,10 +30,20 @@ from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, Tas
 from spiral_jax.evaluation.validation import Validation
 from spiral_jax.parallel import processes
 from spiral_jax.parallel.mesh import make_mesh
+from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, summary
 from spiral_jax.run.checkpoint import Checkpoints, Saves
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import check_same_data, claim, load, open_workdir, read_model, save_data, tokenizer_of
+from spiral_jax.run.directory import (
+    check_dtype,
+    check_same_data,
+    claim,
+    load,
+    open_workdir,
+    read_model,
+    save_data,
+    tokenizer_of,
+)
 from spiral_jax.run.prepare import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import parameter_table, write_environment
 from spiral_jax.run.record import Record
@@ -52,8 +63,7 @@ def main(values: flags.FlagValues) -> None:
     # Everything that can be refused is refused before anything is compiled.
     config = command.config_of(values)
     profiled = parse_profile(values.profile)
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
-        raise SpiralError("model.dtype is 'float64', which needs JAX_ENABLE_X64=1 in the environment")
+    check_dtype(config.model.dtype, "model.dtype")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
     processes.initialize(values)
     workdir = open_workdir(values.workdir)
@@ -102,7 +112,7 @@ def run(config: RunConfig, workdir: Path, profiled: range) -> None:
         config.save(workdir / "config.json")
         own_code.save(workdir, config.to_dict())
         save_data(workdir, opened.data)
-        (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
+        atomic.write_text(workdir / "parameters.txt", parameter_table(program.abstract_state.params))
         write_environment(workdir / "environment.json", program.placed.mesh)
     if (opened.saved_step or 0) < config.train.steps:
         train(config, workdir, program, state, opened, profiled)
@@ -174,7 +184,7 @@ def train(
     if opened.tasks is not None:
         tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer)
         evaluations.append(TasksOfRun(config.evaluation, last, tasks))
-    processes.say(f"compiled in {metrics.duration(time.perf_counter() - started)}")
+    processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
     saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
@@ -218,7 +228,7 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     elif config.summary.sample_tokens and data.validation is not None:
         model, params = load(workdir)
         text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
-        (workdir / "sample.txt").write_text(text)
+        atomic.write_text(workdir / "sample.txt", text)
         print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
     if config.summary.plot:
         print(f"loss curve   {summary.plot_loss(workdir)}")
@@ -232,7 +242,7 @@ def check_processes(config: RunConfig) -> None:
     """Raises SpiralError for what a run on several processes cannot do."""
     if config.evaluation.tasks and processes.is_several():
         raise SpiralError(
-            f"evaluation.tasks: found {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
+            f"evaluation.tasks is {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
             "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
         )
 

@@ -113,7 +113,7 @@ BAD = {
     "no such file": (["--input=/nowhere"], "--input /nowhere: cannot be read (No such file or directory)"),
     "mesh": (["--prompt=a", "--mesh=2,2"], "--mesh: found 2,2; allowed: data,fsdp,tensor, as in 1,1,8"),
     "too many devices": (["--prompt=a", "--mesh=3,3,1"], "--mesh is '3,3,1'; allowed: a product of at most 8"),
-    "heads": (["--prompt=a", "--mesh=1,1,4"], "model.num_heads is 2; it must be a multiple of mesh.tensor 4"),
+    "heads": (["--prompt=a", "--mesh=1,1,4"], "model.num_heads is 2; allowed: a multiple of mesh.tensor 4"),
     "new tokens": (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens is 0; allowed: 1 or more"),
     "batch": (["--prompt=a", "--batch_size=0"], "--batch_size is 0; allowed: 1 or more"),
     "step": (["--prompt=a", "--step=3"], "step is 3; allowed: none"),

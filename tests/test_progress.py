@@ -1,5 +1,7 @@
+import pytest
+
 from spiral_jax import progress
-from spiral_jax.progress import Progress
+from spiral_jax.progress import Progress, duration
 
 
 def test_share_rate_and_time_left_every_few_seconds(monkeypatch):
@@ -13,17 +15,38 @@ def test_share_rate_and_time_left_every_few_seconds(monkeypatch):
     assert lines == []
     now = 104.0
     shown.advance(1e6)
-    assert lines == ["data: tokenising: 4.0 MB of 10.0 MB (40%), 0.5 MB/s, 12 s left"]
+    assert lines == ["data: tokenising: 4.0 MB of 10.0 MB (40%), 0.5 MB/s, 12s left"]
     now = 105.0
     shown.advance(1e6)
     assert len(lines) == 1
     now = 110.0
     shown.advance(6e6)  # more than was expected
-    assert lines[1] == "data: tokenising: 11.0 MB of 10.0 MB (100%), 0.9 MB/s, 0 s left"
+    assert lines[1] == "data: tokenising: 11.0 MB of 10.0 MB (100%), 0.9 MB/s, 0s left"
 
 
 def test_whole_numbers_of_things(monkeypatch):
-    monkeypatch.setattr(progress.time, "monotonic", iter([0.0, 4.0]).__next__)
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     lines = []
-    Progress("scored", 4000, unit="batches", report=lines.append).advance(1000)
-    assert lines == ["scored: 1,000 batches of 4,000 batches (25%), 250 batches/s, 12 s left"]
+    shown = Progress("scored", 4000, unit="batches", report=lines.append)
+    now = 4.0
+    shown.advance(1000)
+    assert lines == ["scored: 1,000 batches of 4,000 batches (25%), 250 batches/s, 12s left"]
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (45.4, "45s"),
+        (59.6, "1m00s"),
+        (200, "3m20s"),
+        (3599.7, "1h00m"),
+        (5 * 3600 + 7 * 60 + 30, "5h07m"),
+        (2 * 86400 + 3 * 3600, "2d03h"),
+        (float("inf"), "?"),
+        (float("nan"), "?"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

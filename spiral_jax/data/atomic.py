@@ -4,10 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
+from etils import epath
+
 from spiral_jax.errors import SpiralError
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path | epath.Path, text: str) -> None:
     """Writes a UTF-8 file beside `path` and renames it, so that a kill leaves the old content or the new, never a part.
 
     Raises:

@@ -66,7 +66,7 @@ def resolve(names: Sequence[str], tasks_data: str, *, field: str = "--tasks") ->
     if tasks_data:
         _check_local(wanted, tasks_data, field)
     if not wanted:
-        raise SpiralError(f"{field}: found no task with data in {tasks_data or 'it'}; allowed: at least one task")
+        raise SpiralError(f"{field} has no task with data in {tasks_data or 'it'}; allowed: at least one")
     return list(dict.fromkeys(wanted)), remarks
 
 
@@ -99,17 +99,17 @@ def remarks_on(name: str, num_fewshot: int) -> list[str]:
 def _check_local(names: Sequence[str], tasks_data: str, field: str) -> None:
     data_field = "--tasks_data" if field.startswith("--") else f"{field}_data"
     if not Path(tasks_data).expanduser().is_dir():
-        raise SpiralError(f"{data_field}: found {tasks_data}, which is no folder; allowed: a folder of data files")
+        raise SpiralError(f"{data_field} is {tasks_data!r}, which is no folder; allowed: a folder of data files")
     for name in names:
         if name not in local_tasks():
             allowed = ", ".join([PAPER_GROUP, *local_tasks()])
-            raise SpiralError(f"{field}: found {name!r}; allowed with {data_field}: {allowed} (see {TASKS_FOLDER})")
+            raise SpiralError(f"{field} is {name!r}; allowed with {data_field}: {allowed} (see {TASKS_FOLDER})")
     for name in names:
         if _find(name, tasks_data) is None:
             file = local_tasks()[name]["metadata"]["file"]
             file = file if isinstance(file, str) else " or ".join(file)
             raise SpiralError(
-                f"{data_field}: found no {file} in {tasks_data}; allowed: a folder with the data of {name}"
+                f"{data_field} is {tasks_data!r}, which has no {file}; allowed: a folder with the data of {name}"
             )
 
 

@@ -20,10 +20,10 @@ def load(*, tasks_data: str, file: str | Sequence[str], **_) -> dict[str, Any]:
 
     path = find_file(file, tasks_data)
     if path is None:
-        raise SpiralError(f"--tasks_data: found no {file} in {tasks_data}; allowed: a folder that has it")
+        raise SpiralError(f"--tasks_data is {tasks_data!r}, which has no {file}; allowed: a folder that has it")
     rows = wikitext_pages(_read(path)) if path.suffix == ".raw" else _json_lines(path)
     if not rows:
-        raise SpiralError(f"{path}: found no rows; allowed: at least one")
+        raise SpiralError(f"{path} has no rows; allowed: at least one")
     return {"test": datasets.Dataset.from_list(rows)}
 
 
@@ -55,7 +55,8 @@ def hellaswag_query(text: str) -> str:
 
 def wikitext_pages(text: str) -> list[dict[str, str]]:
     """WikiText cut before every heading of the first level (`= Title =`), as EleutherAI/wikitext_document_level is."""
-    pages, lines = [], []
+    pages: list[str] = []
+    lines: list[str] = []
     for line in text.split("\n"):
         heading = line.strip()
         first_level = heading.startswith("= ") and heading.endswith(" =")
@@ -81,7 +82,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise SpiralError(f"{path}: found {line[:40]!r} in line {number}; allowed: a JSON object per line")
+            raise SpiralError(f"{path}: line {number} is {line[:40]!r}; allowed: a JSON object per line")
         rows.append(row)
     return rows
 

@@ -28,7 +28,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
         ids = context_ids[context]
         if len(whole) <= len(ids):
             raise SpiralError(
-                f"--tasks: found the continuation {continuation!r}, which adds no token to a context that ends in "
+                f"--tasks has the continuation {continuation!r}, which adds no token to a context that ends in "
                 f"{context[-20:]!r}; allowed: continuations of at least one token"
             )
         requests.append(Request(ids if len(ids) else separator, whole[len(ids) :]))

@@ -44,20 +44,20 @@ class GenerationSettings:
         max_new_tokens = int(next((length for length in lengths if length is not None), _DEFAULT_LENGTH))
         if not 1 <= max_new_tokens < max_length:
             raise SpiralError(
-                f"generation_kwargs: found max_gen_toks {max_new_tokens} (default {_DEFAULT_LENGTH}); allowed: 1 to "
+                f"generation_kwargs: max_gen_toks is {max_new_tokens} (default {_DEFAULT_LENGTH}); allowed: 1 to "
                 f"{max_length - 1}, as the model's sequences have {max_length} tokens"
             )
         until = values.pop("until", None) or []
         do_sample, temperature = values.pop("do_sample", None), float(values.pop("temperature", None) or 0)
         if do_sample or (do_sample is None and temperature > 0):
             raise SpiralError(
-                f"generation_kwargs: found do_sample {do_sample} with temperature {temperature}; allowed: greedy "
+                f"generation_kwargs: do_sample is {do_sample} with temperature {temperature}; allowed: greedy "
                 "decoding, do_sample false"
             )
         unknown = sorted(values.keys() - set(_ONLY_FOR_SAMPLING))
         if unknown:
             raise SpiralError(
-                f"generation_kwargs: found {unknown[0]}; allowed: until, do_sample, temperature, "
+                f"generation_kwargs has {unknown[0]}; allowed: until, do_sample, temperature, "
                 f"{', '.join(_LENGTH_NAMES + _ONLY_FOR_SAMPLING)}"
             )
         return cls(max_new_tokens, (until,) if isinstance(until, str) else tuple(until))

@@ -54,7 +54,7 @@ class SpiralLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would give it."""
         encoded = encode_pairs(self._tokenizer, [request.args for request in requests])
-        return [tuple(result) for result in self._scorer(self.params, encoded, _report)]
+        return [(result.logp, result.greedy) for result in self._scorer(self.params, encoded, _report)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-probability of each whole text, after a separator."""
@@ -203,7 +203,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 def _load(manager: TaskManager, name: str, tasks_data: str) -> list[Task | Group]:
     if name not in manager.task_index:
-        raise SpiralError(f"--tasks: found {name!r}; allowed: paper, or a name that `lm_eval ls tasks` lists")
+        raise SpiralError(f"--tasks is {name!r}; allowed: paper, or a name that `lm_eval ls tasks` lists")
     try:
         loaded = manager.load([name])
     except SpiralError:

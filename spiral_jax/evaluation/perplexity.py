@@ -101,7 +101,7 @@ class WindowScorer:
             rows = PartitionSpec(fsdp.ROWS)
             return fsdp.on_each_device(placed.mesh, nats, (specs, rows, rows), rows)(params, windows_BxW, weights_BxL)
 
-        self.step = jax.jit(eval_step, out_shardings=placed.everywhere)
+        self.step: Any = jax.jit(eval_step, out_shardings=placed.everywhere)
         if ahead:
             self.step = self.lowered().compile()
 

@@ -79,10 +79,12 @@ class Scorer:
         self.max_length = max_length
         self._batch_size = rounded_to_mesh(batch_size, placed.mesh)
         self._placed = placed
-        shardings = dict(in_shardings=(None, *[placed.batch] * 3), out_shardings=placed.everywhere)
-        step = functools.partial(_score, placed.model, block * self._batch_size)
-        self._step = jax.jit(step, **shardings)
-        self._score_choices = jax.jit(functools.partial(score_choices, placed.model), **shardings)
+
+        def on_mesh(score: Callable) -> Callable:
+            return jax.jit(score, in_shardings=(None, *[placed.batch] * 3), out_shardings=placed.everywhere)
+
+        self._step = on_mesh(functools.partial(_score, placed.model, block * self._batch_size))
+        self._score_choices = on_mesh(functools.partial(score_choices, placed.model))
 
     def __call__(
         self, params: Any, requests: Sequence[Request], report: Callable[[str], None] = lambda line: None

@@ -55,7 +55,7 @@ class MeshConfig:
             if size < 1 and size != -1:
                 raise SpiralError(f"mesh.{field} is {size}; allowed: 1 or more, or -1 for the devices left over")
         if (self.data, self.fsdp, self.tensor).count(-1) > 1:
-            raise SpiralError(f"mesh has several axes of -1 ({self}); only one can take the devices left over")
+            raise SpiralError(f"mesh is {self}; allowed: -1 for one axis, which takes the devices left over")
 
     def shape(self, num_devices: int) -> tuple[int, int, int]:
         """Devices along (data, fsdp, tensor).
@@ -70,9 +70,10 @@ class MeshConfig:
         if math.prod(sizes) != num_devices:
             raise SpiralError(
                 f"mesh.data {self.data} x mesh.fsdp {self.fsdp} x mesh.tensor {self.tensor} does not fit "
-                f"{num_devices} devices; the product must be {num_devices}"
+                f"{num_devices} devices; allowed: a product of {num_devices}"
             )
-        return tuple(sizes)
+        data, fsdp, tensor = sizes
+        return data, fsdp, tensor
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -91,7 +92,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         # GPUs have the attribute as well, and mean other things by it.
         slices[getattr(device, "slice_index", 0) if device.platform == "tpu" else 0].append(device)
     if shape[0] % len(slices):
-        raise SpiralError(f"mesh.data is {shape[0]}; it must be a multiple of the {len(slices)} slices")
+        raise SpiralError(f"mesh.data is {shape[0]}; allowed: a multiple of the {len(slices)} slices")
     of_slice = (shape[0] // len(slices), *shape[1:])
     # Auto: the compiler propagates shardings between the constraints given here, as linen's logical axes expect.
     types = (AxisType.Auto,) * len(AXES)
@@ -119,16 +120,14 @@ def check_divisible(mesh_shape: tuple[int, int, int], model: ModelConfig, batch_
     data, fsdp, tensor = mesh_shape
     if batch_size % (data * fsdp * accumulation):
         raise SpiralError(
-            f"train.batch_size is {batch_size}; it must be a multiple of mesh.data {data} x mesh.fsdp {fsdp} x "
+            f"train.batch_size is {batch_size}; allowed: a multiple of mesh.data {data} x mesh.fsdp {fsdp} x "
             f"train.accumulation {accumulation} = {data * fsdp * accumulation}"
         )
     if model.d_model % fsdp:
-        raise SpiralError(f"model.d_model is {model.d_model}; it must be a multiple of mesh.fsdp {fsdp}")
+        raise SpiralError(f"model.d_model is {model.d_model}; allowed: a multiple of mesh.fsdp {fsdp}")
     for field in ("num_heads", "vocab_size"):
         if getattr(model, field) % tensor:
-            raise SpiralError(
-                f"model.{field} is {getattr(model, field)}; it must be a multiple of mesh.tensor {tensor}"
-            )
+            raise SpiralError(f"model.{field} is {getattr(model, field)}; allowed: a multiple of mesh.tensor {tensor}")
     sizes = dict(zip(AXES, mesh_shape, strict=True))
     for found in model.operators.declared():
         where = f"model.{found.field} {getattr(model, found.field)!r}: Linear {found.name!r}"

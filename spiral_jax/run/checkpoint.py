@@ -9,12 +9,12 @@ its final name when all of it is written.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import Path
 
 from spiral_jax.errors import SpiralError, require
 
@@ -117,9 +117,7 @@ class Checkpoints:
         """The JSON saved with a checkpoint."""
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         if meta.get("format") != FORMAT:
-            raise SpiralError(
-                f"{self.directory / str(step)}: format {meta.get('format')!r}; this version reads {FORMAT}"
-            )
+            raise SpiralError(f"{self.directory / str(step)} has format {meta.get('format')!r}; allowed: {FORMAT}")
         return meta
 
     def restore(self, step: int, abstract_state):
@@ -196,14 +194,16 @@ def read_meta(workdir: Path, step: int | None = None) -> tuple[dict[str, Any], i
 def _reading(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, int]]:
     """A run's checkpoints, and which of them is meant."""
     if not (workdir / "checkpoints").is_dir():
-        raise SpiralError(f"{workdir}: no checkpoints directory; is it a run's --workdir?")
+        raise SpiralError(f"{workdir} has no checkpoints; allowed: the directory of a run")
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         steps = checkpoints.steps()
         if step is None and steps:
             step = steps[-1]
         if step not in steps:
-            raise SpiralError(f"{checkpoints.directory}: no checkpoint of step {step}; there are {steps or 'none'}")
+            raise SpiralError(
+                f"{checkpoints.directory} has no checkpoint of step {step}; allowed: {steps or 'a trained run'}"
+            )
         yield checkpoints, step
     finally:
         checkpoints.close()

@@ -10,17 +10,17 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_collections
+from etils.epath import Path
 from ml_collections import config_dict
 
 from spiral_jax.convert.layout import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
 from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.declarations import check_operators
@@ -73,8 +73,7 @@ class RunConfig(StepConfig):
     summary: SummaryConfig = SummaryConfig()
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise SpiralError(f"seed is {self.seed}; it must lie in 0..{2**32 - 1}")
+        require(0 <= self.seed < 2**32, "seed", self.seed, f"0 to {2**32 - 1}")
         schedules[self.optimizer.schedule](self.optimizer, self.train.steps).check()
 
     @classmethod
@@ -101,7 +100,7 @@ class RunConfig(StepConfig):
         """
         path = workdir / "config.json"
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SpiralError(f"{path}: no such file; a run directory has a config.json") from None
         except (OSError, ValueError) as error:
@@ -139,7 +138,7 @@ class RunConfig(StepConfig):
             if field in ("data.weights", "data.stage_starts"):
                 self._check_stages(saved, step)
                 continue
-            raise SpiralError(f"{field} cannot change on resume: the run was saved with {was!r}, given is {given!r}")
+            raise SpiralError(f"{field} is {given!r}; allowed: {was!r}, which the run was saved with")
 
     def _check_start(self, imported: ModelConfig) -> None:
         """At step 0 parameters were imported and nothing is trained: all but the architecture is free."""
@@ -154,29 +153,29 @@ class RunConfig(StepConfig):
 
     def _check_steps(self, saved: "RunConfig", step: int) -> None:
         was, given = saved.train.steps, self.train.steps
-        message = f"train.steps cannot change from {was} to {given} on resume"
+        found = f"train.steps is {given}; allowed: {was}, which the run was saved with"
         if given < step:
-            raise SpiralError(f"{message}: {step} steps are done already")
+            raise SpiralError(f"{found}, or {step} or more, as {step} steps are done")
         if self.optimizer.stable_until(was) == 0:
             others = [name for name in schedules if schedules[name](self.optimizer, was).stable_until() > 0]
             raise SpiralError(
-                f"{message}: the {self.optimizer.schedule} schedule depends on it from the first step; allowed with "
+                f"{found}, as the {self.optimizer.schedule} schedule depends on it from the first step; others with "
                 f"{', '.join(others)}"
             )
         for steps in (was, given):
             low, high = self.optimizer.resolved_warmup(steps), self.optimizer.stable_until(steps)
             if not low <= step <= high:
                 raise SpiralError(
-                    f"{message} after step {step}: with {steps} steps the learning rate is constant from step {low} "
-                    f"to {high} only"
+                    f"{found}: after step {step} it may change only where the learning rate is constant, which with "
+                    f"{steps} steps is from step {low} to {high}"
                 )
 
     def _check_stages(self, saved: "RunConfig", step: int) -> None:
         was, given = saved.data.stages_before(step), self.data.stages_before(step)
         if was != given:
             raise SpiralError(
-                f"data.weights and data.stage_starts cannot change on resume for the {step} steps that are done: "
-                f"the run was saved with {was} (first step, weights), given is {given}"
+                f"data.weights with data.stage_starts is {given} (first step, weights) for the {step} steps that are "
+                f"done; allowed: {was}, which the run was saved with"
             )
 
 
@@ -208,7 +207,7 @@ def _from_mapping(cls, values: Mapping[str, Any], prefix: str):
             raise SpiralError(f"{prefix}{name} is not a field of the configuration{hint}")
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping | ml_collections.ConfigDict):
-                raise SpiralError(f"{prefix}{name} is {value!r}; it must hold fields")
+                raise SpiralError(f"{prefix}{name} is {value!r}; allowed: fields and their values")
             arguments[name] = _from_mapping(hints[name], value, f"{prefix}{name}.")
         else:
             arguments[name] = _checked(hints[name], value, f"{prefix}{name}")
@@ -225,19 +224,19 @@ def _checked(hint, value, field: str):
         return _checked(hint, value, field)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise SpiralError(f"{field} is {value!r}; it must be a tuple")
+            raise SpiralError(f"{field} is {value!r}; allowed: a tuple")
         return tuple(_checked(options[0], entry, f"{field}[{i}]") for i, entry in enumerate(value))
     if origin is typing.Literal:
         hint = str
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise SpiralError(f"{field} is {value!r}; it must be of type {hint.__name__}")
+        raise SpiralError(f"{field} is {value!r}; allowed: a value of type {hint.__name__}")
     return value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")

@@ -15,6 +15,9 @@ WORKDIR/
   profile/           traces of --profile
   lm_eval/           results of evaluate --tasks
   tensorboard/       events, if asked for; wandb_id and wandb/ likewise
+
+Each is reached by the path that `run_directory` or `open_workdir` gives, an `etils.epath.Path`; its methods are the
+only way that files of a run are opened.
 """
 
 import contextlib
@@ -24,10 +27,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
@@ -37,7 +40,7 @@ from spiral_jax.data.storage import LOCAL, Storage, is_url, local_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
 from spiral_jax.parallel import processes
 from spiral_jax.run import own_code
@@ -45,7 +48,7 @@ from spiral_jax.run.checkpoint import on_host, restore_for_inference
 from spiral_jax.run.config import RunConfig
 
 
-def load(path: str | Path, *, step: int | None = None, dtype: str | None = None) -> tuple[SpiralFormer, Any]:
+def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None) -> tuple[SpiralFormer, Any]:
     """The model and parameters of a run, or of an exported or Hugging Face folder, on the default device.
 
     `model.apply({"params": params}, tokens_BxL)` gives float32 logits [B, L, V].
@@ -68,7 +71,7 @@ def load(path: str | Path, *, step: int | None = None, dtype: str | None = None)
 
 
 def read_model(
-    path: str | Path, *, step: int | None = None, dtype: str | None = None
+    path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """As `load`, but the architecture, and the parameters as NumPy arrays: nothing is put on a device."""
     folder = run_directory(path)
@@ -95,13 +98,13 @@ def load_config(workdir: Path) -> RunConfig:
     return config
 
 
-def check_dtype(dtype: str, field: str) -> None:
+def check_dtype(dtype: Dtype, field: str) -> None:
     """Raises SpiralError naming `field` if jax does not compute in this dtype here."""
-    ok = dtype != "float64" or jax.config.jax_enable_x64
+    ok = dtype != "float64" or jax.config.read("jax_enable_x64")
     require(ok, field, dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
 
 
-def run_directory(path: str | Path | None) -> Path:
+def run_directory(path: str | os.PathLike | None) -> Path:
     """The absolute path of a run's directory.
 
     Raises:
@@ -109,9 +112,9 @@ def run_directory(path: str | Path | None) -> Path:
     """
     if not path:
         raise SpiralError("--workdir is missing: the directory of a run")
-    workdir = local_path("--workdir", path)
+    workdir = _run_path(path)
     if not workdir.is_dir():
-        raise SpiralError(f"{workdir}: no such directory")
+        raise SpiralError(f"{workdir} does not exist; allowed: the directory of a run")
     return workdir
 
 
@@ -123,15 +126,22 @@ def open_workdir(flag: str | None) -> Path:
     """
     if not flag:
         raise SpiralError("--workdir is missing: the directory to keep the run in")
-    workdir = local_path("--workdir", flag)
+    workdir = _run_path(flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
-        probe.write_text("")
+        probe.write_bytes(b"")
         probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
     except OSError as error:
-        raise SpiralError(f"--workdir {workdir} is not writable: {error.strerror}") from None
+        raise SpiralError(
+            f"--workdir is {str(workdir)!r}, which cannot be written ({error.strerror}); allowed: a directory that can"
+        ) from None
     return workdir
+
+
+def _run_path(place: str | os.PathLike) -> Path:
+    """The absolute path of a run's directory."""
+    return Path(local_path("--workdir", place))
 
 
 def save_data(workdir: Path, data: PreparedData) -> None:
@@ -175,8 +185,8 @@ def check_same_data(config: DataConfig, data: PreparedData, fingerprints: Sequen
             raise SpiralError(f"{source.name}: its tokens are not those the run in {workdir} began with")
     if len(sources) != len(fingerprints):
         raise SpiralError(
-            f"data.stores: found {len(sources)}, but the run in {workdir} began with {len(fingerprints)}; "
-            "allowed: the same ones, or more with data.weights"
+            f"data.stores has {len(sources)} stores; allowed: the {len(fingerprints)} that the run in {workdir} began "
+            "with, or more with data.weights"
         )
 
 
@@ -219,7 +229,7 @@ def _places(workdir: Path) -> dict[str, Any]:
         return place if is_url(place) else str(workdir / place)
 
     try:
-        places = json.loads((workdir / "data.json").read_text())
+        places = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
     except (OSError, ValueError, KeyError, TypeError):

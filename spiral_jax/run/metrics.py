@@ -6,11 +6,13 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils.epath import Path
 
 from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.progress import duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +64,11 @@ class MetricsWriter:
             run = wandb.init(project=config.wandb, dir=str(workdir), id=_wandb_id(workdir), resume="allow")
             self._mirrors.append((lambda row: run.log(_flat(row), step=row["step"]), run.finish))
         _drop_rows_after(self._path, last_step)
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values."""
-        # JSON has no NaN: a loss that is none is null.
+        # JSON has no NaN: if a value is no finite number, it is written as null.
         row = {name: _finite(value) for name, value in row.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -89,10 +91,10 @@ def check_extras(config: LoggingConfig) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, none if it is missing; a last line cut short by a crash is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -100,55 +102,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Progress:
-    """One line on the terminal every few seconds: step, loss, speed, time left."""
-
-    def __init__(self, total_steps: int, seconds: float):
-        self._total, self._seconds = total_steps, seconds
-        self._start: tuple[float, int] | None = None
-        self._last_time: float | None = None
-
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Prints if it is time, or if the row holds an evaluation or ends the run."""
-        now, step = time.monotonic(), row["step"]
-        evaluated = "validation_loss" in row
-        if self._start is None:
-            self._start = now - row["step_time"], step - 1
-        if (
-            self._last_time is not None
-            and now - self._last_time < self._seconds
-            and not evaluated
-            and step < self._total
-        ):
-            return
-        # By the clock since the start: evaluations and checkpoints take their time, too.
-        left = (self._total - step) * (now - self._start[0]) / (step - self._start[1])
-        parts = [
-            f"step {step:>{len(str(self._total))}}/{self._total}",
-            f"loss {row['loss']:.4f}",
-            f"lr {row['learning_rate']:.2e}",
-            f"{row['tokens_per_second']:,.0f} tokens/s",
-        ]
-        if "mfu" in row:
-            parts.append(f"MFU {row['mfu']:.1%}")
-        if evaluated:
-            parts.append(
-                f"validation {row['validation_loss']:.4f} nats/token, {row['validation_bits_per_byte']:.4f} bits/byte"
-            )
-        parts.append(f"ETA {duration(left)}" if step < self._total else "done")
-        print("  ".join(parts), flush=True)
-        self._last_time = now
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45s, 3m20s, 5h07m, 2d03h."""
-    if not math.isfinite(seconds):
-        return "?"
-    seconds = round(seconds)
-    for size, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if seconds >= size:
-            return f"{seconds // size}{names[0]}{seconds % size // small:02d}{names[1]}"
-    return f"{seconds}s"
+def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
+    """A row as a line on the terminal: step, loss, speed, time left."""
+    step = row["step"]
+    parts = [
+        f"step {step:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if "validation_loss" in row:
+        parts.append(
+            f"validation {row['validation_loss']:.4f} nats/token, {row['validation_bits_per_byte']:.4f} bits/byte"
+        )
+    parts.append(f"ETA {duration(seconds_left)}" if step < total_steps else "done")
+    return "  ".join(parts)
 
 
 def _drop_rows_after(path: Path, last_step: int) -> None:
@@ -173,7 +143,7 @@ def _optional(module: str, extra: str, field: str):
 
 def _flat(row: Mapping[str, Any]) -> dict[str, float]:
     """Scalars by name; lists get an index."""
-    flat = {}
+    flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, list):
             flat |= _flat({f"{name}/{i}": entry for i, entry in enumerate(value)})
@@ -192,4 +162,4 @@ def _wandb_id(workdir: Path) -> str:
     path = workdir / "wandb_id"
     if not path.exists():
         atomic.write_text(path, f"{workdir.name}-{int(time.time())}")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")

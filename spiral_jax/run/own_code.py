@@ -8,8 +8,9 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils.epath import Path
 
 from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
@@ -33,10 +34,10 @@ def import_files(paths: Sequence[str]) -> None:
     for number, given in enumerate(paths):
         path = Path(given).expanduser().resolve()
         if not path.is_file():
-            raise SpiralError(f"--import={given}: no such file; allowed: a Python file")
+            raise SpiralError(f"--import={given} does not exist; allowed: a Python file")
         spec = importlib.util.spec_from_file_location(f"spiral_jax_import_{number}_{path.stem}", path)
-        if spec is None:
-            raise SpiralError(f"--import={given}: is no Python file; allowed: one that ends in .py")
+        if spec is None or spec.loader is None:
+            raise SpiralError(f"--import={given} is no Python file; allowed: one that ends in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # as dataclasses and type hints of the file expect
         with guarded(f"--import={given}", str(path)):
@@ -105,7 +106,7 @@ def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
 def _read(workdir: Path) -> dict[str, dict[str, str]]:
     """What `save` kept; nothing where that is missing or broken."""
     try:
-        saved = json.loads((workdir / FILE).read_text())
+        saved = json.loads((workdir / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return saved if isinstance(saved, dict) and all(isinstance(code, dict) for code in saved.values()) else {}

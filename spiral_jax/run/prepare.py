@@ -1,8 +1,8 @@
 """What a run trains on: its stores opened, or made of text, and checked against its model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from etils.epath import Path
 from jax.sharding import NamedSharding
 
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
@@ -34,14 +34,16 @@ def prepare_data(config: RunConfig, workdir: Path, fingerprints: Sequence[str] |
 
     if not processes.is_several():
         return make()
-    data = make() if processes.is_main() else None
-    folder, made = processes.from_main(
-        "preparation of data.paths", lambda: (str(Path(data.train[0].name).parent), data.fingerprints)
-    )
-    if data is None:
-        data = open_folder(folder)
-        if list(data.fingerprints) != made:
-            raise SpiralError(f"{folder}: its tokens on process {processes.process_id()} are not those of process 0")
+    made: list[PreparedData] = []
+
+    def place() -> tuple[str, Sequence[str]]:
+        made.append(make())
+        return str(Path(made[0].train[0].name).parent), made[0].fingerprints
+
+    folder, wanted = processes.from_main("preparation of data.paths", place)
+    data = made[0] if made else open_folder(folder)
+    if list(data.fingerprints) != list(wanted):
+        raise SpiralError(f"{folder}: its tokens on process {processes.process_id()} are not those of process 0")
     return data
 
 
@@ -50,8 +52,8 @@ def check_data(config: RunConfig, data: PreparedData) -> None:
     needed = data.tokenizer.vocab_size
     if config.model.vocab_size < needed:
         raise SpiralError(
-            f"model.vocab_size: found {config.model.vocab_size}, but the tokenizer of {data.train[0].name} has "
-            f"{needed} ids; allowed: at least {needed}"
+            f"model.vocab_size is {config.model.vocab_size}; allowed: at least {needed}, the ids of the tokenizer of "
+            f"{data.train[0].name}"
         )
 
 

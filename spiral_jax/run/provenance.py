@@ -5,11 +5,11 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from spiral_jax.data import atomic
@@ -38,7 +38,7 @@ def parameter_table(abstract_params) -> str:
 
 def write_environment(path: Path, mesh: Mesh) -> None:
     """Appends this start of the run (a resume is a start too) to a JSON list at `path`."""
-    starts = json.loads(path.read_text()) if path.exists() else []
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     devices = mesh.devices.flatten()
     starts.append(
         {
@@ -57,7 +57,7 @@ def write_environment(path: Path, mesh: Mesh) -> None:
 def last_start(path: Path) -> dict[str, Any] | None:
     """What `write_environment` recorded last; None where that is missing or broken."""
     try:
-        start = json.loads(path.read_text())[-1]
+        start = json.loads(path.read_text(encoding="utf-8"))[-1]
         return start if {"packages", "git_commit"} <= start.keys() else None
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return None

@@ -1,15 +1,16 @@
 """A run's rows: completed with what follows from a step's number and time, written, and shown."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.hardware import peak_flops
+from spiral_jax.progress import Progress
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.metrics import MetricsWriter, Progress
+from spiral_jax.run.metrics import MetricsWriter, step_line
 from spiral_jax.training.loop import Evaluation
 
 
@@ -30,7 +31,10 @@ class Record:
         """
         self._config, self._order, self._evaluations = config, order, evaluations
         self._writer = MetricsWriter(workdir, config.logging, last_step=start_step)
-        self._progress = Progress(config.train.steps, config.logging.seconds)
+        # By the clock since now: evaluations and checkpoints take their time, too.
+        self._progress = Progress("steps", config.train.steps, seconds=config.logging.seconds)
+        self._progress.skip(start_step)
+        self._first_step = start_step + 1
 
     def __call__(self, row: dict[str, Any]) -> None:
         row, step = complete_row(self._config, self._order, row), row["step"]
@@ -38,7 +42,9 @@ class Record:
         is_last = step == self._config.train.steps
         if is_last or is_evaluated or step % self._config.logging.every_steps == 0:
             self._writer.write(row)
-        self._progress.update(row)
+        self._progress.done = step
+        if self._progress.is_due(at_once=is_last or step == self._first_step or "validation_loss" in row):
+            print(step_line(row, self._config.train.steps, self._progress.seconds_left()), flush=True)
 
     def close(self) -> None:
         self._writer.close()

@@ -1,11 +1,11 @@
 """What a finished run shows a person: a sampled continuation and its loss curve."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
@@ -103,7 +103,8 @@ def plot_loss(workdir: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = workdir / "loss_curve.png"
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
     return path
 
 

@@ -43,7 +43,8 @@ class Recorder:
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Adds values to the row of the step dispatched last."""
-        self._pending.extra |= values
+        assert self._pending is not None, "no step has been dispatched"
+        self._pending.extra.update(values)
 
     def flush(self) -> None:
         """Reads and records the step dispatched last."""

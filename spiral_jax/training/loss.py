@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def nats_and_greedy(
     return _over_blocks(of_block, None, h_BxLxD, targets_BxL, block)[1]
 
 
-def mean_window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> tuple[jax.Array, dict]:
+def mean_window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> tuple[jax.Array, Any]:
     """The mean of `window_nats`, to be differentiated, and the model's metrics.
 
     Args:

@@ -24,7 +24,7 @@ from spiral_jax.training.schedules import learning_rate
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step reads and writes.
+    """All that a step reads and writes; of ShapeDtypeStructs, what it will be.
 
     Attributes:
       step: optimizer steps done, int32.
@@ -33,10 +33,10 @@ class TrainState(flax.struct.PyTreeNode):
       rng: key data, uint32 [2]; nothing of the recipe draws from it during training.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
-    rng: jax.Array
+    rng: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -273,16 +273,16 @@ def test_tasks_by_command(folder, capsys, tmp_path):
 
 
 BAD = {
-    "unknown task": ("--tasks=pica", "--tasks: found 'pica'; allowed with --tasks_data: paper, "),
-    "missing data": ("--tasks=sciq", "--tasks_data: found no sciq_valid.jsonl in "),
-    "no such folder": ("--tasks=piqa --tasks_data=/no/such", "--tasks_data: found /no/such, which is no folder"),
-    "fewer than no examples": ("--tasks=piqa --num_fewshot=-1", "--num_fewshot: found -1; allowed: 0 or more"),
-    "a negative limit": ("--tasks=piqa --limit=-2", "--limit: found -2"),
-    "a text as well": ("--tasks=piqa --input=x.txt", "--input: found x.txt; allowed: only without --tasks"),
-    "a stride as well": ("--tasks=piqa --stride=4", "--stride: found 4; allowed: only without --tasks"),
-    "examples for a text": ("--num_fewshot=5", "--num_fewshot: found 5; allowed: only with --tasks"),
+    "unknown task": ("--tasks=pica", "--tasks is 'pica'; allowed with --tasks_data: paper, "),
+    "missing data": ("--tasks=sciq", "which has no sciq_valid.jsonl; allowed: "),
+    "no such folder": ("--tasks=piqa --tasks_data=/no/such", "--tasks_data is '/no/such', which is no folder"),
+    "fewer than no examples": ("--tasks=piqa --num_fewshot=-1", "--num_fewshot is -1; allowed: 0 or more"),
+    "a negative limit": ("--tasks=piqa --limit=-2", "--limit is -2"),
+    "a text as well": ("--tasks=piqa --input=x.txt", "--input is x.txt; allowed: only without --tasks"),
+    "a stride as well": ("--tasks=piqa --stride=4", "--stride is 4; allowed: only without --tasks"),
+    "examples for a text": ("--num_fewshot=5", "--num_fewshot is 5; allowed: only with --tasks"),
     "an empty batch": ("--tasks=piqa --batch_size=0", "--batch_size is 0"),
-    "broken data": ("--tasks=arc_easy", "arc_easy_test.jsonl: found '{' in line 1; allowed: a JSON object per line"),
+    "broken data": ("--tasks=arc_easy", "arc_easy_test.jsonl: line 1 is '{'; allowed: a JSON object per line"),
     "other data": ("--tasks=winogrande", "--tasks: winogrande cannot be opened (UndefinedError: "),
 }
 
@@ -315,7 +315,7 @@ def test_the_hub_s_tasks(monkeypatch):
     from spiral_jax.evaluation import harness
 
     monkeypatch.setattr(harness, "TaskManager", functools.cache(TaskManager))  # its index takes seconds
-    with pytest.raises(SpiralError, match=r"^--tasks: found 'pica'; allowed: paper, or a name that `lm_eval ls tasks`"):
+    with pytest.raises(SpiralError, match=r"^--tasks is 'pica'; allowed: paper, or a name that `lm_eval ls tasks`"):
         harness.load_tasks(["pica"], "", 64)
     manager = harness.TaskManager()
     assert not [name for name in catalogue.PAPER if name not in manager.task_index]
@@ -362,8 +362,8 @@ def test_a_group_of_tasks(folder, monkeypatch, tmp_path):
 
 def test_a_configuration_with_bad_tasks_stops_before_training(folder, tmp_path):
     for flags, expected in (
-        ("--config.evaluation.tasks=('pica',)", "evaluation.tasks: found 'pica'"),
-        ("--config.evaluation.tasks_data=/no/such", "evaluation.tasks_data: found /no/such"),
+        ("--config.evaluation.tasks=('pica',)", "evaluation.tasks is 'pica'"),
+        ("--config.evaluation.tasks_data=/no/such", "evaluation.tasks_data is '/no/such'"),
         ("--config.evaluation.num_fewshot=-1", "evaluation.num_fewshot is -1"),
     ):
         code, errors = call(train, f"--config={folder}/tiny.py", f"--workdir={tmp_path}/run", flags)

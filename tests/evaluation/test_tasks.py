@@ -69,12 +69,15 @@ def test_what_is_refused(tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert refused(["pica"], tmp_path).startswith("--tasks: found 'pica'; allowed with --tasks_data: paper, arc_")
-    assert refused(["piqa"], tmp_path / "x").startswith(f"--tasks_data: found {tmp_path / 'x'}, which is no folder")
+    assert refused(["pica"], tmp_path).startswith("--tasks is 'pica'; allowed with --tasks_data: paper, arc_")
+    assert refused(["piqa"], tmp_path / "x").startswith(f"--tasks_data is '{tmp_path / 'x'}', which is no folder")
     message = refused(["piqa"], tmp_path)
-    assert message == f"--tasks_data: found no piqa_valid.jsonl in {tmp_path}; allowed: a folder with the data of piqa"
-    assert "evaluation.tasks_data: found no wiki.test.raw or ../" in refused(["wikitext"], tmp_path, "evaluation.tasks")
-    assert "found no task with data" in refused(["paper"], tmp_path)
+    assert (
+        message
+        == f"--tasks_data is '{tmp_path}', which has no piqa_valid.jsonl; allowed: a folder with the data of piqa"
+    )
+    assert "which has no wiki.test.raw or ../" in refused(["wikitext"], tmp_path, "evaluation.tasks")
+    assert "has no task with data" in refused(["paper"], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -276,9 +276,9 @@ def test_a_folder_that_is_not_shared_is_refused(folder, start, tmp_path):
 @pytest.mark.slow
 def test_tasks_run_in_one_process(folder, start, resumed):
     done = start("evaluate", f"--workdir={folder}/two", "--tasks=piqa", timeout=40)
-    both_end(done, "--tasks: found 2 processes; allowed: one")
+    both_end(done, "--tasks is given to 2 processes; allowed: one")
     done = start("train", *flags_of(folder, "tasks"), "--config.evaluation.tasks=('piqa',)", timeout=40)
-    both_end(done, "evaluation.tasks: found piqa with 2 processes; allowed: none")
+    both_end(done, "evaluation.tasks is piqa with 2 processes; allowed: none")
 
 
 @pytest.mark.slow

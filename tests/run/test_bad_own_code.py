@@ -268,6 +268,6 @@ def test_import_of_no_file(tmp_path):
     (tmp_path / "text.txt").write_text("no code")
     for path in ("/no/such.py", str(tmp_path)):
         status, errors = described(f"--import={path}")
-        assert status == 2 and errors == f"error: --import={path}: no such file; allowed: a Python file\n"
+        assert status == 2 and errors == f"error: --import={path} does not exist; allowed: a Python file\n"
     status, errors = described(f"--import={tmp_path}/text.txt")
     assert status == 2 and "is no Python file" in errors and errors.count("\n") == 1

@@ -1,5 +1,6 @@
 """metrics.jsonl and the line on the terminal; MFU against FLOPs counted by hand."""
 
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,8 @@ from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, Progress, check_extras, duration, read_rows
-from spiral_jax.run.record import complete_row
+from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, check_extras, read_rows
+from spiral_jax.run.record import Record, complete_row
 from spiral_jax.training.config import TrainConfig
 
 
@@ -140,39 +141,40 @@ def test_epochs_of_each_store_of_a_mixture():
 # The line on the terminal.
 
 
-@pytest.mark.parametrize(
-    "seconds, text",
-    [
-        (0, "0s"),
-        (45.4, "45s"),
-        (59.6, "1m00s"),
-        (200, "3m20s"),
-        (3599.7, "1h00m"),
-        (5 * 3600 + 7 * 60 + 30, "5h07m"),
-        (2 * 86400 + 3 * 3600, "2d03h"),
-        (float("inf"), "?"),
-        (float("nan"), "?"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_progress_prints_now_and_then(monkeypatch, capsys):
+def test_a_line_is_printed_now_and_then(tmp_path, monkeypatch, capsys):
+    """Every ten seconds; whenever something was evaluated; first and last."""
     now = 0.0
-    monkeypatch.setattr("spiral_jax.run.metrics.time.monotonic", lambda: now)
-    progress = Progress(total_steps=100, seconds=10)
+    monkeypatch.setattr("spiral_jax.progress.time.monotonic", lambda: now)
+    config = RunConfig(
+        model=CONFIG.model,
+        train=dataclasses.replace(CONFIG.train, steps=100),
+        logging=LoggingConfig(seconds=10, peak_flops=1e9),
+    )
+    record = Record(tmp_path, config, ORDER, 0, [])
     for step in range(1, 101):
         now += 2.0
         values = {"validation_loss": 1.5, "validation_bits_per_byte": 2.25} if step == 33 else {}
-        progress.update(row_of(step, mfu=0.5, **values))
+        record({"step": step, "loss": 4 / step, "learning_rate": 1e-3, "step_time": 2.0, **values})
+    record.close()
     lines = capsys.readouterr().out.splitlines()
     steps = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
     assert steps == [*range(1, 32, 5), 33, *range(38, 99, 5), 100]
-    assert "loss 4.0000" in lines[0] and "lr 1.00e-03" in lines[0] and "1,000,000 tokens/s" in lines[0]
-    assert "MFU 50.0%" in lines[0] and lines[0].endswith("ETA 3m18s")  # 99 steps of 2 s
+    assert "loss 4.0000" in lines[0] and "lr 1.00e-03" in lines[0] and "64 tokens/s" in lines[0]
+    assert "MFU 0." in lines[0] and lines[0].endswith("ETA 3m18s")  # 99 steps of 2 s
     assert "2.2500 bits/byte" in lines[7]
     assert lines[-1].endswith("done")
+
+
+def test_time_left_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
+    """The steps of earlier starts say nothing about the speed of this one."""
+    now = 0.0
+    monkeypatch.setattr("spiral_jax.progress.time.monotonic", lambda: now)
+    train = dataclasses.replace(CONFIG.train, steps=100)
+    record = Record(tmp_path, RunConfig(model=CONFIG.model, train=train), ORDER, 40, [])
+    now = 3.0
+    record({"step": 41, "loss": 1.0, "learning_rate": 1e-3, "step_time": 3.0})
+    record.close()
+    assert capsys.readouterr().out.endswith("ETA 2m57s\n")  # 59 steps of 3 s
 
 
 def test_a_loss_that_is_no_number_is_null(tmp_path):

@@ -114,7 +114,7 @@ def test_tokens_that_changed_since_the_run_began_are_named(folder, weighted):
 def test_a_store_more_needs_weights(folder):
     assert run(folder, "alone", stores=("one",)) == (0, "")
     status, errors = run(folder, "alone", "--config.train.steps=8")
-    assert status == 2 and "data.stores: found 2, but the run" in errors and errors.count("\n") == 1
+    assert status == 2 and "data.stores has 2 stores; allowed: the 1 that the run" in errors and errors.count("\n") == 1
 
 
 def test_a_token_out_of_range_stops_the_run_and_keeps_what_was_saved(folder):

@@ -42,7 +42,7 @@ def muon(config: "OptimizerConfig", learning_rate: optax.Schedule, model: ModelC
         consistent_rms=config.muon_update_rms or None,
         muon_weight_dimension_numbers=numbers,
     )
-    return optax.partition({"muon": matrices, "adamw": adamw(config, learning_rate)}, labels)
+    return optax.partition({"muon": matrices, "adamw": adamw(config, learning_rate, model)}, labels)
 
 
 def matrix_axes(model: ModelConfig, path: tuple[Any, ...]) -> MuonDimensionNumbers | None:
@@ -64,7 +64,7 @@ def matrix_axes(model: ModelConfig, path: tuple[Any, ...]) -> MuonDimensionNumbe
 def _axes_of(linear: Linear, stacked: int) -> MuonDimensionNumbers:
     """Axes of a kernel behind `stacked` others. What is called `qkv` counts matrices, as those others do."""
     names = linear.in_axes + linear.out_axes
-    inputs = len(linear.inputs)
+    inputs = len(linear.in_axes)
     return MuonDimensionNumbers(
         tuple(stacked + i for i in range(inputs)),
         tuple(stacked + i for i in range(inputs, len(names)) if names[i] != "qkv"),
