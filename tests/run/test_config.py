@@ -300,13 +300,13 @@ def test_saved_as_json_is_the_same_configuration():
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_steps_may_not_fall_below_what_is_done(schedule):
-    with pytest.raises(SpiralError, match=r"^train\.steps .* 100 .* 49 .*50 steps are done"):
+    with pytest.raises(SpiralError, match=r"^train\.steps is 49; allowed: 100, .*50 steps are done"):
         config_of(schedule=schedule, train__steps=49).check_resume(config_of(schedule=schedule), 50)
 
 
 @pytest.mark.parametrize("steps", [60, 200])
 def test_cosine_fixes_the_steps(steps):
-    with pytest.raises(SpiralError, match=rf"^train\.steps .* 100 .* {steps} .*cosine"):
+    with pytest.raises(SpiralError, match=rf"^train\.steps is {steps}; allowed: 100, .*cosine"):
         config_of(train__steps=steps).check_resume(config_of(), 50)
 
 
@@ -333,7 +333,7 @@ def test_wsd_goes_on_while_the_rate_is_constant(done, steps, ok):
     if ok:
         given.check_resume(saved, done)
     else:
-        with pytest.raises(SpiralError, match=rf"^train\.steps .*100 .*{steps} .*step {done}"):
+        with pytest.raises(SpiralError, match=rf"^train\.steps is {steps}; allowed: 100, .*step {done}"):
             given.check_resume(saved, done)
 
 
