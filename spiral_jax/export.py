@@ -21,6 +21,7 @@ from spiral_jax.convert.layout import is_vanilla
 from spiral_jax.convert.output import output_folder, whole_folder
 from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
+from spiral_jax.data.json_files import read_json_object
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run import own_code
@@ -143,9 +144,9 @@ def _special_ids(tokenizer: Tokenizer) -> dict:
 def _files_of_export(output: str | None) -> frozenset[str]:
     """The files of an export that is there already."""
     try:
-        manifest = json.loads((Path(output or "").expanduser() / MANIFEST).read_text())
+        manifest = read_json_object(Path(output or "").expanduser() / MANIFEST)
         return frozenset(manifest["files"] if manifest["format"] == "spiral_jax.export" else ())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (SpiralError, KeyError, TypeError):
         return frozenset()
 
 

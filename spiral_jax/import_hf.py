@@ -10,7 +10,6 @@ of its configuration may still change but the architecture. Only safetensors are
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
@@ -18,6 +17,7 @@ from absl import flags
 from spiral_jax import command
 from spiral_jax.convert.folder import CONFIG, read_config, read_params
 from spiral_jax.convert.output import output_folder, whole_folder
+from spiral_jax.data.json_files import read_json_object
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import PROGRAM
@@ -103,8 +103,8 @@ def _tokenizer(source: Path, file: str, separator: str) -> Tokenizer:
 def _end_of_text(source: Path) -> str:
     """The `eos_token` of tokenizer_config.json, or ""."""
     try:
-        token = json.loads((source / "tokenizer_config.json").read_text())["eos_token"]
-    except (OSError, ValueError, KeyError, TypeError):
+        token = read_json_object(source / "tokenizer_config.json").get("eos_token")
+    except SpiralError:
         return ""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""

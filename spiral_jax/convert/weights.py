@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from spiral_jax.data.json_files import read_json_object
 from spiral_jax.errors import SpiralError
 
 FILE = "model.safetensors"
@@ -100,13 +101,12 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         found = f"found {pickled[0]}, a pickle, which could run any code" if pickled else "found no weights"
         raise SpiralError(f"{folder}: {found}; allowed: {FILE}, or {INDEX} with its files")
-    try:
-        files = json.loads(path.read_text())["weight_map"]
-        inside = files and all(isinstance(file, str) and file == Path(file).name for file in files.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        inside = False
-    if not inside:
-        raise SpiralError(f"{path}: has no weight_map of tensors to files beside it; allowed: a Hugging Face index")
+    files = read_json_object(path).get("weight_map")
+    if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
+        raise SpiralError(f"{path}: weight_map is no object of tensors to files; allowed: a Hugging Face index")
+    for file in files.values():
+        if file != Path(file).name:
+            raise SpiralError(f"{path}: weight_map is of {file!r}; allowed: names of files beside it")
     return {name: folder / file for name, file in files.items()}
 
 

@@ -20,6 +20,7 @@ from spiral_jax.convert.layout import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
 from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.json_files import read_json_object
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.model.config import ModelConfig
@@ -99,15 +100,7 @@ class RunConfig(StepConfig):
         Raises:
           SpiralError: no such file, not JSON, not a configuration, or one that names what nobody has registered.
         """
-        path = workdir / "config.json"
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise SpiralError(f"{path}: no such file; a run directory has a config.json") from None
-        except (OSError, ValueError) as error:
-            raise SpiralError(f"{path}: cannot be read as JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise SpiralError(f"{path}: holds {values!r}; it must be a JSON object")
+        values = read_json_object(workdir / "config.json")
         own_code.check_registered(workdir, values)
         return cls.from_dict(values)
 

@@ -1,0 +1,27 @@
+"""JSON files: the one way to read an object from one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spiral_jax.errors import SpiralError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The fields of the JSON object that a UTF-8 file holds.
+
+    Raises:
+      SpiralError: the file does not exist, cannot be read, is not JSON, or is JSON but no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpiralError(f"{path} does not exist; allowed: a file with a JSON object") from None
+    except OSError as error:
+        raise SpiralError(f"{path} cannot be read ({error.strerror or error}); allowed: a JSON object") from None
+    except (ValueError, RecursionError) as error:
+        raise SpiralError(f"{path} is not JSON ({error}); allowed: a JSON object") from None
+    if not isinstance(values, dict):
+        found = "an array" if isinstance(values, list) else "a single value"
+        raise SpiralError(f"{path} is {found}; allowed: a JSON object")
+    return values
