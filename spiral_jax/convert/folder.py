@@ -1,13 +1,14 @@
-"""Reads a model from a folder as the Hugging Face hub has them: an export of ours, or any GPT-NeoX."""
+"""A model in a folder as the Hugging Face hub has them: an export of ours, or any GPT-NeoX."""
 
 from pathlib import Path
 
 import numpy as np
 
-from spiral_jax.convert.fields import Fields
-from spiral_jax.convert.huggingface import config_from_huggingface, params_from_tensors
+from spiral_jax.convert.architecture import Fields, config_from_huggingface
+from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.convert.weights import Weights
 from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.storage import local_path
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import param_dtype
@@ -45,3 +46,26 @@ def read_params(folder: Path, config: ModelConfig) -> dict:
       SpiralError: files that are missing or damaged, or tensors that are not those of the architecture.
     """
     return params_from_tensors(config, Weights(folder), np.dtype(param_dtype(config)), str(folder))
+
+
+def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = frozenset()) -> Path:
+    """The absolute path of a folder to make.
+
+    Args:
+      flag: how it is called in errors.
+      given: the path; it must not be there, or be empty.
+      replaceable: names of files that it may hold all the same.
+
+    Raises:
+      SpiralError: not given, not a folder, or one that holds something else.
+    """
+    allowed = "a folder that is new or empty"
+    if not given:
+        raise SpiralError(f"--{flag} is missing; allowed: {allowed}")
+    folder = local_path(f"--{flag}", given)
+    if folder.exists() and not folder.is_dir():
+        raise SpiralError(f"--{flag} {folder} is a file; allowed: {allowed}")
+    foreign = sorted({path.name for path in folder.glob("*")} - replaceable)
+    if foreign:
+        raise SpiralError(f"--{flag} {folder} holds {foreign[0]}; allowed: {allowed}")
+    return folder

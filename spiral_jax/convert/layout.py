@@ -1,27 +1,9 @@
-"""Which exported name is which of our arrays, and how its rows are laid out (docs/spec.md section 7).
-
-Hugging Face Linear weights are [out, in], ours [in, out] with heads as axes of their own; layers are stacked on a
-leading axis here and numbered there.
-"""
+"""Parts of a model as its export has them, and what its parameters are made for (docs/spec.md section 7)."""
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from spiral_jax.model.config import PROGRAM, ModelConfig
-from spiral_jax.model.operators import Linear
-
-# Ours, within a layer, to GPT-NeoX's module names.
-LAYER_MODULES = {
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "qkv": "attention.query_key_value",
-    "out": "attention.dense",
-    "mlp_up": "mlp.dense_h_to_4h",
-    "mlp_down": "mlp.dense_4h_to_h",
-}
 
 
 def is_vanilla(config: ModelConfig) -> bool:
@@ -49,64 +31,17 @@ def topology_fields(config: ModelConfig) -> dict[str, Any]:
 
 def stacks(config: ModelConfig) -> dict[str, list[str]]:
     """Our stacks of layers, each with the exported prefixes of its layers in order; empty stacks have no parameters."""
+
+    def named(prefix: str, first: int, count: int) -> list[str]:
+        return [f"{prefix}.{i}" for i in range(first, first + count)]
+
+    P, K, C = config.prelude_layers, config.core_layers, config.coda_layers
     if is_vanilla(config):
-        count = {"prelude": config.prelude_layers, "coda": config.coda_layers}
-        first = {"prelude": 0, "coda": config.prelude_layers}
-        named = {part: [f"gpt_neox.layers.{first[part] + i}" for i in range(count[part])] for part in count}
-        return {part: prefixes for part, prefixes in named.items() if prefixes}
-    named = {"prelude": [f"spiralformer.prelude.{i}" for i in range(config.prelude_layers)]}
-    core = range(config.core_layers)
-    if config.shared_core:
-        named["core"] = [f"spiralformer.core.{i}" for i in core] if config.chunks else []
+        found = {"prelude": named("gpt_neox.layers", 0, P), "coda": named("gpt_neox.layers", P, C)}
     else:
-        for t in range(config.num_iterations):
-            named[f"cores_{t}"] = [f"spiralformer.core.{t * config.core_layers + i}" for i in core]
-    named["coda"] = [f"spiralformer.coda.{i}" for i in range(config.coda_layers)]
-    return {stack: prefixes for stack, prefixes in named.items() if prefixes}
-
-
-class ExportedLinear(NamedTuple):
-    """A Linear of an iteration, or of the entry.
-
-    Attributes:
-      name: exported, without `.weight`.
-      path: of our group of it in the parameter tree.
-      linear: its declaration.
-    """
-
-    name: str
-    path: tuple[str, str]
-    linear: Linear
-
-
-def operator_linears(config: ModelConfig) -> list[ExportedLinear]:
-    """Every Linear that the operators declare."""
-    topology, found = config.operators.topology, []
-    for field, group, t, name, linear in config.operators.declared():
-        if field != "topology":
-            exported = f"steps.{t}.{name}"
-        else:
-            exported = topology.exported_entry(name) if group == "entry" else topology.exported(t, name)
-        found.append(ExportedLinear(f"spiralformer.{exported}", (group, name), linear))
-    return found
-
-
-def suffix_of(field: str) -> str:
-    """Of a LayerNorm's or Linear's array, given our name of it: both call scale and kernel `weight`."""
-    return "bias" if field == "bias" else "weight"
-
-
-def to_rows(linear: Linear, field: str, array: np.ndarray) -> np.ndarray:
-    """A Linear's array as exported: kernels [*inputs, *outputs] to [out, in], biases flat."""
-    return array.reshape(math.prod(linear.inputs), -1).T if field == "kernel" else array.reshape(-1)
-
-
-def from_rows(linear: Linear, field: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_rows`."""
-    return array.T.reshape(linear.kernel_shape) if field == "kernel" else array.reshape(linear.outputs)
-
-
-def shapes_of(linear: Linear) -> dict[str, tuple[int, ...]]:
-    """Exported shapes of a Linear's arrays."""
-    outputs = math.prod(linear.outputs)
-    return {"kernel": (outputs, math.prod(linear.inputs))} | ({"bias": (outputs,)} if linear.bias else {})
+        cores = ["core"] if config.shared_core else [f"cores_{t}" for t in range(config.num_iterations)]
+        found = {"prelude": named("spiralformer.prelude", 0, P)}
+        if config.chunks:
+            found |= {core: named("spiralformer.core", t * K, K) for t, core in enumerate(cores)}
+        found["coda"] = named("spiralformer.coda", 0, C)
+    return {stack: prefixes for stack, prefixes in found.items() if prefixes}

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from spiral_jax.convert.layout import operator_linears, stacks
+from spiral_jax.convert.layout import stacks
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 
@@ -83,9 +83,9 @@ def upcycled(
     for stack, names in stacks(model).items():
         groups = parts[stack] if stack in ("prelude", "coda") else [next(groups_of_core) for _ in names]
         taken[stack] = {"layers": jax.tree.map(lambda array, groups=groups: _mean_layers(array, groups), layers)}
-    found = {linear.path: linear.linear for linear in operator_linears(source)}
-    for _, (group, name), linear in operator_linears(model):
-        other = group if group == "entry" else steps.get(group)
+    found = {(declared.group, declared.name): declared.linear for declared in source.operators.declared()}
+    for _, group, _, name, linear in model.operators.declared():
+        other = group if group == "entry" else steps.get(group, "")
         before = found.get((other, name))
         if before is not None and (before.kernel_shape, before.bias) == (linear.kernel_shape, linear.bias):
             taken.setdefault(group, {})[name] = params[other][name]
@@ -94,7 +94,8 @@ def upcycled(
 
 def fresh_linears(model: ModelConfig, taken: Mapping[str, Any]) -> list[str]:
     """Names of the model's iterations' Linears that `upcycled` found nothing for."""
-    return [f"{group}/{name}" for _, (group, name), _ in operator_linears(model) if name not in taken.get(group, {})]
+    declared = model.operators.declared()
+    return [f"{group}/{name}" for _, group, _, name, _ in declared if name not in taken.get(group, {})]
 
 
 def source_iterations(config: UpcycleConfig, model: ModelConfig, source: ModelConfig) -> dict[str, str]:

@@ -16,14 +16,15 @@ transformers = pytest.importorskip("transformers", reason="the exported model's 
 
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
+from spiral_jax.convert.architecture import config_from_huggingface  # noqa: E402
 from spiral_jax.convert.configuration_spiralformer import SpiralFormerConfig  # noqa: E402
-from spiral_jax.convert.huggingface import config_from_huggingface, params_from_tensors  # noqa: E402
 from spiral_jax.convert.modeling_spiralformer import (  # noqa: E402
     Span,
     SpiralFormerCache,
     SpiralFormerForCausalLM,
     SpiralFormerModel,
 )
+from spiral_jax.convert.tensors import params_from_tensors  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LOOPED = sorted(p.parent.name for p in GOLDEN.glob("*/config.json") if "spiralformer" in p.read_text())
