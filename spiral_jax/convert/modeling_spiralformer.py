@@ -513,9 +513,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         h_BxMxD = self._layers(self.coda, h_BxMxD, tokens, cache if keep else None, "coda")
         return [*states, self.final_layer_norm(h_BxMxD)]
 
-    def _update(
-        self, step: SpiralFormerStep, h_BxMxD: torch.Tensor, tokens: Span, cache: SpiralFormerCache, keep: bool
-    ):
+    def _update(self, step: SpiralFormerStep, h_BxMxD, tokens: Span, cache: SpiralFormerCache, keep: bool):
         """e(t): the core at the resolution of an iteration, run on the chunks that the new tokens close, if any.
 
         Args:

@@ -68,7 +68,7 @@ def exported_arrays(config: ModelConfig) -> list[ExportedArray]:
 
     def add(path: tuple[str, ...], names: list[str], linear: Linear | None, is_stacked: bool = False) -> None:
         """The arrays of a Linear or of a LayerNorm."""
-        shapes = {"scale": ((D,), (D,)), "bias": ((D,), (D,))}
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"scale": ((D,), (D,)), "bias": ((D,), (D,))}
         if linear is not None:
             inputs, outputs = math.prod(linear.inputs), math.prod(linear.outputs)
             shapes = {"kernel": ((outputs, inputs), linear.kernel_shape), "bias": ((outputs,), linear.outputs)}
