@@ -14,18 +14,27 @@ EXACT_GELU = ("gelu", "gelu_python")
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
 
 
-def config_to_huggingface(config: ModelConfig, max_position_embeddings: int) -> dict:
+# Fields of every `config.json`, with our names and types; then those that only looped models have.
+_COMMON: dict[str, tuple[str, type]] = {
+    "vocab_size": ("vocab_size", int),
+    "hidden_size": ("d_model", int),
+    "num_attention_heads": ("num_heads", int),
+    "layer_norm_eps": ("layer_norm_epsilon", float),
+}
+_LOOPED: dict[str, type] = {
+    **dict.fromkeys(("prelude_layers", "core_layers", "coda_layers"), int),
+    **dict.fromkeys(("pooling", "allocation", "update_scale"), str),
+}
+
+
+def config_to_huggingface(config: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
     """`config.json` of the exported model."""
-    common = {
+    common = {theirs: getattr(config, ours) for theirs, (ours, _) in _COMMON.items()} | {
         "hidden_act": "gelu",
         "tie_word_embeddings": False,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
-        "num_attention_heads": config.num_heads,
         "rotary_pct": config.rotary_fraction,
         "rotary_emb_base": config.rotary_base,
-        "layer_norm_eps": config.layer_norm_epsilon,
         "max_position_embeddings": max_position_embeddings,
     }
     if is_vanilla(config):
@@ -36,20 +45,14 @@ def config_to_huggingface(config: ModelConfig, max_position_embeddings: int) -> 
             "use_parallel_residual": True,
             "attention_bias": True,
         }
+    looped = {field: getattr(config, field) for field in ("topology", "shared_core", *_LOOPED)}
     return (
         common
+        | looped
         | topology_fields(config)
         | {
             "model_type": "spiralformer",
             "architectures": ["SpiralFormerForCausalLM"],
-            "prelude_layers": config.prelude_layers,
-            "core_layers": config.core_layers,
-            "coda_layers": config.coda_layers,
-            "shared_core": config.shared_core,
-            "topology": config.topology,
-            "pooling": config.pooling,
-            "allocation": config.allocation,
-            "update_scale": config.update_scale,
             "schedule": [level._asdict() for level in config.schedule],
         }
     )
@@ -76,16 +79,9 @@ def config_from_huggingface(
     is_wide = fields.read("intermediate_size", int) == 4 * width
     fields.require(is_wide, "intermediate_size", f"4 x hidden_size, {4 * width}")
     rotary_fraction, rotary_base = _rotary(fields)
-    architecture = dict(
-        vocab_size=fields.read("vocab_size", int),
-        d_model=width,
-        num_heads=fields.read("num_attention_heads", int),
-        rotary_fraction=rotary_fraction,
-        rotary_base=rotary_base,
-        layer_norm_epsilon=fields.read("layer_norm_eps", float),
-        dtype=dtype,
-        **(_neox(fields) if model_type == "gpt_neox" else _spiralformer(fields)),
-    )
+    architecture = {ours: fields.read(theirs, kind) for theirs, (ours, kind) in _COMMON.items()}
+    architecture |= dict(rotary_fraction=rotary_fraction, rotary_base=rotary_base, dtype=dtype)
+    architecture |= _neox(fields) if model_type == "gpt_neox" else _spiralformer(fields)
     try:
         return ModelConfig(**architecture)
     except SpiralError as error:
@@ -164,12 +160,11 @@ def _spiralformer(fields: Fields) -> dict[str, Any]:
     chunks, offsets, shifts = zip(*schedule, strict=True) if schedule else ((), (), ())
     topology = fields.choose("topology", tuple(topologies))
     return dict(
-        {field: fields.read(field, int) for field in ("prelude_layers", "core_layers", "coda_layers")},
+        {field: fields.read(field, kind) for field, kind in _LOOPED.items()},
         chunks=chunks,
         offsets=offsets,
         shifts=shifts,
         shared_core=fields.read("shared_core", bool, True),
         topology=topology,
         **{field: fields.read(field, int) for field in topologies[topology].fields},
-        **{field: fields.read(field, str) for field in ("pooling", "allocation", "update_scale")},
     )

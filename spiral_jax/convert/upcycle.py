@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spiral_jax.convert.layout import stacks
 from spiral_jax.errors import SpiralError, require
@@ -170,16 +171,15 @@ def place(taken: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]
       taken: a part of the tree; every process holds the whole of its arrays, every device takes its part.
       params: the tree of device arrays.
     """
+    arrays = flatten_dict(params)
+    for path, array in flatten_dict(taken).items():
+        like = arrays[path]
 
-    def put(like: jax.Array, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: np.asarray(array[index], like.dtype)
-        )
+        def part(index, array=array, dtype=like.dtype):
+            return np.asarray(array[index], dtype)
 
-    return {
-        name: x if name not in taken else place(taken[name], x) if isinstance(x, Mapping) else put(x, taken[name])
-        for name, x in params.items()
-    }
+        arrays[path] = jax.make_array_from_callback(like.shape, like.sharding, part)
+    return unflatten_dict(arrays)
 
 
 def _mean_layers(array: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
