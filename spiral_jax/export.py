@@ -16,10 +16,9 @@ import jax
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.convert.architecture import config_to_huggingface
+from spiral_jax.convert.architecture import config_to_huggingface, is_vanilla
 from spiral_jax.convert.card import model_card
 from spiral_jax.convert.folder import CONFIG, output_folder
-from spiral_jax.convert.layout import is_vanilla
 from spiral_jax.convert.tensors import tensors_from_params
 from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights

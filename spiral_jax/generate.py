@@ -78,7 +78,8 @@ def main(values: flags.FlagValues) -> None:
         for number, (place, text) in enumerate(prompts)
     ]
     stop_ids = [tokenizer.separator_id, *(stop_id(tokenizer, text) for text in values.stop_token)]
-    model, params, mesh = open_model(folder, values.step, values.dtype, mesh_of(values.mesh))
+    mesh = mesh_of(values.mesh)
+    model, params = open_model(folder, values.step, values.dtype, mesh)
     # No longer than the longest text can get: attention reads the whole cache.
     longest = max(len(request.prompt) for request in requests) + values.max_new_tokens
     rows = min(values.batch_size, len(requests))
@@ -181,8 +182,8 @@ def stop_id(tokenizer: Tokenizer, text: str) -> int:
     return found
 
 
-def mesh_of(flag: Sequence[str]) -> MeshConfig:
-    """--mesh as numbers.
+def mesh_of(flag: Sequence[str]) -> Mesh:
+    """The mesh of --mesh, over the first devices.
 
     Raises:
       SpiralError: not three numbers, or more devices than there are.
@@ -191,24 +192,21 @@ def mesh_of(flag: Sequence[str]) -> MeshConfig:
     require(ok, "--mesh", ",".join(flag), "data,fsdp,tensor, as in 1,1,8")
     sizes, here = [int(size) for size in flag], jax.device_count()
     require(math.prod(sizes) <= here, "--mesh", ",".join(flag), f"a product of at most {here}, the devices here")
-    return MeshConfig(*sizes)
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
 
-def open_model(
-    folder: Path, step: int | None, dtype: str | None, mesh_config: MeshConfig
-) -> tuple[SpiralFormer, Any, Mesh]:
-    """(model, parameters, mesh), the parameters on the mesh.
+def open_model(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> tuple[SpiralFormer, Any]:
+    """The model, tied to a mesh, and its parameters there.
 
     Raises:
       SpiralError: no such checkpoint, or a model that cannot be cut like this.
     """
     config, params = read_model(folder, step=step, dtype=dtype)
     check_dtype(config.dtype, "--dtype")
-    data, fsdp, tensor = mesh_config.data, mesh_config.fsdp, mesh_config.tensor
+    data, fsdp, tensor = mesh.devices.shape
     check_divisible((data, fsdp, tensor), config, data * fsdp, 1)
-    mesh = make_mesh(mesh_config, jax.devices()[: data * fsdp * tensor])
     model = SpiralFormer(config, Backend(attention_for(mesh, config), functools.partial(constrain, mesh)))
-    return model, jax.device_put(params, param_shardings(model.config, mesh)), mesh
+    return model, jax.device_put(params, param_shardings(config, mesh))
 
 
 class Shown:

@@ -1,11 +1,11 @@
-"""A model's architecture to and from Hugging Face's `config.json`, and what we refuse (docs/spec.md section 7)."""
+"""A model's architecture, to and from Hugging Face's `config.json`, and what we refuse (docs/spec.md section 7)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from spiral_jax.convert.layout import is_vanilla, topology_fields
 from spiral_jax.errors import SpiralError
-from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.config import PROGRAM, ModelConfig
 from spiral_jax.model.topology import topologies
 
 # Spellings under which `transformers` computes the exact (erf) GELU; its "gelu_accurate" is the tanh approximation.
@@ -25,6 +25,29 @@ _LOOPED: dict[str, type] = {
     **dict.fromkeys(("prelude_layers", "core_layers", "coda_layers"), int),
     **dict.fromkeys(("pooling", "allocation", "update_scale"), str),
 }
+
+
+def is_vanilla(config: ModelConfig) -> bool:
+    """Whether the model is a plain GPT-NeoX, which `transformers` loads without any code of ours."""
+    return not config.chunks and not config.operators.topology.enters
+
+
+def architecture(config: ModelConfig) -> dict[str, Any]:
+    """The fields that parameters are made for, with what they default to; not how the model is computed."""
+    values = dataclasses.asdict(config)
+    values["offsets"] = tuple(level.offset for level in config.schedule)
+    values["shifts"] = tuple(level.shift for level in config.schedule)
+    values |= {"memory_slots": None} | topology_fields(config)
+    free = ["dtype", *PROGRAM]
+    if not config.chunks:
+        free += ["shared_core", "pooling", "allocation", "update_scale"]
+    return {field: value for field, value in values.items() if field not in free}
+
+
+def topology_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields that the model's topology alone reads, with what they default to."""
+    resolved = {"memory_slots": config.num_slots}
+    return {field: resolved.get(field, getattr(config, field)) for field in config.operators.topology.fields}
 
 
 def config_to_huggingface(config: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:

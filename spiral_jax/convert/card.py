@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import spiral_jax
-from spiral_jax.convert.layout import is_vanilla
+from spiral_jax.convert.architecture import is_vanilla
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.training.config import StepConfig
 

@@ -458,7 +458,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
           past_key_values: cache of the calls before.
           inputs_embeds: [B, M, D] in place of input_ids, rows of `embed_in`.
           use_cache: whether to return a cache; by default as the config says, never in training. One given is used.
-          output_hidden_states: whether to the T + 3 states (embeddings, h(0), ..., h(T), output), [B, M, D].
+          output_hidden_states: whether to return the T + 3 states (embeddings, h(0), ..., h(T), output), [B, M, D].
           return_dict: False for a tuple.
           cache: another name of past_key_values, since transformers 5.24.
         """

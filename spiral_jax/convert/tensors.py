@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from spiral_jax.convert.layout import is_vanilla, stacks
+from spiral_jax.convert.architecture import is_vanilla
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import layer_linears
@@ -32,6 +32,24 @@ LAYER_MODULES = {
 BUFFERS = re.compile(
     r"gpt_neox\.(layers\.\d+\.attention\.(bias|masked_bias)|(layers\.\d+\.attention\.)?rotary_emb\.inv_freq)"
 )
+
+
+def stacks(config: ModelConfig) -> dict[str, list[str]]:
+    """Our stacks of layers, each with the exported prefixes of its layers in order; empty stacks have no parameters."""
+
+    def named(prefix: str, first: int, count: int) -> list[str]:
+        return [f"{prefix}.{i}" for i in range(first, first + count)]
+
+    P, K, C = config.prelude_layers, config.core_layers, config.coda_layers
+    if is_vanilla(config):
+        found = {"prelude": named("gpt_neox.layers", 0, P), "coda": named("gpt_neox.layers", P, C)}
+    else:
+        cores = ["core"] if config.shared_core else [f"cores_{t}" for t in range(config.num_iterations)]
+        found = {"prelude": named("spiralformer.prelude", 0, P)}
+        if config.chunks:
+            found |= {core: named("spiralformer.core", t * K, K) for t, core in enumerate(cores)}
+        found["coda"] = named("spiralformer.coda", 0, C)
+    return {stack: prefixes for stack, prefixes in found.items() if prefixes}
 
 
 class ExportedArray(NamedTuple):
@@ -148,12 +166,13 @@ def params_from_tensors(
     every, problems = exported_arrays(config), []
 
     def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
-        if key not in tensors:
+        tensor = tensors.get(key)  # once, as it may be read from disk every time
+        if tensor is None:
             problems.append(f"{key} {list(shape)} is missing")
-        elif tensors[key].shape != shape:
-            problems.append(f"{key} has shape {list(tensors[key].shape)}, expected {list(shape)}")
+        elif tensor.shape != shape:
+            problems.append(f"{key} has shape {list(tensor.shape)}, expected {list(shape)}")
         else:
-            return np.asarray(tensors[key], dtype)
+            return np.asarray(tensor, dtype)
         return np.zeros(shape, np.float32)
 
     arrays = {}

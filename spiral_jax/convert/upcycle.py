@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from spiral_jax.convert.layout import stacks
+from spiral_jax.convert.tensors import stacks
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 
@@ -50,13 +50,10 @@ class UpcycleConfig:
     def __post_init__(self):
         methods = get_args(CoreMethod)
         require(self.core_method in methods, "upcycle.core_method", self.core_method, ", ".join(methods))
-        for field in ("prelude", "core", "coda"):
-            layers = getattr(self, field)
-            require(all(layer >= 0 for layer in layers), f"upcycle.{field}", layers, "layer numbers from 0")
-            require(not layers or self.source != "", f"upcycle.{field}", layers, "nothing without upcycle.source")
-        chosen = self.iterations
-        require(all(t >= 0 for t in chosen), "upcycle.iterations", chosen, "iterations of the source, from 0")
-        require(not chosen or self.source != "", "upcycle.iterations", chosen, "nothing without upcycle.source")
+        for field in ("prelude", "core", "coda", "iterations"):
+            chosen = getattr(self, field)
+            require(all(number >= 0 for number in chosen), f"upcycle.{field}", chosen, "the source's, numbered from 0")
+            require(not chosen or self.source != "", f"upcycle.{field}", chosen, "nothing without upcycle.source")
 
 
 def upcycled(

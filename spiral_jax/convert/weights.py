@@ -78,7 +78,7 @@ class Weights(Mapping):
                 self._names[name] = path
         for name, path in expected.items():
             if self._names.get(name) != path:
-                raise SpiralError(f"{folder / INDEX} says that {path.name} holds {name}; allowed: what it holds")
+                raise SpiralError(f"{folder / INDEX}: weight_map has {path.name} for {name}; allowed: the file with it")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[self._names[name]].get_tensor(name)
@@ -101,7 +101,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         raise SpiralError(f"{folder} has {found}; allowed: {FILE}, or {INDEX} with its files")
     files = read_json_object(path).get("weight_map")
     if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
-        raise SpiralError(f"{path}: weight_map is {files!r}; allowed: an object of tensors to files")
+        raise SpiralError(f"{path}: weight_map is no object of tensors to files; allowed: one")
     for file in files.values():
         if file != Path(file).name:
             raise SpiralError(f"{path}: weight_map has {file!r}; allowed: names of files beside it")

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from spiral_jax.convert.layout import architecture
+from spiral_jax.convert.architecture import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
 from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
