@@ -7,7 +7,6 @@ The folder has config.json, the weights as safetensors, the tokenizer, the code 
 no plain GPT-NeoX, and a model card. Exporting the same checkpoint again writes the same bytes.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from spiral_jax.convert.tensors import tensors_from_params
 from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
 from spiral_jax.data.atomic import whole_folder, write_text
-from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import read_meta
@@ -99,8 +98,8 @@ def export(
         _, params = read_model(workdir, step=step)
         tensors = tensors_from_params(config.model, params, jax.numpy.dtype(dtype))
         write_weights(folder, tensors, max_shard_bytes)
-        _write_json(folder / CONFIG, model_config | special | {"torch_dtype": dtype})
-        _write_json(folder / "generation_config.json", generation_config)
+        write_json(folder / CONFIG, model_config | special | {"torch_dtype": dtype})
+        write_json(folder / "generation_config.json", generation_config)
         write_tokenizer(folder, tokenizer, length)
         if not is_vanilla(config.model):
             for name in CODE:
@@ -117,7 +116,7 @@ def export(
         write_text(folder / "README.md", card)
         files = sorted([path.name for path in folder.iterdir()] + [MANIFEST])
         manifest = {"format": "spiral_jax.export", "step": step, "files": files, "config": meta["config"]}
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     return step
 
 
@@ -138,10 +137,6 @@ def _files_of_export(output: str | None) -> frozenset[str]:
         return frozenset(manifest["files"] if manifest["format"] == "spiral_jax.export" else ())
     except (SpiralError, KeyError, TypeError):
         return frozenset()
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

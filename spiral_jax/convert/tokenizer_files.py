@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from spiral_jax.data.atomic import write_text
-from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.tokenizers import ByteTokenizer, Tokenizer
 
 
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _drop_template(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Safetensors on disk as the Hugging Face hub lays them out: one file, or shards and an index."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from spiral_jax.data.atomic import write_text
-from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
 
 FILE = "model.safetensors"
@@ -51,7 +49,7 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_byt
         files = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 class Weights(Mapping):

@@ -1,9 +1,10 @@
-"""JSON files: the one way to read an object from one."""
+"""JSON files: the one way to read an object from one, and to write one."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from spiral_jax.data.atomic import write_text
 from spiral_jax.errors import SpiralError
 
 
@@ -25,3 +26,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
         found = "an array" if isinstance(values, list) else "a single value"
         raise SpiralError(f"{path} is {found}; allowed: a JSON object")
     return values
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file, indented, whole or not at all.
+
+    Raises:
+      SpiralError: it cannot be written.
+    """
+    write_text(path, json.dumps(values, indent=2) + "\n")

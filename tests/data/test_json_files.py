@@ -1,8 +1,8 @@
-"""Objects read from JSON files, and files that are none: one line each, which names the file."""
+"""JSON files written and read, and files that hold no object: one line each, which names the file."""
 
 import pytest
 
-from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
 
 
@@ -42,3 +42,12 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
     with pytest.raises(SpiralError) as caught:
         read_json_object(tmp_path)
     assert str(caught.value) == f"{tmp_path} cannot be read (Is a directory); allowed: a JSON object"
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    values = {"b": [1, None, 0.1], "a": {"é": "ü\n"}}
+    write_json(tmp_path / "x.json", values)
+    assert read_json_object(tmp_path / "x.json") == values
+    assert (tmp_path / "x.json").read_bytes().startswith(b'{\n  "b": [\n    1,')
+    with pytest.raises(SpiralError, match="cannot be written"):
+        write_json(tmp_path / "no/x.json", values)
