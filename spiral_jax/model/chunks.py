@@ -18,7 +18,7 @@ class Level(NamedTuple):
     offset: int  # w: chunk(i) = (i + w) // g
     shift: int  # s: token i reads what was computed for token i - s
 
-    def num_chunks(self, length: int) -> int:
+    def num_chunks(self, length):
         """Complete chunks in `length` tokens; the trailing incomplete one is dropped."""
         return (length + self.offset) // self.chunk
 

@@ -23,7 +23,6 @@ only way that files of a run are opened.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,8 @@ import jax
 from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
-from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.data.storage import LOCAL, Storage, is_url, local_path
 from spiral_jax.data.store import TokenStore
@@ -153,7 +152,7 @@ def save_data(workdir: Path, data: PreparedData) -> None:
         "train": [_relative(source.name, workdir) for source in data.train],
         "validation": _relative(data.validation.name, workdir) if data.validation else None,
     }
-    atomic.write_text(workdir / "data.json", json.dumps(places, indent=2) + "\n")
+    write_json(workdir / "data.json", places)
 
 
 def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
@@ -229,10 +228,10 @@ def _places(workdir: Path) -> dict[str, Any]:
         return place if is_url(place) else str(workdir / place)
 
     try:
-        places = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+        places = read_json_object(workdir / "data.json")
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (SpiralError, KeyError, TypeError):
         raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from etils.epath import Path
 from jax.sharding import Mesh
 
-from spiral_jax.data import atomic
+from spiral_jax.data.json_files import write_json
 
 PACKAGES = ("spiral_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -51,7 +51,7 @@ def write_environment(path: Path, mesh: Mesh) -> None:
             "mesh": dict(mesh.shape),
         }
     )
-    atomic.write_text(path, json.dumps(starts, indent=2) + "\n")
+    write_json(path, starts)
 
 
 def last_start(path: Path) -> dict[str, Any] | None:
