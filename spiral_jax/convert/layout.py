@@ -83,10 +83,7 @@ def operator_linears(config: ModelConfig) -> list[ExportedLinear]:
     """Every Linear that the operators declare."""
     topology, found = config.operators.topology, []
     for field, group, t, name, linear in config.operators.declared():
-        if field != "topology":
-            exported = f"steps.{t}.{name}"
-        else:
-            exported = topology.exported_entry(name) if group == "entry" else topology.exported(t, name)
+        exported = topology.exported(t, name) if field == "topology" else f"steps.{t}.{name}"
         found.append(ExportedLinear(f"spiralformer.{exported}", (group, name), linear))
     return found
 
