@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 from spiral_jax.run.config import RunConfig
 from spiral_jax.training.costs import layout, memory
 
@@ -25,8 +25,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     config = command.config_of(values)
-    if values.devices < 1:
-        raise SpiralError(f"--devices is {values.devices}; allowed: 1 or more")
+    require(values.devices >= 1, "--devices", values.devices, "1 or more")
     description = describe(config, values.devices)
     print(json.dumps(description, indent=2) if values.json else as_text(description))
 
@@ -36,7 +35,7 @@ def describe(config: RunConfig, num_devices: int) -> dict[str, Any]:
 
     Args:
       config: the run.
-      num_devices: devices of the mesh the memory is given for.
+      num_devices: devices of the mesh that the memory is given for.
 
     Raises:
       SpiralError: a mesh that does not fit the devices, the batch or the model.

@@ -196,7 +196,7 @@ class ModelConfig:
 
     @property
     def scaler_parameters(self) -> int:
-        """Parameters of pooling and allocation where g > 1: scorers d -> 1 without bias, allocators d -> g with bias."""
+        """Parameters of pooling and allocation where g > 1: scorers d -> 1 (no bias), allocators d -> g (bias)."""
         return sum(found.linear.parameters for found in self.operators.declared() if found.field != "topology")
 
     @property

@@ -16,6 +16,7 @@ from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import Bound, Linear, Operator, at_least_float32
 from spiral_jax.model.registry import Registry
 
+
 class States(NamedTuple):
     """The token-level states on their way through the loop.
 
@@ -198,8 +199,8 @@ class Write(NamedTuple):
 class MeSH(Topology):
     """A memory of S slots m_b, written and read by routers (arXiv 2510.07739); at first m_0 = h_emb, the others 0.
 
-    route(state, new): w = softmax(write(state)), r = softmax(read(state)); m_b += w_b new for every b; then sum_b r_b m_b
-    is read. h(0) = route(v, v) with the prelude's output v, and h(t+1) = route(h(t), e(t)).
+    route(state, new): w = softmax(write(state)), r = softmax(read(state)); m_b += w_b new for every b; return sum_b r_b
+    m_b. With the prelude's output v, h(0) = route(v, v); then h(t+1) = route(h(t), e(t)).
 
     Slots are kept as what was written rather than as S arrays of width D: slot b holds m_b = sum_j w_j[b] v_j over the
     writes so far, so a read is sum_b r_b m_b = sum_j (r . w_j) v_j, of the T + 2 vectors that the backward pass needs
