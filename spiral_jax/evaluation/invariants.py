@@ -80,12 +80,6 @@ def small(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **sizes, **parts, dtype="float32", remat="keep_all", unroll=False)
 
 
-def _largest(name: str, compared: str, found: Mapping[str, float]) -> Finding:
-    """The finding of a check that compared several things: the largest difference, and where it is."""
-    where = max(found, key=lambda where: found[where])
-    return Finding(name, compared, found[where], where)
-
-
 def causality(model: ModelConfig) -> Finding:
     """Replaces the tokens from each position on: nothing before it may change, at several offsets."""
     worst, where, L = 0.0, "", window(model)
@@ -253,6 +247,12 @@ def _programs(model: ModelConfig, classes: tuple[type, ...]) -> tuple[Callable, 
 
     apply = jax.jit(lambda params, tokens_BxL: module.apply({"params": params}, tokens_BxL), compiler_options=QUICK)
     return apply, jax.tree.map(draw, nn.unbox(fresh["params"]))
+
+
+def _largest(name: str, compared: str, found: Mapping[str, float]) -> Finding:
+    """The finding of a check that compared several things: the largest difference, and where it is."""
+    where = max(found, key=lambda where: found[where])
+    return Finding(name, compared, found[where], where)
 
 
 def difference(found: Any, wanted: Any) -> float:

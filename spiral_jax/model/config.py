@@ -261,11 +261,11 @@ class Declared(NamedTuple):
     """A Linear that an operator of a model declares.
 
     Attributes:
-      field: of ModelConfig that names the operator.
-      group: of the parameter tree: `steps_{t}`, or `entry`.
+      field: the field of ModelConfig that names the operator.
+      group: the group of the parameter tree that it is in, `steps_{t}` or `entry`.
       t: the iteration; -1 for the entry.
-      name: within the group.
-      linear: sizes and axes.
+      name: its name within the group.
+      linear: its sizes and axes.
     """
 
     field: str
@@ -276,7 +276,7 @@ class Declared(NamedTuple):
 
 
 class Operators(NamedTuple):
-    """The operators of a model."""
+    """The operators of a model, one for each of the fields `topology`, `pooling` and `allocation`."""
 
     topology: Topology
     pooling: Pooling

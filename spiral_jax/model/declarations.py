@@ -103,7 +103,7 @@ def _are_equal(values: Sequence[Any]) -> bool:
 
 
 class _Checked:
-    """An operator under check, as errors name it."""
+    """An operator under check; its errors begin with its field, name and file."""
 
     def __init__(self, registry: Registry, name: str, operator: Operator):
         self.operator = operator
@@ -117,11 +117,11 @@ class _Checked:
             require(isinstance(linear, Linear), f"{self.where}: {function} {name!r}", linear, "a Linear")
         # The name of what a stack of layers has.
         require("layers" not in declared, f"{self.where}: {function}", "layers", "another name")
-        shapes = {name: {"kernel": x.kernel_shape, "bias": x.outputs} for name, x in declared.items()}
-        return {
-            name: {field: jax.ShapeDtypeStruct(shape, jnp.float32) for field, shape in arrays.items()}
-            for name, arrays in shapes.items()
-        }
+
+        def array(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        return {name: {"kernel": array(x.kernel_shape), "bias": array(x.outputs)} for name, x in declared.items()}
 
     def shapes(self, function: str, call: Callable, static: tuple[Any, ...], *arguments: Any) -> Any:
         """The shapes that `call(*static, *arguments)` gives, which calls a function of the operator."""
