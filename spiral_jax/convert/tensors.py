@@ -105,10 +105,7 @@ def exported_arrays(config: ModelConfig) -> list[ExportedArray]:
             add((stack, "layers", module), names, linears.get(module), is_stacked=True)
     topology = config.operators.topology
     for field, group, t, name, linear in config.operators.declared():
-        if field != "topology":
-            exported = f"steps.{t}.{name}"
-        else:
-            exported = topology.exported_entry(name) if group == "entry" else topology.exported(t, name)
+        exported = topology.exported(t, name) if field == "topology" else f"steps.{t}.{name}"
         add((group, name), [f"spiralformer.{exported}"], linear)
     return found
 
