@@ -286,8 +286,8 @@ source_target_pairs={{0,1},{1,0}}
         *("s3", "rs", "gs", "r2", "ps", "aa", "ar3")
     }
     assert by_name["gs"].collective.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
-    assert by_name["gs"].collective.group_size == 2 and by_name["rs"].collective.group_size == 4
-    assert by_name["ar3"].collective.group_size == 8 and by_name["ps"].collective.group_size == 2
+    assert by_name["rs"].collective.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert by_name["ar3"].collective.groups == (tuple(range(8)),) and by_name["ps"].collective.groups == ((0, 1), (1, 0))
     assert by_name["s3"].collective.dtype == "bf16" and by_name["r2"].collective.dtype == "f32"
     assert collectives(found) == {
         "all-gather": Traffic(2, 256 + 64),
