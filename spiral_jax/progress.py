@@ -10,7 +10,7 @@ class Progress:
     """Reports the share done, the rate and the time left.
 
     Attributes:
-      done: How much is done, in units.
+      done: how much is done, in units.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class Progress:
         """Starts the clock.
 
         Args:
-          label: What is going on, in front of the line.
-          total: How much there is to do.
-          unit: What the numbers are shown in.
-          scale: How much one such unit is: 1e6 to show bytes as MB.
-          report: Called with a line.
-          seconds: Least time between two lines.
+          label: what is going on, in front of the line.
+          total: how much there is to do.
+          unit: what the numbers are shown in.
+          scale: how much one such unit is: 1e6 to show bytes as MB.
+          report: called with a line.
+          seconds: least time between two lines.
         """
         self._label = label
         self._total = total

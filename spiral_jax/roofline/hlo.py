@@ -19,9 +19,13 @@ _BITS = re.compile(r"(?:s|u|c|f|bf)(\d+)(?:e\w+)?")
 _SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]*)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
-_START = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_START = re.compile(r"[ \t]+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+# Attributes of kernels have line breaks in them: an instruction goes on until the next begins.
+_NEXT = re.compile(rf"\n(?={_START.pattern})")
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{[ \t]*\n(.*?)^\}(?:[ \t]*$|, execution_thread)", re.MULTILINE | re.DOTALL
+)
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\],]')
 _COMMENT = re.compile(r"/\*.*?\*/")
 
@@ -227,24 +231,14 @@ def parse(text: str) -> Module:
       UnreadableProgram: no entry computation, or an instruction of unknown form.
     """
     computations: dict[str, Computation] = {}
-    lines: list[str] = []
-    entry, header, name, is_entry = None, "", "", False
-    for line in text.splitlines():
-        if line.startswith("HloModule"):
-            header = line
-        elif not name:
-            if not line.startswith(" ") and (found := _HEADER.match(line)):
-                is_entry, name, lines = bool(found[1]), found[2], []
-        elif line.rstrip() == "}" or line.startswith("}, execution_thread"):
-            computations[name] = _computation(name, lines, computations)
-            entry, name = (computations[name] if is_entry else entry), ""
-        elif _START.match(line) or not lines:
-            lines.append(line)
-        else:
-            # Attributes of kernels have line breaks in them.
-            lines[-1] += "\n" + line
+    entry = None
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        computations[name] = _computation(name, body, computations)
+        entry = computations[name] if is_entry else entry
     if entry is None:
         raise UnreadableProgram(f"no ENTRY computation in a text of {len(text)} characters")
+    found = re.search(r"^HloModule.*", text, re.MULTILINE)
+    header = found[0] if found else ""
     counts = [re.search(rf"\b{key}=(\d+)", header) for key in ("num_partitions", "replica_count")]
     return Module(computations, entry, math.prod(int(found[1]) for found in counts if found), _donated(header))
 
@@ -289,10 +283,11 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
-def _computation(name: str, lines: list[str], computations: dict[str, Computation]) -> Computation:
+def _computation(name: str, body: str, computations: dict[str, Computation]) -> Computation:
     instructions: dict[str, Instruction] = {}
     root = None
-    for line in lines:
+    begins = [0, *(found.end() for found in _NEXT.finditer(body)), len(body)]
+    for line in (body[begin:end].rstrip() for begin, end in zip(begins, begins[1:], strict=False)):
         found = _START.match(line)
         if not found:
             raise UnreadableProgram(f"computation {name}: a line of unknown form: {line[:200]!r}")

@@ -29,20 +29,20 @@ class Scope:
 
 
 class _Carried(NamedTuple):
-    """What a loop, which stands in `scope`, carries at `index` when an iteration begins."""
+    """What a loop, which stands in `scope`, carries at `place` when an iteration begins."""
 
     loop: Instruction
     scope: Scope
-    index: int
+    place: int
 
     def before(self) -> "_Value":
         """What it is when the loop begins."""
-        return _value(self.scope, self.loop.operands[0], (self.index,))
+        return _value(self.scope, self.loop.operands[0], (self.place,))
 
     def after(self) -> "_Value":
         """What it is when an iteration ends."""
         (body,) = self.loop.called("body")
-        return _value(Scope(body, (self.loop, self.scope)), body.root, (self.index,))
+        return _value(Scope(body, (self.loop, self.scope)), body.root, (self.place,))
 
     def changes(self) -> bool:
         return self.after() != _Number(0, self)
@@ -91,7 +91,7 @@ def trip_count(loop: Instruction, scope: Scope) -> int:
         direction, counter, bound = SWAPPED[direction], bound, counter
     if counter.carried is None or counter.carried.loop is not loop:
         raise UnknownTripCount(f"{where}: its condition {condition.name} compares nothing that the loop changes")
-    where += f": element {counter.carried.index}, the counter,"
+    where += f": element {counter.carried.place}, the counter,"
     after = counter.carried.after()
     if not isinstance(after, _Number) or after.carried != counter.carried:
         raise UnknownTripCount(f"{where} does not grow by a constant")

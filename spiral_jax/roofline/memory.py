@@ -10,6 +10,7 @@ from typing import NamedTuple
 from spiral_jax.roofline import fusions
 from spiral_jax.roofline.hlo import HBM, Array, Computation, Instruction, Module, integers, leaves
 
+# Names in the traced function's path that tell the parts of the model.
 PARTS = ("prelude", "core", "coda", "embed", "head")
 # Attributes that name computations which run in place of the instruction.
 CALLS = ("calls", "to_apply", "branch_computations", "true_computation", "false_computation", "called_computations")
@@ -57,27 +58,24 @@ def peak(module: Module) -> Peak:
     return Peak(found.bytes, tuple(sorted(found.buffers, key=lambda buffer: -buffer.bytes)))
 
 
-def categories(
-    buffers: Iterable[Buffer], argument_name: Callable[[int], str], parts: tuple[str, ...] = PARTS
-) -> dict[str, float]:
-    """Bytes by what a person calls it, the most first: arguments by the caller's names, others such as `core backward`.
+def categories(buffers: Iterable[Buffer], argument_name: Callable[[int], str]) -> dict[str, float]:
+    """Bytes by what a person calls it, the most first.
 
     Args:
       buffers: of a `Peak`.
-      argument_name: of an argument's index: parameters, optimizer state, batch.
-      parts: names in the traced function's path that tell the parts of the model.
+      argument_name: of an argument's index: parameters, optimizer state, batch. Others are called `core backward` ...
     """
     totals: dict[str, float] = collections.defaultdict(float)
     for buffer in buffers:
-        named = category(buffer.source, parts) if buffer.argument is None else argument_name(buffer.argument)
+        named = category(buffer.source) if buffer.argument is None else argument_name(buffer.argument)
         totals[named] += buffer.bytes
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
-def category(source: str, parts: tuple[str, ...] = PARTS) -> str:
+def category(source: str) -> str:
     """`core backward`, `head forward`, `other` from the path of names in the traced function."""
     names = set(re.findall(r"\w+", source))
-    part = next((part for part in parts if part in names), "other")
+    part = next((part for part in PARTS if part in names), "other")
     if "rematted_computation" in names:
         return f"{part} recomputed"
     if "transpose(" in source:

@@ -127,24 +127,21 @@ def collectives(found: Iterable[Operation]) -> dict[str, Traffic]:
 
 def _walk(scope: Scope, times: int, num_devices: int, repeated: set[Instruction]) -> Iterator[Operation]:
     for instruction in scope.computation.instructions:
-        opcode = instruction.opcode
-
-        def inside(
-            computation: Computation, times: int = times, caller: Instruction = instruction
-        ) -> Iterator[Operation]:
-            return _walk(Scope(computation, (caller, scope)), times, num_devices, repeated)
-
+        opcode, runs = instruction.opcode, times
+        called: list[Computation] = []
         if opcode == "while":
-            yield from inside(*instruction.called("body"), times * trip_count(instruction, scope))
+            called, runs = instruction.called("body"), times * trip_count(instruction, scope)
         elif opcode in ("call", "async-start", "call-start"):
-            yield from inside(*instruction.called("calls", "to_apply"))
+            called = instruction.called("calls", "to_apply")
         elif opcode == "conditional":
             called = instruction.called("branch_computations", "true_computation", "false_computation")
-            yield from max(map(list, map(inside, called)), key=lambda found: (dense_flops(found), hbm_bytes(found)))
         elif opcode == "custom-call" and _communicates(instruction):
-            yield from inside(*instruction.called("called_computations"))
+            called = instruction.called("called_computations")
         elif not _is_free(instruction):
             yield _operation(instruction, times, num_devices, repeated)
+        inside = [list(_walk(Scope(one, (instruction, scope)), runs, num_devices, repeated)) for one in called]
+        # One of a conditional's branches; of the others there is but one.
+        yield from max(inside, key=lambda found: (dense_flops(found), hbm_bytes(found)), default=())
 
 
 def _communicates(instruction: Instruction) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
@@ -82,7 +82,7 @@ def model_of_a_device(config: ModelConfig, train: TrainConfig, mesh: Mesh, specs
     return SpiralFormer(config, Backend(attention, constrain, gather))
 
 
-def holds_core(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> bool:
+def holds_core(config: ModelConfig, train: TrainConfig, mesh: Mesh | AbstractMesh) -> bool:
     """Whether `train.gather_core` makes a difference: there is a shared core, and it is cut."""
     is_shared = config.shared_core and config.num_iterations > 0 and config.core_layers > 0
     return train.gather_core == "step" and is_shared and mesh.shape["fsdp"] > 1
