@@ -26,23 +26,25 @@ print(time.perf_counter() - begin, sum(len(encoding) for encoding in encodings))
 """
 
 
-def measure(texts_paths: Sequence[str | os.PathLike], tokenizer_file: str | os.PathLike, repeats: int = 3) -> dict:
+def measure(
+    texts_paths: Sequence[str | os.PathLike], tokenizer_file: str | os.PathLike, repeats: int = 3
+) -> dict[str, float]:
     """Times both on the cores that this process may use, one after the other, several times.
 
     The library encodes the whole documents, read before the clock starts, in one call; we make a store of them, from
     finding the files to the store under its name.
 
     Args:
-      texts_paths: Text files, folders or patterns.
-      tokenizer_file: A `tokenizer.json`.
-      repeats: How often.
+      texts_paths: text files, folders or patterns.
+      tokenizer_file: a `tokenizer.json`.
+      repeats: how often.
 
     Returns:
       Medians: seconds and bytes per second of both, their ratio, and the seconds a worker needs to start, which are
       within ours.
 
     Raises:
-      SpiralError: Text or tokenizer that cannot be read.
+      SpiralError: text or tokenizer that cannot be read.
     """
     documents = find_documents([str(path) for path in texts_paths], field="--input")
     num_bytes = sum(document.size for document in documents)
@@ -77,7 +79,7 @@ def measure(texts_paths: Sequence[str | os.PathLike], tokenizer_file: str | os.P
 def _time_library(documents, tokenizer_file: str | os.PathLike) -> float:
     paths = [str(document.path) for document in documents]
     command = [sys.executable, "-c", _LIBRARY, str(tokenizer_file), *paths]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
+    return float(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()[0])
 
 
 def _time_start(tokenizer_folder: Path) -> float:

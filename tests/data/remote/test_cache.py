@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from range_server import RangeServer
 
-from spiral_jax.benchmarks.range_server import RangeServer
 from spiral_jax.data.blob import Blob
 from spiral_jax.data.remote.cache import CachedBlob, cached
 from spiral_jax.data.storage import Storage
@@ -177,7 +177,7 @@ def test_damaged_blocks_are_fetched_again(tmp_path, damage):
 
 CHILD = """
 import random, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../.."]  # range_server is in tests/
 from test_cache import Source, open_cached, random_ranges
 from pathlib import Path
 blob = open_cached(Path(sys.argv[2]), Source())

@@ -11,8 +11,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from range_server import RangeServer, random_faults
 
-from spiral_jax.benchmarks.range_server import RangeServer, random_faults
 from spiral_jax.data.blob import JoinedBlobs
 from spiral_jax.data.pipeline import WindowOrder, train_batches
 from spiral_jax.data.remote import blob as remote

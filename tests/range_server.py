@@ -1,8 +1,8 @@
 """An HTTP server for range requests that is slow and fails on purpose: what remote reading is tested and timed with.
 
-python -m spiral_jax.benchmarks.range_server FOLDER --latency_ms=50 --error_rate=0.02
+python tests/range_server.py FOLDER --latency_ms=50 --error_rate=0.02
 
-prints its URL, and serves until its standard input ends.
+prints its URL, serves until its standard input ends (Ctrl-D), and prints how many requests of which kind there were.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-STATS = "/.stats"  # answered with the number of requests by method and outcome, as JSON
 _PHRASES = {200: "OK", 206: "Partial Content", 403: "Forbidden", 404: "Not Found", 416: "Range Not Satisfiable"}
 _FAULTS = {"500": 25, "503": 25, "reset": 25, "truncated": 24, "hang": 1}
 _HANG_SECONDS = 3600
@@ -49,11 +48,11 @@ class RangeServer:
     """Serves a folder on the loopback interface, from a thread.
 
     Attributes:
-      fault: Says of each request what goes wrong: a status ("500"), "reset", "truncated", "hang", "html" (a page with
+      fault: says of each request what goes wrong: a status ("500"), "reset", "truncated", "hang", "html" (a page with
         status 200), "whole" (the range is ignored), "shifted" (another range), "changed" (another ETag); "" is nothing.
-      most_at_once: How many requests were in flight at the same time.
-      log: The requests so far, with what went wrong.
-      url: Where the folder is.
+      most_at_once: how many requests were in flight at the same time.
+      log: the requests so far, with what went wrong.
+      url: where the folder is.
     """
 
     def __init__(self, folder: str | os.PathLike, latency_seconds: float = 0.0,
@@ -119,9 +118,6 @@ class RangeServer:
     async def _answer(self, head: str, writer: asyncio.StreamWriter) -> bool:
         """Answers one request; returns whether the connection goes on."""
         method, path, _ = head.split(" ", 2)
-        if path == STATS:
-            await _send(writer, 200, {}, json.dumps(self.stats()).encode())
-            return True
         asked = re.search(r"\r\nRange: *bytes=(\d+)-(\d+)", head, re.IGNORECASE)
         request = Request(method, path, *((int(asked[1]), int(asked[2]) + 1) if asked else (None, None)))
         fault = self.fault(request)
@@ -191,6 +187,7 @@ def main() -> None:
     with RangeServer(given.folder, given.latency_ms / 1000, random_faults(given.error_rate, given.seed)) as server:
         print(server.url, flush=True)
         sys.stdin.read()
+        print(json.dumps(server.stats()))
 
 
 if __name__ == "__main__":
