@@ -93,17 +93,15 @@ class Interrupted(Exception):
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that the train loop reads; the second one acts at once."""
 
+    signal: int | None = None
+
     def __enter__(self) -> "StopRequest":
-        self.signal: int | None = None
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
 
     def _request(self, number: int, _frame) -> None:
         self.signal = number

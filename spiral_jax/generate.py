@@ -31,10 +31,9 @@ from spiral_jax.decoding.decoder import Decoder, Request, Token, bytes_per_row, 
 from spiral_jax.decoding.sampling import SamplingSettings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.kernels.choose import attention_for
-from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
-from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, check_divisible, constrain, make_mesh, param_shardings
+from spiral_jax.model.config import Dtype, ModelConfig
+from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
+from spiral_jax.parallel.placed import PlacedModel, place
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
 
@@ -79,7 +78,8 @@ def main(values: flags.FlagValues) -> None:
     ]
     stop_ids = [tokenizer.separator_id, *(stop_id(tokenizer, text) for text in values.stop_token)]
     mesh = mesh_of(values.mesh)
-    model, params = open_model(folder, values.step, values.dtype, mesh)
+    placed, params = open_model(folder, values.step, values.dtype, mesh)
+    model = placed.model
     # No longer than the longest text can get: attention reads the whole cache.
     longest = max(len(request.prompt) for request in requests) + values.max_new_tokens
     rows = min(values.batch_size, len(requests))
@@ -195,8 +195,8 @@ def mesh_of(flag: Sequence[str]) -> Mesh:
     return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
 
-def open_model(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> tuple[SpiralFormer, Any]:
-    """The model, tied to a mesh, and its parameters there.
+def open_model(folder: Path, step: int | None, dtype: Dtype | None, mesh: Mesh) -> tuple[PlacedModel, Any]:
+    """The model on a mesh, and its parameters there.
 
     Raises:
       SpiralError: no such checkpoint, or a model that cannot be cut like this.
@@ -205,8 +205,8 @@ def open_model(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) ->
     check_dtype(config.dtype, "--dtype")
     data, fsdp, tensor = mesh.devices.shape
     check_divisible((data, fsdp, tensor), config, data * fsdp, 1)
-    model = SpiralFormer(config, Backend(attention_for(mesh, config), functools.partial(constrain, mesh)))
-    return model, jax.device_put(params, param_shardings(config, mesh))
+    placed = place(config, mesh, attention_for(mesh, config))
+    return placed, jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
 
 
 class Shown:
