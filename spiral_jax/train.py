@@ -27,8 +27,9 @@ from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
 from spiral_jax.evaluation.validation import Validation
-from spiral_jax.parallel import processes
 from spiral_jax.parallel.mesh import make_mesh
+from spiral_jax.parallel.place import define_processes
+from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import metrics, own_code, summary
 from spiral_jax.run.checkpoint import Checkpoints, Saves
 from spiral_jax.run.config import RunConfig
@@ -45,7 +46,7 @@ def define(values: flags.FlagValues) -> None:
     command.define_config(values)
     flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     flags.DEFINE_string("profile", "", "FIRST:LAST steps to trace into WORKDIR/profile", flag_values=values)
-    processes.define(values)
+    define_processes(values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -55,22 +56,22 @@ def main(values: flags.FlagValues) -> None:
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise SpiralError("model.dtype is 'float64', which needs JAX_ENABLE_X64=1 in the environment")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
-    processes.initialize(values)
-    workdir = open_workdir(values.workdir)
-    metrics.check_extras(config.logging)
-    summary.check_extras(config.summary)
-    config.check_mesh(jax.device_count())
-    processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
-    check_processes(config)
-    across = f" in {jax.process_count()} processes" if processes.is_several() else ""
-    processes.say(
-        f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
-        f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
-    )
-    with claim(workdir) if processes.is_main() else contextlib.nullcontext():
-        processes.check_shared(workdir, "--workdir")
-        run(config, workdir, profiled)
+    with command.joined(values) as processes:
+        workdir = open_workdir(values.workdir)
+        metrics.check_extras(config.logging)
+        summary.check_extras(config.summary)
+        config.check_mesh(jax.device_count())
+        processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
+        check_processes(config, processes)
+        across = f" in {processes.count} processes" if processes.several else ""
+        processes.say(
+            f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
+            f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
+        )
+        with claim(workdir) if processes.is_main else contextlib.nullcontext():
+            processes.check_shared(workdir, "--workdir")
+            run(config, workdir, profiled, processes)
 
 
 class Opened(NamedTuple):
@@ -93,25 +94,25 @@ class Opened(NamedTuple):
     given: dict[str, Any] | None
 
 
-def run(config: RunConfig, workdir: Path, profiled: range) -> None:
+def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes) -> None:
     """The run in `workdir`, from wherever it stands."""
-    opened = open_run(config, workdir)
+    opened = open_run(config, workdir, processes)
     program = make_program(config, make_mesh(config.mesh))
-    state = first_state(config, workdir, program, opened)
-    if processes.is_main():
+    state = first_state(config, workdir, program, opened, processes)
+    if processes.is_main:
         config.save(workdir / "config.json")
         own_code.save(workdir, config.to_dict())
         save_data(workdir, opened.data)
         (workdir / "parameters.txt").write_text(parameter_table(program.abstract_state.params))
         write_environment(workdir / "environment.json", program.mesh)
     if (opened.saved_step or 0) < config.train.steps:
-        train(config, workdir, program, state, opened, profiled)
+        train(config, workdir, program, state, opened, profiled, processes)
     opened.checkpoints.close()
-    if processes.is_main():
-        finish(config, workdir, opened.data)
+    if processes.is_main:
+        finish(config, workdir, opened.data, processes)
 
 
-def open_run(config: RunConfig, workdir: Path) -> Opened:
+def open_run(config: RunConfig, workdir: Path, processes: Processes) -> Opened:
     """Opens what the run stands on, and checks it against its newest checkpoint.
 
     Raises:
@@ -128,7 +129,7 @@ def open_run(config: RunConfig, workdir: Path) -> Opened:
         for line in own_code.changes(workdir, config.to_dict()):
             processes.say(line)
         fingerprints = meta["data"]["fingerprints"]
-    data = prepare_data(config, workdir, fingerprints)
+    data = prepare_data(config, workdir, fingerprints, processes)
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
@@ -136,11 +137,11 @@ def open_run(config: RunConfig, workdir: Path) -> Opened:
     tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
     given = None
     if saved_step is None and config.upcycle.source:
-        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source))
+        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
     return Opened(data, order, tasks, checkpoints, saved_step, given)
 
 
-def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened) -> TrainState:
+def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened, processes: Processes) -> TrainState:
     """Where the run starts: at its newest checkpoint, at parameters from elsewhere, or at random ones."""
     if opened.saved_step:
         state = opened.checkpoints.restore(opened.saved_step, program.abstract_state)
@@ -162,7 +163,13 @@ def first_state(config: RunConfig, workdir: Path, program: Program, opened: Open
 
 
 def train(
-    config: RunConfig, workdir: Path, program: Program, state: TrainState, opened: Opened, profiled: range
+    config: RunConfig,
+    workdir: Path,
+    program: Program,
+    state: TrainState,
+    opened: Opened,
+    profiled: range,
+    processes: Processes,
 ) -> None:
     """The steps that are left."""
     first, last, data = (opened.saved_step or 0) + 1, config.train.steps, opened.data
@@ -178,9 +185,8 @@ def train(
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
     saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
-    is_main = processes.is_main()
-    record = Record(workdir, config, opened.order, first - 1, evaluations) if is_main else None
-    tracer = Tracer(workdir / "profile", profiled if is_main else range(0))
+    record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
+    tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
     try:
         with command.StopRequest() as request, host_batches:
             stop = AgreedStop(lambda: request.signal, program.mesh)
@@ -204,7 +210,7 @@ def train(
         raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
 
 
-def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
+def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Processes) -> None:
     """Says how the run ended and where everything is."""
     rows = metrics.read_rows(workdir / "metrics.jsonl")
     print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
@@ -213,8 +219,8 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
         last = evaluated[-1]
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
-    if config.summary.sample_tokens and processes.is_several():
-        print(f"no sample: its parameters would have to fit one of the {jax.process_count()} processes")
+    if config.summary.sample_tokens and processes.several:
+        print(f"no sample: its parameters would have to fit one of the {processes.count} processes")
     elif config.summary.sample_tokens and data.validation is not None:
         model, params = load(workdir)
         text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
@@ -228,11 +234,11 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)
 
 
-def check_processes(config: RunConfig) -> None:
+def check_processes(config: RunConfig, processes: Processes) -> None:
     """Raises SpiralError for what a run on several processes cannot do."""
-    if config.evaluation.tasks and processes.is_several():
+    if config.evaluation.tasks and processes.several:
         raise SpiralError(
-            f"evaluation.tasks: found {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
+            f"evaluation.tasks: found {', '.join(config.evaluation.tasks)} with {processes.count} processes; "
             "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
         )
 
