@@ -41,7 +41,7 @@ from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
-from spiral_jax.parallel import processes
+from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import on_host, restore_for_inference
 from spiral_jax.run.config import RunConfig
@@ -70,7 +70,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | Non
 
 
 def read_model(
-    path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None
+    path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None, processes: Processes = ALONE
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """As `load`, but the architecture, and the parameters as NumPy arrays: nothing is put on a device."""
     folder = run_directory(path)
@@ -78,15 +78,15 @@ def read_model(
         require(step is None, "step", step, f"none, as {folder} is no run")
         config, _ = read_config(folder, dtype or "float32")
         return config, read_params(folder, config)
-    config = load_config(folder).model
+    config = load_config(folder, processes).model
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     params, _ = restore_for_inference(folder, on_host(abstract_params(config)), step)
     return config, params
 
 
-def load_config(workdir: Path) -> RunConfig:
-    """A run's configuration; says on stderr if code of the user's own has changed since.
+def load_config(workdir: Path, processes: Processes = ALONE) -> RunConfig:
+    """A run's configuration; process 0 says on stderr if code of the user's own has changed since.
 
     Raises:
       SpiralError: as for `RunConfig.load`.
