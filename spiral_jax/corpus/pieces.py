@@ -125,7 +125,7 @@ def cut_packed(source: Source, size: int) -> Iterator[Piece]:
     enough = size + LOOKAHEAD + MARGIN
     unpacked = position = done = 0
 
-    def take(at: int, ends: bool) -> Piece:
+    def take(at: int, position: int, ends: bool) -> Piece:
         nonlocal begin, line, done
         stretch = dataclasses.replace(source, begin=begin, end=begin + at)
         now = min(position, source.input_bytes)
@@ -144,10 +144,10 @@ def cut_packed(source: Source, size: int) -> Iterator[Piece]:
             if at in (0, len(content)):  # perhaps a longer line: look again when there is twice as much
                 enough = 2 * len(content)
                 break
-            yield take(at, ends=False)
+            yield take(at, position, ends=False)
             enough = size + LOOKAHEAD + MARGIN
     if content:
-        yield take(len(content), ends=True)
+        yield take(len(content), position, ends=True)
 
 
 def _cut_parquet(source: Source, size: int, text_field: str) -> Iterator[Piece]:

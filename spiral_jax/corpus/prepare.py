@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.corpus.parts import NAMED, SPLITS, Part, find_part, split_of
+from spiral_jax.corpus.parts import NAMED, SPLITS, Part, split_of
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
 from spiral_jax.corpus.store_writer import Counts, StoreWriter
@@ -37,7 +37,7 @@ from spiral_jax.data.atomic import rename_whole, write_text
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
 from spiral_jax.data.storage import local_path
-from spiral_jax.data.store import MANIFEST, token_dtype
+from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
 from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer, train_bpe
 from spiral_jax.errors import SpiralError
 from spiral_jax.progress import Progress, Report
@@ -113,11 +113,10 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
         except SpiralError as error:
             report(f"data: preparing again, the cache is damaged: {error}")
             prepared = None
-        if prepared is not None:
-            report(f"data: using {folder}: {_describe(folder)}")
-            return prepared
-        _build(recipe, folder, report)
-        return open_folder(folder)
+        if prepared is None:
+            return _build(recipe, folder, report)
+        report(f"data: using {folder}: {_describe(folder)}")
+        return prepared
 
 
 def prepare_folder(
@@ -242,7 +241,7 @@ def _describe(folder: Path) -> str:
     return "; ".join(f"{split} {numbers(counts)}" for split, counts in _result(folder)["splits"].items())
 
 
-def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: None) -> None:
+def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: None) -> PreparedData:
     """Makes a folder of stores: what is made does not depend on the number of workers or on being stopped.
 
     It goes on where an earlier call with the same fingerprint was stopped; what is in the folder is replaced at the
@@ -257,33 +256,29 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
         tokenizer = _tokenizer(partial, recipe, report)
         parts = _finished_parts(partial, recipe, tokenizer, report, check)
         result = _summarise(parts, recipe.fingerprint)
-        needed = {"train": "data.paths"}
-        needed |= {"validation": "data.validation_paths"} if recipe.config.validation_paths else {}
-        num_skipped = result["skipped_records"] + result["skipped_files"]
-        for split, field in needed.items():
+        kinds = {"record(s)": result["skipped_records"], "file(s)": result["skipped_files"]}
+        for split in SPLITS if recipe.config.validation_paths else SPLITS[:1]:
             if not result["splits"][split]["documents"]:
                 shutil.rmtree(partial, ignore_errors=True)
-                raise SpiralError(
-                    f"{field}: no text for {split}{f' ({num_skipped} skipped as invalid)' if num_skipped else ''}; "
-                    "allowed: at least one document that is not empty"
-                )
+                field = {"train": "data.paths", "validation": "data.validation_paths"}[split]
+                skipped = f" ({sum(kinds.values())} skipped as invalid)" if any(kinds.values()) else ""
+                raise SpiralError(f"{field}: no text for {split}{skipped}; allowed: at least one document with text")
         _merge(partial, recipe, tokenizer, parts, check)
-        whole = partial / "whole"
-        tokenizer.save(whole)
-        write_text(whole / RESULT, json.dumps(result, indent=2) + "\n")
-        rename_whole(whole, folder)
+        tokenizer.save(partial / "whole")
+        write_text(partial / "whole" / RESULT, json.dumps(result, indent=2) + "\n")
+        rename_whole(partial / "whole", folder)
     except OSError as error:
         raise SpiralError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.config.validation_fraction and not result["splits"]["validation"]["documents"]:
         report("data: no document was held out for validation; a larger data.validation_fraction holds out more")
-    if num_skipped:
-        kinds = {"record(s)": result["skipped_records"], "file(s)": result["skipped_files"]}
+    if any(kinds.values()):
         counted = " and ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
         report(f"data: skipped {counted} that hold no text, among them:")
         for line in result["first_skipped"]:
             report(f"data:   {line}")
     report(f"data: wrote {folder}: {_describe(folder)}")
+    return open_folder(folder)
 
 
 def _claim(partial: Path, fingerprint: str) -> None:
@@ -339,9 +334,7 @@ def _sample(recipe: Recipe) -> list[str]:
     return texts
 
 
-def _finished_parts(
-    partial: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report, check: Check
-) -> list[Part]:
+def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report, check: Check) -> list[Part]:
     """All parts in order, each in the folder of parts or in a store."""
     folder, listed, dtype = partial / "parts", partial / "parts.json", token_dtype(tokenizer.vocab_size)
     if listed.exists():
@@ -355,7 +348,7 @@ def _finished_parts(
         report(f"data: starting anew, {partial} is damaged")
         listed.unlink()
         shutil.rmtree(partial / "whole", ignore_errors=True)
-    kept = {path.stem: part for path in folder.glob("*.json") if (part := find_part(path.stem, folder, dtype))}
+    kept = {path.stem: part for path in folder.glob("*.json") if (part := Part.find(path.stem, folder, dtype))}
     if kept:
         report(f"data: going on with {len(kept)} finished parts of an earlier run")
     total = sum(source.input_bytes for source in recipe.sources)
@@ -378,7 +371,7 @@ def _finished_parts(
     for source in recipe.sources:
         check_unchanged(source)
     parts = [kept[name] for name in names]
-    write_text(listed, json.dumps([part.to_json() for part in parts]))
+    write_text(listed, json.dumps([dataclasses.asdict(part) for part in parts]))
     return parts
 
 
@@ -389,7 +382,7 @@ def _used(parts: Sequence[Part], split: str) -> list[Part]:
 
 
 def _total(parts: Sequence[Part], split: str) -> Counts:
-    return functools.reduce(Counts.__add__, (part.counts[split] for part in parts), Counts())
+    return sum((part.counts[split] for part in parts), Counts())
 
 
 def _num_merged(partial: Path, parts: Sequence[Part], split: str, dtype: np.dtype) -> int | None:
@@ -399,7 +392,9 @@ def _num_merged(partial: Path, parts: Sequence[Part], split: str, dtype: np.dtyp
         return len(used)
     there = [part.is_there(split, partial / "parts", dtype) for part in used]
     merged = there.index(True) if True in there else len(there)
-    is_whole = all(there[merged:]) and (not merged or StoreWriter.has(store, _total(used[:merged], split), dtype))
+    is_whole = all(there[merged:]) and (
+        not merged or StoreWriter.can_resume(store, _total(used[:merged], split), dtype)
+    )
     return merged if is_whole else None
 
 
@@ -418,11 +413,13 @@ def _merge(partial: Path, recipe: Recipe, tokenizer: Tokenizer, parts: Sequence[
         with contextlib.closing(StoreWriter(store, tokenizer, source=recipe.fingerprint, resume=kept)) as writer:
             for part in used[merged:]:
                 check()
-                tokens_N, ends_M = part.read(split, partial / "parts", dtype)
-                writer.extend(tokens_N, ends_M, part.counts[split])
+                counts, path = part.counts[split], partial / "parts" / f"{part.name}.{split}"
+                tokens_N = np.memmap(path, dtype, "r", shape=counts.tokens)
+                ends_M = np.fromfile(path, OFFSET_DTYPE, counts.documents, offset=tokens_N.nbytes)
+                writer.extend(tokens_N, ends_M, counts)
                 writer.sync()
-                del tokens_N  # mapped: the space is free once nobody has it
-                (partial / "parts" / f"{part.name}.{split}").unlink()
+                del tokens_N  # the space is free once nobody has it mapped
+                path.unlink()
             writer.finish()
 
 

@@ -40,10 +40,6 @@ class Counts:
             max(self.max_token_id, other.max_token_id),
         )
 
-    def file_sizes(self, dtype: np.dtype) -> dict[str, int]:
-        """Bytes of the files of a store that holds so much."""
-        return {TOKENS: self.tokens * dtype.itemsize, DOCUMENTS: (self.documents + 1) * OFFSET_DTYPE.itemsize}
-
 
 class StoreWriter:
     """Writes a store; it appears under its name when it is complete, or not at all.
@@ -52,7 +48,8 @@ class StoreWriter:
         writer.add(tokenizer.encode(text), utf8_bytes=len(text.encode()))
 
     Leaving the block completes the store; leaving it by an exception removes what was written. One writer per folder
-    at a time. A store that is already there is replaced at the end.
+    at a time. A store that is already there is replaced at the end. Methods raise SpiralError if the disk cannot be
+    written.
     """
 
     def __init__(
@@ -64,36 +61,27 @@ class StoreWriter:
           folder: where the store is to be; its parents are made.
           tokenizer: what makes the ids.
           source: fingerprint of the input.
-          resume: what `sync` had secured before the process died; whatever was written after it is dropped.
-
-        Raises:
-          SpiralError: the folder cannot be written, or holds less than `resume`.
+          resume: what `sync` had secured before the process died, as `can_resume` confirms; what was written after it
+            is dropped.
         """
-        self._folder = Path(folder)
-        self._partial = self.partial_of(self._folder)
+        self._folder, self._partial = Path(folder), _partial_of(Path(folder))
         self._tokenizer = tokenizer
         self._source = source
         self._dtype = token_dtype(tokenizer.vocab_size)
         self.counts = resume or Counts()
-        self._files: dict[str, _HashedFile] = {}
+        self._files = {}
         with _errors_of_writing(self._folder):
             if resume is None:
                 shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed
                 self._partial.mkdir(parents=True)
-            for name, size in self.counts.file_sizes(self._dtype).items():
-                self._files[name] = _HashedFile(self._partial / name, None if resume is None else size)
-            if resume is None:
-                self._files[DOCUMENTS].write(np.zeros(1, OFFSET_DTYPE).tobytes())
+            for name, size in _file_sizes(self.counts, self._dtype).items():
+                self._files[name] = open(self._partial / name, "ab", buffering=2**20)
+                self._files[name].truncate(size)  # of a new store, too: the first document starts at 0
 
     @staticmethod
-    def partial_of(folder: Path) -> Path:
-        """Where a store is while it is written."""
-        return folder.with_name(f".{folder.name}.partial")
-
-    @classmethod
-    def has(cls, folder: Path, counts: Counts, dtype: np.dtype) -> bool:
+    def can_resume(folder: Path, counts: Counts, dtype: np.dtype) -> bool:
         """Whether a writer that died left at least so much of a store."""
-        files = {cls.partial_of(folder) / name: size for name, size in counts.file_sizes(dtype).items()}
+        files = {_partial_of(folder) / name: size for name, size in _file_sizes(counts, dtype).items()}
         return all(path.exists() and path.stat().st_size >= size for path, size in files.items())
 
     def add(self, tokens_N: np.ndarray, *, utf8_bytes: int) -> None:
@@ -104,7 +92,7 @@ class StoreWriter:
           utf8_bytes: bytes of the document's text.
 
         Raises:
-          SpiralError: the disk cannot be written, or an id is outside the vocabulary.
+          SpiralError: an id is outside the vocabulary.
         """
         ids_N = np.append(np.asarray(tokens_N, np.int64), self._tokenizer.separator_id)
         check_ids(ids_N, self._tokenizer, f"{self._folder}: document {self.counts.documents}")
@@ -118,25 +106,18 @@ class StoreWriter:
           tokens_N: ids with separators, in the store's type [N].
           ends_M: where documents end in them, behind their separators [M].
           counts: of these tokens.
-
-        Raises:
-          SpiralError: the disk cannot be written.
         """
         with _errors_of_writing(self._folder):
             self._files[TOKENS].write(np.ascontiguousarray(tokens_N).data)
-            ends_M = ends_M.astype(OFFSET_DTYPE) + OFFSET_DTYPE.type(self.counts.tokens)
-            self._files[DOCUMENTS].write(ends_M.tobytes())
+            self._files[DOCUMENTS].write((ends_M.astype(OFFSET_DTYPE) + np.uint64(self.counts.tokens)).tobytes())
         self.counts += counts
 
     def sync(self) -> None:
-        """Returns once everything that was appended is on disk.
-
-        Raises:
-          SpiralError: the disk cannot be written.
-        """
+        """Returns once everything that was appended is on disk."""
         with _errors_of_writing(self._folder):
             for file in self._files.values():
-                file.sync()
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Leaves what was written for another writer to go on with."""
@@ -145,30 +126,26 @@ class StoreWriter:
                 file.close()
 
     def finish(self) -> TokenStore:
-        """Completes the store and opens it.
-
-        Raises:
-          SpiralError: nothing was added, or the disk cannot be written.
-        """
+        """Completes the store and opens it; SpiralError if nothing was added."""
         if not self.counts.documents:
             self.abort()
             raise SpiralError(f"{self._folder}: no text to store; allowed: at least one document that is not empty")
         self.sync()
-        manifest = Manifest(
-            dtype=self._dtype.str,
-            num_tokens=self.counts.tokens,
-            num_documents=self.counts.documents,
-            utf8_bytes=self.counts.utf8_bytes,
-            vocab_size=self._tokenizer.vocab_size,
-            separator_id=self._tokenizer.separator_id,
-            max_token_id=max(self.counts.max_token_id, self._tokenizer.separator_id),
-            tokenizer_fingerprint=self._tokenizer.fingerprint,
-            source=self._source,
-            tokens_sha256=self._files[TOKENS].digest.hexdigest(),
-            documents_sha256=self._files[DOCUMENTS].digest.hexdigest(),
-        )
         self.close()
         with _errors_of_writing(self._folder):
+            manifest = Manifest(
+                dtype=self._dtype.str,
+                num_tokens=self.counts.tokens,
+                num_documents=self.counts.documents,
+                utf8_bytes=self.counts.utf8_bytes,
+                vocab_size=self._tokenizer.vocab_size,
+                separator_id=self._tokenizer.separator_id,
+                max_token_id=max(self.counts.max_token_id, self._tokenizer.separator_id),
+                tokenizer_fingerprint=self._tokenizer.fingerprint,
+                source=self._source,
+                tokens_sha256=_sha256(self._partial / TOKENS),
+                documents_sha256=_sha256(self._partial / DOCUMENTS),
+            )
             write_text(self._partial / MANIFEST, manifest.to_json())
             rename_whole(self._partial, self._folder)
         return TokenStore.open(self._folder)
@@ -188,49 +165,24 @@ class StoreWriter:
             self.abort()
 
 
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _file_sizes(counts: Counts, dtype: np.dtype) -> dict[str, int]:
+    return {TOKENS: counts.tokens * dtype.itemsize, DOCUMENTS: (counts.documents + 1) * OFFSET_DTYPE.itemsize}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_ids(ids_N: np.ndarray, tokenizer: Tokenizer, name: str) -> None:
-    """Checks that ids, at least one, are in the vocabulary: others would wrap around in the store's type.
-
-    Args:
-      ids_N: integers [N].
-      tokenizer: what made them.
-      name: what to call them in the error.
-
-    Raises:
-      SpiralError: they are not.
-    """
-    smallest, largest = int(ids_N.min()), int(ids_N.max())
+    """Raises SpiralError, which calls them `name`, if ids [N] are outside the vocabulary: they would wrap around."""
+    smallest, largest = int(ids_N.min(initial=0)), int(ids_N.max(initial=0))
     if smallest < 0 or largest >= tokenizer.vocab_size:
         raise SpiralError(f"{name} has ids {smallest} to {largest}; allowed: 0 to {tokenizer.vocab_size - 1}")
-
-
-class _HashedFile:
-    """A file that knows the checksum of what was written."""
-
-    def __init__(self, path: Path, keep: int | None):
-        """Makes a new file, or goes on behind the first `keep` bytes of one."""
-        self.digest = hashlib.sha256()
-        self._file = open(path, "wb" if keep is None else "r+b", buffering=2**20)
-        left = keep or 0
-        while block := self._file.read(min(left, 2**24)) if left else b"":
-            self.digest.update(block)
-            left -= len(block)
-        if left:
-            self._file.close()
-            raise SpiralError(f"{path} is shorter than the {keep} bytes that were written; allowed: run it again")
-        self._file.seek(keep or 0)
-        self._file.truncate()
-
-    def write(self, content: bytes | memoryview) -> None:
-        self.digest.update(content)
-        self._file.write(content)
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @contextlib.contextmanager

@@ -183,7 +183,8 @@ def main() -> None:
     while True:
         piece = inbox.get()
         try:
-            result = encode_piece(piece, tokenizer, config, Path(task["folder"])).to_json()
+            part = encode_piece(piece, tokenizer, config, Path(task["folder"]))
+            result = dataclasses.asdict(part)
         except SpiralError as error:
             result = {"error": str(error)}
         except Exception:
