@@ -16,9 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from spiral_jax.corpus.pieces import Piece
-from spiral_jax.corpus.sources import Source, uniform_hash
 from spiral_jax.corpus.store_writer import Counts, check_ids
-from spiral_jax.corpus.texts import Invalid, Text, read_piece
+from spiral_jax.corpus.texts import Invalid, Text, read_piece, split_of
 from spiral_jax.data.atomic import write_text
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.store import OFFSET_DTYPE, token_dtype
@@ -63,12 +62,9 @@ class Part:
     @classmethod
     def find(cls, name: str, folder: Path, dtype: np.dtype) -> "Part | None":
         """The part in a folder, if all of it is there; `dtype` is that of an id."""
-        try:
-            part = cls.from_json(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
-        is_whole = part.name == name and all(part.is_there(split, folder, dtype) for split in SPLITS)
-        return part if is_whole else None
+        content = read_json(folder / f"{name}.json")
+        part = cls.from_json(content) if content and content["name"] == name else None
+        return part if part and all(part.is_there(split, folder, dtype) for split in SPLITS) else None
 
     def is_there(self, split: str, folder: Path, dtype: np.dtype) -> bool:
         """Whether the file of a split is in the folder, or has nothing to hold."""
@@ -77,17 +73,21 @@ class Part:
         return not size or (path.exists() and path.stat().st_size == size)
 
 
+def read_json(path: Path) -> Any:
+    """What is in a file of JSON, or None if there is no such file or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def encode_piece(
     piece: Piece, tokenizer: Tokenizer, config: DataConfig, folder: Path, check: Callable[[], None] = lambda: None
 ) -> Part:
-    """Tokenises a piece into a part, which is on disk, too.
+    """Tokenises a piece into a part, which is in the folder, too.
 
-    Args:
-      piece: what to read.
-      tokenizer: what makes the ids.
-      config: how records are read and split, and what becomes of what is no text.
-      folder: where parts are.
-      check: called now and then; raises to stop the work.
+    The configuration says how records are read and split, and what becomes of what is no text. `check` is called now
+    and then, and raises to stop the work.
 
     Raises:
       SpiralError: the input is no text or cannot be read, or the disk cannot be written.
@@ -135,13 +135,6 @@ def _batches(piece: Piece, config: DataConfig, part: Part) -> Iterator[list[tupl
             part.skipped += 1
             part.first_skipped += [found] if part.skipped <= NAMED else []
     yield batch
-
-
-def split_of(content: bytes, source: Source, config: DataConfig) -> str:
-    """Where a document goes: equal records of a corpus are on one side."""
-    if source.split != "hash":
-        return source.split
-    return "validation" if uniform_hash(content) < config.validation_fraction else "train"
 
 
 class _TokenFile:

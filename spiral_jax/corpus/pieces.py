@@ -55,15 +55,8 @@ def cut_into_pieces(sources: Sequence[Source], text_field: str) -> Iterator[Piec
     Small files share a piece. Large ones are cut: plain text and lines by bytes, parquet by row groups, compressed
     ones by unpacking them here, because they can only be unpacked from their beginning.
 
-    Args:
-      sources: the input.
-      text_field: column of text that a parquet file must have.
-
-    Yields:
-      Pieces in the order of the sources.
-
     Raises:
-      SpiralError: a file cannot be read or is damaged.
+      SpiralError: a file cannot be read, is damaged, or a parquet file without the column `text_field`.
     """
     size = min(max(sum(source.input_bytes for source in sources) // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
     for number, piece in enumerate(_cut(sources, size, text_field)):
@@ -116,11 +109,7 @@ def _plain_cut(source: Source, position: int) -> int:
 
 
 def cut_packed(source: Source, size: int) -> Iterator[Piece]:
-    """Unpacks a file of text or lines and cuts it into pieces of about `size` bytes, or as long as the longest line.
-
-    Yields:
-      Pieces with content.
-    """
+    """Unpacks a file of text or lines into pieces with content, of about `size` bytes or as long as the longest line."""
     content, begin, line = bytearray(), source.begin, 1
     enough = size + LOOKAHEAD + MARGIN
     unpacked = position = done = 0
@@ -163,10 +152,7 @@ def _cut_parquet(source: Source, size: int, text_field: str) -> Iterator[Piece]:
 
 
 def open_parquet(path: str, text_field: str) -> Any:
-    """Opens a parquet file that has a column of text. Needs the extra `parquet`.
-
-    Returns:
-      A `pyarrow.parquet.ParquetFile`.
+    """Opens a file with a column of text, as a `pyarrow.parquet.ParquetFile`. Needs the extra `parquet`.
 
     Raises:
       SpiralError: no parquet file, no such column, not a column of strings, or pyarrow is missing.

@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -27,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.corpus.parts import NAMED, SPLITS, Part, split_of
+from spiral_jax.corpus.parts import NAMED, SPLITS, Part, read_json
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
 from spiral_jax.corpus.store_writer import Counts, StoreWriter
-from spiral_jax.corpus.texts import Invalid, read_piece
+from spiral_jax.corpus.texts import SAMPLE_BYTES, sample_texts
 from spiral_jax.corpus.workers import encode_pieces
 from spiral_jax.data.atomic import rename_whole, write_text
 from spiral_jax.data.config import DataConfig
@@ -45,8 +46,6 @@ from spiral_jax.progress import Progress, Report
 RESULT = "prepared.json"
 # Part of the fingerprint: raise it when the same input would give other tokens.
 _RECIPE_VERSION = 2
-# More text does not make a small vocabulary better in a way one can measure, only slower to train.
-_SAMPLE_BYTES = 8_000_000
 _SECONDS_BETWEEN_TRIES = 0.1
 
 Check = Callable[[], None]
@@ -69,7 +68,7 @@ class Recipe:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all of it, the files by their names, sizes and times."""
-        bpe = ["bpe", self.config.bpe_vocab_size, _SAMPLE_BYTES]
+        bpe = ["bpe", self.config.bpe_vocab_size, SAMPLE_BYTES]
         decisive = {
             "recipe": _RECIPE_VERSION,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else bpe,
@@ -95,9 +94,6 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
       config: which text, which tokenizer.
       cache_dir: where stores are kept; made if missing.
       report: called with a line of progress now and then.
-
-    Returns:
-      The stores and their tokenizer.
 
     Raises:
       SpiralError: missing files, empty or undecodable text, tokenizer that does not fit, unwritable cache.
@@ -162,15 +158,13 @@ def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
     if not sources:
         raise SpiralError(f"data.paths: all files are in {output}, where the result goes; allowed: other files")
     if config.validation_paths:
-        validation = find_sources(
-            config.validation_paths, config.exclude, format=config.format, field="data.validation_paths"
-        )
+        field = "data.validation_paths"
+        validation = find_sources(config.validation_paths, config.exclude, format=config.format, field=field)
         held_out = {os.path.realpath(source.path) for source in validation}
         train = [source for source in sources if os.path.realpath(source.path) not in held_out]
         if not train:
             raise SpiralError(
-                f"data.paths: all {len(sources)} files are in data.validation_paths, too; "
-                "allowed: paths that leave at least one file to train on"
+                f"data.paths: all {len(sources)} files are in {field}, too; allowed: one more to train on"
             )
         split = train + [dataclasses.replace(source, split="validation") for source in validation]
     else:
@@ -193,15 +187,13 @@ def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: N
     except OSError as error:
         raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
     with lock:
-        is_waiting = False
-        while True:
+        for attempt in itertools.count():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not is_waiting:
+                if not attempt:
                     report(f"data: waiting for another process that prepares data in {folder}")
-                is_waiting = True
                 check()
                 time.sleep(_SECONDS_BETWEEN_TRIES)
         yield
@@ -209,10 +201,8 @@ def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: N
 
 def _result(folder: Path) -> dict[str, Any]:
     """What `prepared.json` says, or nothing."""
-    try:
-        return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+    content = read_json(folder / RESULT)
+    return content if isinstance(content, dict) else {}
 
 
 def _open(folder: Path, fingerprint: str) -> PreparedData | None:
@@ -283,10 +273,7 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
 
 def _claim(partial: Path, fingerprint: str) -> None:
     """Makes the partial folder ours: goes on with it, or starts anew if it is of other input or damaged."""
-    try:
-        is_ours = json.loads((partial / "job.json").read_text(encoding="utf-8"))["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError):
-        is_ours = False
+    is_ours = read_json(partial / "job.json") == {"fingerprint": fingerprint}
     if not is_ours and partial.exists():
         shutil.rmtree(partial)
     (partial / "parts").mkdir(parents=True, exist_ok=True)
@@ -304,7 +291,7 @@ def _tokenizer(partial: Path, recipe: Recipe, report: Report) -> Tokenizer:
     unnamed.mkdir()
     tokenizer = recipe.tokenizer
     if tokenizer is None:
-        texts, size = _sample(recipe), recipe.config.bpe_vocab_size
+        texts, size = sample_texts(recipe.sources, recipe.config), recipe.config.bpe_vocab_size
         sample_bytes = sum(len(text.encode("utf-8")) for text in texts)
         report(f"data: training a BPE of {size} entries on {sample_bytes / 1e6:.1f} MB")
         tokenizer = train_bpe(texts, size)
@@ -313,38 +300,14 @@ def _tokenizer(partial: Path, recipe: Recipe, report: Report) -> Tokenizer:
     return tokenizer
 
 
-def _sample(recipe: Recipe) -> list[str]:
-    """Training documents, about _SAMPLE_BYTES of them; the same for the same input."""
-    texts: list[str] = []
-    num_bytes = 0
-    # In the order of a hash, so that the sample is not just the first folder.
-    train = [source for source in recipe.sources if source.split != "validation"]
-    train.sort(key=lambda source: hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest())
-    for one in train:
-        for piece in cut_into_pieces([one], recipe.config.text_field):  # a large file is not read whole
-            for source, found in read_piece(piece, recipe.config.text_field):
-                if num_bytes >= _SAMPLE_BYTES:
-                    return texts
-                if isinstance(found, Invalid):
-                    if recipe.config.invalid == "error":
-                        raise found.error()
-                elif split_of(found.text.encode("utf-8"), source, recipe.config) == "train":
-                    texts.append(found.text[: _SAMPLE_BYTES - num_bytes])
-                    num_bytes += len(texts[-1].encode("utf-8"))
-    return texts
-
-
 def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report, check: Check) -> list[Part]:
     """All parts in order, each in the folder of parts or in a store."""
     folder, listed, dtype = partial / "parts", partial / "parts.json", token_dtype(tokenizer.vocab_size)
-    if listed.exists():
-        try:
-            parts = [Part.from_json(content) for content in json.loads(listed.read_text(encoding="utf-8"))]
-            if all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
-                report("data: all text is tokenised, going on to put it together")
-                return parts
-        except (ValueError, KeyError, TypeError):
-            pass
+    if content := read_json(listed):
+        parts = [Part.from_json(part) for part in content]
+        if all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
+            report("data: all text is tokenised, going on to put it together")
+            return parts
         report(f"data: starting anew, {partial} is damaged")
         listed.unlink()
         shutil.rmtree(partial / "whole", ignore_errors=True)
@@ -392,10 +355,8 @@ def _num_merged(partial: Path, parts: Sequence[Part], split: str, dtype: np.dtyp
         return len(used)
     there = [part.is_there(split, partial / "parts", dtype) for part in used]
     merged = there.index(True) if True in there else len(there)
-    is_whole = all(there[merged:]) and (
-        not merged or StoreWriter.can_resume(store, _total(used[:merged], split), dtype)
-    )
-    return merged if is_whole else None
+    can_go_on = not merged or StoreWriter.can_resume(store, _total(used[:merged], split), dtype)
+    return merged if can_go_on and all(there[merged:]) else None
 
 
 def _merge(partial: Path, recipe: Recipe, tokenizer: Tokenizer, parts: Sequence[Part], check: Check) -> None:

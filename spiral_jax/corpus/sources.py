@@ -1,5 +1,6 @@
 """Input files: which ones, in which order, how their bytes are read, and which of them are held out."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import glob
@@ -69,7 +70,7 @@ class Source:
 def find_sources(
     paths: Sequence[str], exclude: Sequence[str] = (), *, format: str = "auto", field: str = "data.paths"
 ) -> list[Source]:
-    """Lists the files that `paths` name.
+    """Lists the files that `paths` name, as whole files to train on.
 
     The order depends on the order of `paths` and the names below each of them, never on the file system or the
     machine. A file reached twice (overlapping patterns, links) is listed once, an empty file not at all. Hidden
@@ -82,14 +83,11 @@ def find_sources(
       format: `data.format`.
       field: config field to name in errors.
 
-    Returns:
-      Whole files to train on, at least one.
-
     Raises:
       SpiralError: a path does not exist, a pattern or folder holds no file, or everything is excluded or empty.
     """
-    found = [(root, file) for given in paths for root, file in _find(given, field)]
     chosen: dict[str, Source] = {}
+    found = [place for given in paths for place in _find(given, field)]
     for root, file in found:
         if not any(fnmatch.fnmatchcase(file.as_posix(), pattern) for pattern in exclude):
             status, name = file.stat(), file.relative_to(root).as_posix()
@@ -150,18 +148,11 @@ def _format_of(name: str, configured: str) -> tuple[str, str]:
 
 
 def hold_out(sources: Sequence[Source], fraction: float) -> list[Source]:
-    """Says what is validated on: text files by a hash of their names, so that adding others moves none.
+    """Holds out a share of the documents: text files by a hash of their names, so that adding others moves none.
 
     Records are chosen one by one when their text is known. A few text files may all fall on one side, and a single
     one always does. Then the end of every file is held out instead, because a user's one book should have a
-    validation loss, too.
-
-    Args:
-      sources: whole files.
-      fraction: share of the documents to hold out; 0 holds out nothing.
-
-    Returns:
-      What is trained on, then what is validated on, each in the order given.
+    validation loss, too. What is trained on comes first, in the order given, then what is validated on.
     """
     if not fraction:
         return list(sources)
@@ -173,12 +164,11 @@ def hold_out(sources: Sequence[Source], fraction: float) -> list[Source]:
 
     split = [dataclasses.replace(source, split=split_of(source)) for source in sources]
     if {source.split for source in split} in ({"train"}, {"validation"}):
-        cuts = [_tail_cut(source, fraction) for source in sources]
-        split = [dataclasses.replace(source, end=cut) for source, cut in zip(sources, cuts, strict=True)]
-        split += [
-            dataclasses.replace(source, begin=cut, split="validation")
-            for source, cut in zip(sources, cuts, strict=True)
-        ]
+        split = []
+        for source in sources:
+            cut = _tail_cut(source, fraction)
+            split.append(dataclasses.replace(source, end=cut))
+            split.append(dataclasses.replace(source, begin=cut, split="validation"))
     return sorted(split, key=lambda source: source.split == "validation")
 
 
@@ -189,14 +179,10 @@ def uniform_hash(content: bytes) -> float:
 
 def _tail_cut(source: Source, fraction: float) -> int:
     """Where the held-out end of a text begins: after the end of a line if there is one, but not after the last."""
-
-    def blocks() -> Iterator[bytes]:
-        return (block for block, _ in unpack(source.path, source.compression))
-
-    size = sum(map(len, blocks())) if source.compression else source.size
+    size = sum(map(len, _blocks(source))) if source.compression else source.size
     position = int(size * (1.0 - fraction))
     begin, following = 0, b""
-    for block in blocks():
+    for block in _blocks(source):
         first = max(position - begin, 0)
         newline = block.find(b"\n", first, max(size - 1 - begin, 0))
         if newline >= 0:
@@ -214,13 +200,17 @@ def character_cut(content: bytes | bytearray, position: int) -> int:
     return position
 
 
+def _blocks(source: Source) -> Iterator[bytes]:
+    return (block for block, _ in unpack(source.path, source.compression))
+
+
 def read_text(source: Source) -> str:
     """Reads a text file, unpacked, with its line ends as they are: encoded as UTF-8 it is the bytes of the source.
 
     Raises:
       SpiralError: the file is not UTF-8, or cannot be read.
     """
-    content = b"".join(block for block, _ in unpack(source.path, source.compression))
+    content = b"".join(_blocks(source))
     try:
         content.decode("utf-8")  # all of it, whichever stretch is asked for
         return content[source.begin : source.end].decode("utf-8")
@@ -231,32 +221,19 @@ def read_text(source: Source) -> str:
 
 
 def read_range(path: str, begin: int, end: int) -> bytes:
-    """Reads bytes begin to end - 1 of a file as it is.
-
-    Raises:
-      SpiralError: the file cannot be read, or is shorter.
-    """
-    try:
-        with open(path, "rb") as file:
-            file.seek(begin)
-            content = file.read(end - begin)
-    except OSError as error:
-        raise SpiralError(f"{path} cannot be read ({error.strerror})") from error
+    """Bytes begin to end - 1 of a file as it is; SpiralError if it cannot be read or is shorter."""
+    with _reading(path), open(path, "rb") as file:
+        file.seek(begin)
+        content = file.read(end - begin)
     if len(content) < end - begin:
         raise SpiralError(f"{path} has become shorter while it was read; allowed: files that do not change")
     return content
 
 
 def check_unchanged(source: Source) -> None:
-    """Checks that the file is still what it was when it was found.
-
-    Raises:
-      SpiralError: it is not.
-    """
-    try:
+    """Raises SpiralError unless the file is still what it was when it was found."""
+    with _reading(source.path):
         status = os.stat(source.path)
-    except OSError as error:
-        raise SpiralError(f"{source.path} cannot be read ({error.strerror})") from error
     if (status.st_size, status.st_mtime_ns) != (source.size, source.modified_ns):
         raise SpiralError(
             f"{source.path} has changed while it was read; allowed: files that do not change (run it again)"
@@ -266,24 +243,25 @@ def check_unchanged(source: Source) -> None:
 def unpack(path: str, compression: str) -> Iterator[tuple[bytes, int]]:
     """Reads a file block by block, all members of a gzip and all frames of a zstd file.
 
-    Args:
-      path: the file.
-      compression: "gz", "zst" or "".
-
     Yields:
       Unpacked bytes, at least one, and how many bytes of the file they and those before them took.
 
     Raises:
       SpiralError: the file cannot be read, is cut off or damaged, or the package to unpack it is missing.
     """
+    with _reading(path), open(path, "rb") as file:
+        if compression == "zst":
+            yield from _unpack_zstd(path, file)
+            return
+        unpacked = gzip.GzipFile(fileobj=file) if compression else file
+        while block := unpacked.read(_BLOCK):
+            yield block, file.tell()
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            if compression == "zst":
-                yield from _unpack_zstd(path, file)
-                return
-            unpacked = gzip.GzipFile(fileobj=file) if compression else file
-            while block := unpacked.read(_BLOCK):
-                yield block, file.tell()
+        yield
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise SpiralError(f"{path} is cut off or damaged ({one_line(error)}); allowed: a complete gzip file") from error
     except OSError as error:

@@ -1,19 +1,24 @@
 """What is in a piece: the text of its documents, and what in it is no text."""
 
 import dataclasses
+import functools
+import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from spiral_jax.corpus.pieces import Piece, cut_packed, listing, open_parquet, text_cut
-from spiral_jax.corpus.sources import Source, one_line, read_range, unpack
+from spiral_jax.corpus.pieces import Piece, cut_into_pieces, cut_packed, listing, open_parquet, text_cut
+from spiral_jax.corpus.sources import Source, one_line, read_range, uniform_hash, unpack
+from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
 
 # A document longer than this is tokenised in stretches. Memory per worker is some hundred times this.
 _TEXT_BYTES = 2**20
 _ROWS_PER_BATCH = 256
+# More text does not make a small vocabulary better in a way one can measure, only slower to train.
+SAMPLE_BYTES = 8_000_000
 
 
 class Text(NamedTuple):
@@ -62,11 +67,7 @@ class Invalid(NamedTuple):
 
 
 def read_piece(piece: Piece, text_field: str) -> Iterator[tuple[Source, Text | Invalid]]:
-    """Reads documents, long text in stretches.
-
-    Args:
-      piece: what to read.
-      text_field: field or column of records that holds the text.
+    """Reads documents, long text in stretches; `text_field` is the field or column of records that holds the text.
 
     Yields:
       Documents that are not empty, in order, each with its source. Of a text file that is not UTF-8, one Invalid and
@@ -80,11 +81,41 @@ def read_piece(piece: Piece, text_field: str) -> Iterator[tuple[Source, Text | I
         if source.format == "parquet":
             found = _rows(source, text_field)
         elif source.format == "jsonl":
-            found = (item for read in _with_content(one) for item in _json_lines(read, text_field))
+            found = (item for unpacked in _with_content(one) for item in _json_lines(unpacked, text_field))
         else:
-            found = _texts(source.path, lambda one=one: _with_content(one))
-        for item in found:
-            yield source, item
+            found = _texts(source.path, functools.partial(_with_content, one))
+        yield from ((source, item) for item in found)
+
+
+def sample_texts(sources: Sequence[Source], config: DataConfig) -> list[str]:
+    """Training documents for a tokenizer, about SAMPLE_BYTES of them; the same for the same input.
+
+    Raises:
+      SpiralError: input that is no text or cannot be read.
+    """
+    texts: list[str] = []
+    num_bytes = 0
+    # In the order of a hash, so that the sample is not just the first folder.
+    train = [source for source in sources if source.split != "validation"]
+    train.sort(key=lambda source: hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest())
+    pieces = (piece for source in train for piece in cut_into_pieces([source], config.text_field))
+    for source, found in (item for piece in pieces for item in read_piece(piece, config.text_field)):
+        if num_bytes >= SAMPLE_BYTES:
+            break
+        if isinstance(found, Invalid):
+            if config.invalid == "error":
+                raise found.error()
+        elif split_of(found.text.encode("utf-8"), source, config) == "train":
+            texts.append(found.text[: SAMPLE_BYTES - num_bytes])
+            num_bytes += len(texts[-1].encode("utf-8"))
+    return texts
+
+
+def split_of(content: bytes, source: Source, config: DataConfig) -> str:
+    """Where a document goes: equal records of a corpus are on one side."""
+    if source.split != "hash":
+        return source.split
+    return "validation" if uniform_hash(content) < config.validation_fraction else "train"
 
 
 def _with_content(piece: Piece) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ def num_workers(configured: int) -> int:
 
 def encode_pieces(
     pieces: Iterable[Piece], tokenizer_folder: Path, folder: Path, config: DataConfig, check: Callable[[], None]
-) -> Iterator[tuple[Piece, Part]]:
+) -> Generator[tuple[Piece, Part], None, None]:
     """Tokenises pieces into parts; at most two per worker are in memory at a time.
 
     Args:
       pieces: the work; asked for as workers come free.
       tokenizer_folder: what `load_tokenizer` takes.
       folder: where parts are.
-      config: how text becomes tokens, and on how many workers. One of them is this process, and so for one piece.
+      config: how text becomes tokens, and on how many workers; a single one, or a single piece, needs no other process.
       check: called now and then; raises to stop the work.
 
     Yields:

@@ -64,8 +64,8 @@ def test_exclude_matches_the_full_path(tmp_path):
     ("path", "reason"),
     [
         ("missing.txt", "does not exist"),
-        ("*.nothing", "a pattern that matches no file"),
-        ("empty", "a folder without files"),
+        ("*.nothing", "matches no file"),
+        ("empty", "without files"),
     ],
 )
 def test_a_path_without_files_is_named(tmp_path, path, reason):

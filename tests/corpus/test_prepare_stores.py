@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.corpus import pieces, prepare
+from spiral_jax.corpus import pieces, prepare, texts
 from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.tokenizers import train_bpe
@@ -56,10 +56,10 @@ def test_the_stores_hold_every_file_once_and_exactly(corpus, tmp_path, tokenizer
     files = [path.read_bytes().decode() for path in corpus.rglob("*.txt")]
     assert sorted(train + validation) == sorted(text for text in files if text)
     assert validation and len(train) > len(validation)
-    for store, texts in ((prepared.train[0], train), (prepared.validation, validation)):
+    for store, found in ((prepared.train[0], train), (prepared.validation, validation)):
         store.verify()
         store.check_tokenizer(prepared.tokenizer)
-        assert store.utf8_bytes == sum(len(text.encode()) for text in texts)
+        assert store.utf8_bytes == sum(len(text.encode()) for text in found)
         separators = np.flatnonzero(store.read(0, store.num_tokens) == prepared.tokenizer.separator_id)
         assert separators.tolist() == [offset - 1 for offset in store.document_offsets_M[1:].tolist()]
 
@@ -251,14 +251,14 @@ def test_progress_says_how_long_it_will_take(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_the_sample_for_a_bpe_is_bounded_and_comes_from_all_over(corpus, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(prepare, "_SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(texts, "SAMPLE_BYTES", 1000)
     if kind == "jsonl":
         for path in corpus.rglob("*.txt"):
             lines = path.read_bytes().decode().splitlines(keepends=True)
             path.with_suffix(".jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
             path.unlink()
     seen = []
-    monkeypatch.setattr(prepare, "train_bpe", lambda texts, size: seen.extend(texts) or train_bpe(texts, size))
+    monkeypatch.setattr(prepare, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(sample, size))
     prepared = prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
     assert 900 < sum(len(text) for text in seen) <= 1000
     if kind == "text":
