@@ -25,10 +25,10 @@ import jax
 from absl import flags
 
 from spiral_jax import command
+from spiral_jax.corpus.sources import find_sources, read_text
 from spiral_jax.data.prepared import storage_of
 from spiral_jax.data.storage import is_url
 from spiral_jax.data.store import TokenStore
-from spiral_jax.data.text.files import find_documents, read_text
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError, require
@@ -189,12 +189,10 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
     """
     path = Path(flag).expanduser()
     if flag and not is_url(flag) and not path.is_dir():
-        documents = find_documents((flag,), field="--input")
-        if len(documents) > 1:
-            raise SpiralError(
-                f"--input is {flag!r}, which matches {len(documents)} files; allowed: one text file or token store"
-            )
-        text = read_text(documents[0])
+        sources = find_sources((flag,), format="text", field="--input")
+        if len(sources) > 1:
+            raise SpiralError(f"--input is {flag!r}: {len(sources)} files; allowed: one text file or token store")
+        text = read_text(sources[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:
             raise SpiralError(f"--input is {flag!r}, which is empty; allowed: a file with text")

@@ -11,8 +11,8 @@ from typing import Any
 from absl import flags
 
 from spiral_jax import command
+from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.config import DataConfig
-from spiral_jax.data.text.prepare import prepare_folder
 from spiral_jax.errors import SpiralError
 
 # What fields of the configuration are called here; the others have the same name.

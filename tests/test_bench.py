@@ -18,9 +18,9 @@ from verbs import call
 
 from spiral_jax import bench, benchmarks
 from spiral_jax.benchmarks import loader
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
-from spiral_jax.data.writer import StoreWriter
 
 QUICK = ("--seconds=0.1", "--repeats=2", "--sequence_length=64", "--batch_size=4", "--read_threads=2", "--json")
 

@@ -47,10 +47,13 @@ MISTAKES = {
     "no input": (["--output=o", "--tokenizer=bytes"], "--input is missing"),
     "no output": (["--input=b.txt", "--tokenizer=bytes"], "--output is missing"),
     "no tokenizer": (["--input=b.txt", "--output=o"], "--tokenizer is missing"),
-    "no such input": (["--input=nowhere", "--output=o", "--tokenizer=bytes"], "--input: nowhere does not exist"),
+    "no such input": (
+        ["--input=nowhere", "--output=o", "--tokenizer=bytes"],
+        "--input is 'nowhere', which does not exist; allowed: files, folders",
+    ),
     "no such validation": (
         ["--input=b.txt", "--validation_input=nowhere", "--output=o", "--tokenizer=bytes"],
-        "--validation_input: nowhere does not exist",
+        "--validation_input is 'nowhere', which does not exist",
     ),
     "all excluded": (["--input=b.txt", "--exclude=*", "--output=o", "--tokenizer=bytes"], "--exclude leaves out all 1"),
     "no such tokenizer": (["--input=b.txt", "--output=o", "--tokenizer=no.json"], "--tokenizer: no file no.json"),

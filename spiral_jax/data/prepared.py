@@ -65,7 +65,7 @@ def open_stores(config: DataConfig) -> PreparedData:
 
 
 def open_folder(folder: str | os.PathLike) -> PreparedData:
-    """Opens what `data.text.prepare` wrote: train/, perhaps validation/, and a tokenizer.
+    """Opens what `corpus.prepare` wrote: train/, perhaps validation/, and a tokenizer.
 
     Raises:
       SpiralError: Something is missing or damaged.

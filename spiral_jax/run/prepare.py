@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from etils.epath import Path
 from jax.sharding import NamedSharding
 
+from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
-from spiral_jax.data.text.prepare import prepare_stores
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
 from spiral_jax.parallel.processes import Processes

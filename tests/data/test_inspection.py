@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from spiral_jax import progress
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.inspection import inspect
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
-from spiral_jax.data.writer import StoreWriter
 from spiral_jax.errors import SpiralError
 
 TEXTS = ["first document", "zweites,\twith Ümlaut\r\n", "x", "a \x1b[31mred\x1b[0m word\x00", "the end"]

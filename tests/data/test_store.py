@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.data.store import TokenStore
+from spiral_jax.corpus.store_writer import StoreWriter
+from spiral_jax.data.store import TOKENS, TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
-from spiral_jax.data.writer import StoreWriter
 from spiral_jax.errors import SpiralError
 
 REPOSITORY = pathlib.Path(spiral_jax.__file__).parents[1]
@@ -79,7 +79,7 @@ def test_read_outside_the_store_is_an_error(tmp_path, start, stop):
 
 def test_an_id_outside_the_vocabulary_does_not_wrap_around(tmp_path):
     for ids in ([2**16 + 5], [-1], [257]):
-        with pytest.raises(SpiralError, match=r"document 0 has ids .* allowed: 0 to 256"):
+        with pytest.raises(SpiralError, match=r"document 0 has ids .*; allowed: 0 to 256"):
             with StoreWriter(tmp_path / "store", ByteTokenizer()) as writer:
                 writer.add(np.array(ids), utf8_bytes=1)
     assert os.listdir(tmp_path) == []
@@ -112,7 +112,7 @@ def test_a_store_is_replaced(tmp_path):
 
 def test_a_killed_writer_leaves_nothing_that_looks_like_a_store(tmp_path):
     program = (
-        "import sys, numpy as np; from spiral_jax.data.writer import StoreWriter\n"
+        "import sys, numpy as np; from spiral_jax.corpus.store_writer import StoreWriter\n"
         "from spiral_jax.data.tokenizers import ByteTokenizer\n"
         "writer = StoreWriter(sys.argv[1], ByteTokenizer())\n"
         "for i in range(10**9):\n"
@@ -237,7 +237,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing(tmp_path):
     writer = StoreWriter(tmp_path / "store", ByteTokenizer())
-    writer._tokens._file = open("/dev/full", "wb")
+    writer._files[TOKENS] = open("/dev/full", "wb")
     with pytest.raises(SpiralError, match=r"store: the token store cannot be written \(No space left on device\)"):
         with writer:
             writer.add(np.zeros(2**22, np.int32), utf8_bytes=1)

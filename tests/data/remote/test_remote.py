@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from range_server import RangeServer, random_faults
 
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.blob import JoinedBlobs
 from spiral_jax.data.pipeline import WindowOrder, train_batches
 from spiral_jax.data.remote import blob as remote
@@ -21,7 +22,6 @@ from spiral_jax.data.storage import LOCAL, Storage
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import num_windows
-from spiral_jax.data.writer import StoreWriter
 from spiral_jax.errors import SpiralError
 
 pytest.importorskip("aiohttp")

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from spiral_jax.data.text.files import find_documents, read_text, split_documents
+from spiral_jax.corpus.sources import find_sources, hold_out, read_text
 from spiral_jax.errors import SpiralError
 
 
@@ -14,7 +14,13 @@ def write(root, names, content="text\n"):
 
 
 def names_of(*paths, **kwargs):
-    return [document.name for document in find_documents([str(path) for path in paths], **kwargs)]
+    return [source.name for source in find_sources([str(path) for path in paths], **kwargs)]
+
+
+def split(folder, fraction):
+    """What is trained on, and what is validated on."""
+    sources = hold_out(find_sources([str(folder)]), fraction)
+    return [[source for source in sources if source.split == split] for split in ("train", "validation")]
 
 
 def test_folders_are_walked_in_order_of_names_without_hidden_files(tmp_path):
@@ -56,25 +62,29 @@ def test_exclude_matches_the_full_path(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("missing.txt", "does not exist"), ("*.nothing", "matches no file"), ("empty", "holds no file")],
+    [
+        ("missing.txt", "does not exist"),
+        ("*.nothing", "matches no file"),
+        ("empty", "without files"),
+    ],
 )
 def test_a_path_without_files_is_named(tmp_path, path, reason):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SpiralError, match=rf"data\.validation_paths: .*{reason}") as error:
-        find_documents([str(tmp_path / path)], field="data.validation_paths")
+    with pytest.raises(SpiralError, match=rf"data\.validation_paths is .*{reason}") as error:
+        find_sources([str(tmp_path / path)], field="data.validation_paths")
     assert path in str(error.value) and "\n" not in str(error.value)
 
 
 def test_excluding_everything_is_an_error(tmp_path):
     write(tmp_path, ["a.txt", "b.txt"])
     with pytest.raises(SpiralError, match=r"data\.exclude leaves out all 2 files"):
-        find_documents([str(tmp_path)], ["*.txt"])
+        find_sources([str(tmp_path)], ["*.txt"])
 
 
 def test_empty_files_are_no_documents(tmp_path):
     write(tmp_path, ["a/__init__.py", "b/__init__.py"], content="")
     with pytest.raises(SpiralError, match=r"data\.paths: no text in"):
-        find_documents([str(tmp_path)])
+        find_sources([str(tmp_path)])
     write(tmp_path, ["a/module.py"])
     assert names_of(tmp_path) == ["a/module.py"]
 
@@ -82,32 +92,32 @@ def test_empty_files_are_no_documents(tmp_path):
 @pytest.mark.parametrize("content", [b"a\r\nb\rc\n\n", "\ufeffbom \U0001f600".encode(), b"\n", b"\x00\x0c\n"])
 def test_text_is_the_bytes_of_the_file(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    [document] = find_documents([str(tmp_path / "a")])
-    assert read_text(document).encode() == content
+    [source] = find_sources([str(tmp_path / "a")])
+    assert read_text(source).encode() == content
 
 
 def test_invalid_utf8_names_file_and_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    [document] = find_documents([str(tmp_path)])
+    [source] = find_sources([str(tmp_path)])
     with pytest.raises(SpiralError, match=r"latin\.txt: byte 3 is not UTF-8"):
-        read_text(document)
+        read_text(source)
 
 
 def test_a_file_that_vanished_is_named(tmp_path):
     write(tmp_path, ["a.txt"])
-    [document] = find_documents([str(tmp_path)])
+    [source] = find_sources([str(tmp_path)])
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(SpiralError, match=r"a\.txt: cannot be read"):
-        read_text(document)
+    with pytest.raises(SpiralError, match=r"a\.txt cannot be read"):
+        read_text(source)
 
 
 def test_adding_files_moves_no_file_between_the_splits(tmp_path):
     write(tmp_path, [f"{i}.txt" for i in range(400)])
-    train, validation = split_documents(find_documents([str(tmp_path)]), 0.1)
+    train, validation = split(tmp_path, 0.1)
     assert len(train) + len(validation) == 400
     assert 20 <= len(validation) <= 60  # 40 expected, standard deviation 6
     write(tmp_path, [f"new{i}.txt" for i in range(100)])
-    more_train, more_validation = split_documents(find_documents([str(tmp_path)]), 0.1)
+    more_train, more_validation = split(tmp_path, 0.1)
     assert {d.name for d in train} <= {d.name for d in more_train}
     assert {d.name for d in validation} <= {d.name for d in more_validation}
 
@@ -115,7 +125,7 @@ def test_adding_files_moves_no_file_between_the_splits(tmp_path):
 def test_a_single_file_holds_out_its_last_lines(tmp_path):
     text = "".join(f"line {i}\r\n" for i in range(1000))
     (tmp_path / "book.txt").write_bytes(text.encode())
-    [train], [validation] = split_documents(find_documents([str(tmp_path)]), 0.05)
+    [train], [validation] = split(tmp_path, 0.05)
     assert read_text(train) + read_text(validation) == text
     assert read_text(validation).startswith("line ") and 0.04 < len(read_text(validation)) / len(text) <= 0.05
 
@@ -123,11 +133,11 @@ def test_a_single_file_holds_out_its_last_lines(tmp_path):
 @pytest.mark.parametrize("text", ["one line\n", "no line end", "a\n\n", "x" * 1000 + "\n", "é\n"])
 def test_both_parts_of_a_short_file_hold_something(tmp_path, text):
     (tmp_path / "a").write_text(text)
-    [train], [validation] = split_documents(find_documents([str(tmp_path)]), 0.05)
+    [train], [validation] = split(tmp_path, 0.05)
     assert read_text(train) and read_text(validation) and read_text(train) + read_text(validation) == text
 
 
 def test_nothing_is_held_out_for_a_fraction_of_0(tmp_path):
     write(tmp_path, ["a", "b"])
-    documents = find_documents([str(tmp_path)])
-    assert split_documents(documents, 0) == (documents, [])
+    sources = find_sources([str(tmp_path)])
+    assert hold_out(sources, 0) == sources and split(tmp_path, 0) == [sources, []]

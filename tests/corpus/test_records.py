@@ -5,11 +5,10 @@ import sys
 
 import pytest
 
-from spiral_jax.data.text import chunks, records, units
-from spiral_jax.data.text.files import find_documents
-from spiral_jax.data.text.records import format_of, read_span
-from spiral_jax.data.text.spans import Invalid, Text
-from spiral_jax.data.text.units import Source, cut_into_units
+from spiral_jax.corpus import pieces, texts
+from spiral_jax.corpus.pieces import Piece, cut_into_pieces
+from spiral_jax.corpus.sources import find_sources
+from spiral_jax.corpus.texts import Invalid, Text, read_piece
 from spiral_jax.errors import SpiralError
 
 zstandard = pytest.importorskip("zstandard")
@@ -31,28 +30,27 @@ def lines_of(texts, end="\n"):
     return "".join(json.dumps({"id": i, "text": text}) + end for i, text in enumerate(texts)).encode()
 
 
-def source(path, format="auto", split="train"):
-    [document] = find_documents([str(path)])
-    return Source.of(document, format, split)
+def source(path, format="auto"):
+    [found] = find_sources([str(path)], format=format)
+    return found
 
 
 def read(path, *, format="auto", field="text", size=None, monkeypatch=None):
-    """Everything in a file, by way of units of about `size` bytes; documents in pieces are joined."""
+    """Everything in a file, by way of pieces of about `size` bytes; stretches of documents are joined."""
     if size:
-        monkeypatch.setattr(units, "_SMALLEST_UNIT", size)
-        monkeypatch.setattr(units, "_LARGEST_UNIT", size)
-    found, piece = [], ""
-    for unit in cut_into_units([source(path, format)], field):
-        for span in unit.spans:
-            for item in read_span(span, unit.content, field):
-                if isinstance(item, Invalid):
-                    found.append(item.describe())
-                    continue
-                piece += item.text
-                if item.ends:
-                    found.append(piece)
-                    piece = ""
-    assert not piece
+        monkeypatch.setattr(pieces, "_SMALLEST_PIECE", size)
+        monkeypatch.setattr(pieces, "_LARGEST_PIECE", size)
+    found, stretch = [], ""
+    for piece in cut_into_pieces([source(path, format)], field):
+        for _, item in read_piece(piece, field):
+            if isinstance(item, Invalid):
+                found.append(item.describe())
+                continue
+            stretch += item.text
+            if item.ends:
+                found.append(stretch)
+                stretch = ""
+    assert not stretch
     return found
 
 
@@ -72,20 +70,25 @@ def read(path, *, format="auto", field="text", size=None, monkeypatch=None):
         ("a.parquet", ("parquet", "")),
     ],
 )
-def test_the_name_says_what_a_file_is(name, expected):
-    assert format_of(name, "auto") == expected
+def test_the_name_says_what_a_file_is(tmp_path, name, expected):
+    (tmp_path / name).write_bytes(b"x")
+    found = source(tmp_path / name)
+    assert (found.format, found.compression) == expected
 
 
-def test_the_configuration_may_say_otherwise():
-    assert format_of("a.txt", "jsonl") == ("jsonl", "")
-    assert format_of("a.jsonl.gz", "text") == ("text", "gz")
-    assert format_of("a.dat", "parquet") == ("parquet", "")
+@pytest.mark.parametrize(
+    ("name", "format", "compression"), [("a.txt", "jsonl", ""), ("a.jsonl.gz", "text", "gz"), ("a.dat", "parquet", "")]
+)
+def test_the_configuration_may_say_otherwise(tmp_path, name, format, compression):
+    (tmp_path / name).write_bytes(b"x")
+    found = source(tmp_path / name, format)
+    assert (found.format, found.compression) == (format, compression)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.zst", "a.log.zstd"])
 @pytest.mark.parametrize("size", [None, 100])
 def test_a_text_file_is_a_document_however_it_is_packed(tmp_path, monkeypatch, name, size):
-    monkeypatch.setattr(chunks, "LOOKAHEAD", 50)
+    monkeypatch.setattr(pieces, "LOOKAHEAD", 50)
     text = "\r\n".join(TEXTS) * 5
     (tmp_path / name).write_bytes(pack(text.encode(), name))
     assert read(tmp_path / name, size=size, monkeypatch=monkeypatch) == [text]
@@ -95,8 +98,8 @@ def test_a_text_file_is_a_document_however_it_is_packed(tmp_path, monkeypatch, n
 @pytest.mark.parametrize("size", [None, 1, 64, 65, 66, 67, 1000])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \r\n"])
 @pytest.mark.parametrize("last", [True, False])
-def test_a_line_of_json_is_a_document_wherever_the_units_are_cut(tmp_path, monkeypatch, name, size, end, last):
-    monkeypatch.setattr(chunks, "LOOKAHEAD", 50)
+def test_a_line_of_json_is_a_document_wherever_the_pieces_are_cut(tmp_path, monkeypatch, name, size, end, last):
+    monkeypatch.setattr(pieces, "LOOKAHEAD", 50)
     content = lines_of(TEXTS * 3, end)
     content = content if last else content.rstrip()
     (tmp_path / name).write_bytes(pack(content, name))
@@ -115,35 +118,34 @@ def test_members_of_gzip_and_frames_of_zstd_are_read_one_after_the_other(tmp_pat
 
 @pytest.mark.parametrize("size", [None, 1])
 def test_a_row_of_parquet_is_a_document(tmp_path, monkeypatch, size):
-    texts = TEXTS * 7
+    rows = TEXTS * 7
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
-        table = pyarrow.table({"n": range(len(texts)), "content": pyarrow.array(texts).cast(kind)})
+        table = pyarrow.table({"n": range(len(rows)), "content": pyarrow.array(rows).cast(kind)})
         parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
         found = read(tmp_path / "a.parquet", field="content", size=size, monkeypatch=monkeypatch)
-        assert found == texts
+        assert found == rows
 
 
-def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "_SMALLEST_UNIT", 1000)
+def test_small_files_share_a_piece_and_large_ones_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "_SMALLEST_PIECE", 1000)
     sizes = [10, 400, 500, 300, 5000, 20, 30]
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_text(("a" * 9 + "\n") * (size // 10))
-    found = find_documents([str(tmp_path)])
-    cut = list(cut_into_units([Source.of(document, "auto", "train") for document in found], "text"))
-    names = [[span.path[-5:] for span in unit.spans] for unit in cut]
+    cut = list(cut_into_pieces(find_sources([str(tmp_path)]), "text"))
+    names = [[source.name for source in piece.sources] for piece in cut]
     assert names == [["0.txt", "1.txt", "2.txt"], ["3.txt"], *[["4.txt"]] * 5, ["5.txt", "6.txt"]]
-    assert sum(unit.input_bytes for unit in cut) == sum(sizes)
-    assert len({unit.name for unit in cut}) == len(cut)
-    assert sorted(unit.name for unit in cut) == [unit.name for unit in cut]
+    assert sum(piece.input_bytes for piece in cut) == sum(sizes)
+    assert len({piece.name for piece in cut}) == len(cut)
+    assert sorted(piece.name for piece in cut) == [piece.name for piece in cut]
 
 
-def test_units_of_a_packed_file_are_cut_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "_SMALLEST_UNIT", 2**14)
-    monkeypatch.setattr(chunks, "LOOKAHEAD", 100)
+def test_pieces_of_a_packed_file_are_cut_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "_SMALLEST_PIECE", 2**14)
+    monkeypatch.setattr(pieces, "LOOKAHEAD", 100)
     frames = [pack(lines_of([f"{i} " * 400] * 5), ".zst") for i in range(1000)]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     path, opened = str(tmp_path / "a.jsonl.zst"), 0
-    original = chunks.unpack
+    original = pieces.unpack
 
     def counting(*args):
         nonlocal opened
@@ -151,8 +153,8 @@ def test_units_of_a_packed_file_are_cut_while_it_is_read(tmp_path, monkeypatch):
             opened += 1
             yield block
 
-    monkeypatch.setattr(chunks, "unpack", counting)
-    it = cut_into_units([source(path)], "text")
+    monkeypatch.setattr(pieces, "unpack", counting)
+    it = cut_into_pieces([source(path)], "text")
     contents = [next(it).content for _ in range(3)]
     assert all(2**14 <= len(content) < 2**15 and content.endswith(b"\n") for content in contents)
     assert opened < 30  # of 1000 blocks
@@ -179,7 +181,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("size", [None, 10])
 def test_a_bad_line_is_named_with_its_number_in_the_file(tmp_path, monkeypatch, bad, name, size):
-    monkeypatch.setattr(chunks, "LOOKAHEAD", 5)
+    monkeypatch.setattr(pieces, "LOOKAHEAD", 5)
     content = b'{"text": "one"}\r\n\n' + bad + b'\n{"text": "end", "text": "last", "x": NaN}'
     expected = BAD_LINES[bad].replace("45", str(content.find(b"\xe9")))
     (tmp_path / name).write_bytes(pack(content, name))
@@ -210,7 +212,7 @@ def test_packed_files_that_are_damaged_are_named(tmp_path, name, damage):
     else:
         content += b"rubbish"
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SpiralError, match=rf"{name}: .*(damaged|cut off).*allowed: ") as error:
+    with pytest.raises(SpiralError, match=rf"{name} is .*(damaged|cut off).*; allowed: ") as error:
         read(tmp_path / name)
     assert "\n" not in str(error.value)
 
@@ -218,18 +220,18 @@ def test_packed_files_that_are_damaged_are_named(tmp_path, name, damage):
 def test_damaged_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 this is none")
-    with pytest.raises(SpiralError, match=r"a\.parquet: not a parquet file"):
+    with pytest.raises(SpiralError, match=r"a\.parquet is not a parquet file"):
         read(path)
     parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), path)
-    with pytest.raises(SpiralError, match=r'a\.parquet: no column "text" \(data\.text_field\); columns: body, n'):
+    with pytest.raises(SpiralError, match=r"data\.text_field is 'text'; allowed: columns of .*a\.parquet: body, n"):
         read(path)
-    with pytest.raises(SpiralError, match=r'a\.parquet: column "n" is of type int64; allowed: string'):
+    with pytest.raises(SpiralError, match=r"a\.parquet: column 'n' is of type int64; allowed: string"):
         read(path, field="n")
     parquet.write_table(pyarrow.table({"text": ["".join(map(chr, range(i, i + 300))) for i in range(900)]}), path)
     content = bytearray(path.read_bytes())
     content[100:4000] = b"\xff" * 3900
     path.write_bytes(content)
-    with pytest.raises(SpiralError, match=r"a\.parquet: (cannot be read|not a parquet)"):
+    with pytest.raises(SpiralError, match=r"a\.parquet (cannot be read|is not a parquet)"):
         read(path)
 
 
@@ -262,11 +264,11 @@ def test_empty_texts_and_files_are_no_documents(tmp_path):
     assert read(tmp_path / "a.zst") == []
 
 
-def test_a_long_document_comes_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "PIECE_BYTES", 100)
+def test_a_long_document_comes_in_stretches(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "_TEXT_BYTES", 100)
     text = "ein Wört nach dem ändern " * 100
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(read_span(source(tmp_path / "a.txt").span(), None, "text"))
-    assert all(isinstance(piece, Text) and len(piece.text.encode()) < 210 for piece in pieces)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert "".join(piece.text for piece in pieces) == text
+    found = [item for _, item in read_piece(Piece((source(tmp_path / "a.txt"),), 1), "text")]
+    assert all(isinstance(item, Text) and len(item.text.encode()) < 210 for item in found)
+    assert [item.ends for item in found] == [False] * (len(found) - 1) + [True]
+    assert "".join(item.text for item in found) == text

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.data.text import cuts
-from spiral_jax.data.text.cuts import character_cut, text_cut
+from spiral_jax.corpus import pieces
+from spiral_jax.corpus.pieces import text_cut
+from spiral_jax.corpus.sources import character_cut
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, train_bpe
 
 SHARED = pathlib.Path(spiral_jax.__file__).parents[1] / "../shared/data"
@@ -38,7 +39,7 @@ def test_where_text_is_cut(text, position, cut):
 
 
 def test_a_cut_is_not_looked_for_too_far_ahead(monkeypatch):
-    monkeypatch.setattr(cuts, "LOOKAHEAD", 10)
+    monkeypatch.setattr(pieces, "LOOKAHEAD", 10)
     assert text_cut(b"a" * 30 + b"\nb", 5) == 5
     assert text_cut(b"a" * 12 + b" b" + b"a" * 30, 5) == 12
 
@@ -53,7 +54,7 @@ def test_what_lies_farther_away_makes_no_difference():
     for _ in range(2000):
         content = "".join(rng.choices(WORDS, k=30)).encode()
         position = rng.randrange(len(content))
-        start = max(position - cuts.MARGIN, 0)
+        start = max(position - pieces.MARGIN, 0)
         assert start + text_cut(content[start:], position - start) == text_cut(content, position)
 
 
@@ -96,6 +97,6 @@ def test_real_text_is_cut_well_everywhere():
             *(text_cut(whole, position) for position in range(5_000, len(whole) - 5_000, 5_003)),
             len(whole),
         ]
-        pieces = [whole[a:b].decode() for a, b in zip(positions[:-1], positions[1:], strict=True)]
-        ids = np.concatenate(tokenizer.encode_batch(pieces))
+        texts = [whole[a:b].decode() for a, b in zip(positions[:-1], positions[1:], strict=True)]
+        ids = np.concatenate(tokenizer.encode_batch(texts))
         assert np.array_equal(ids, tokenizer.encode(whole.decode())), name

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import spiral_jax
+from spiral_jax.corpus import pieces, prepare, texts
+from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.config import DataConfig
-from spiral_jax.data.text import build, prepare, sample, units
-from spiral_jax.data.text.prepare import prepare_stores
 from spiral_jax.data.tokenizers import train_bpe
 from spiral_jax.errors import SpiralError
 from spiral_jax.progress import Progress
@@ -56,10 +56,10 @@ def test_the_stores_hold_every_file_once_and_exactly(corpus, tmp_path, tokenizer
     files = [path.read_bytes().decode() for path in corpus.rglob("*.txt")]
     assert sorted(train + validation) == sorted(text for text in files if text)
     assert validation and len(train) > len(validation)
-    for store, texts in ((prepared.train[0], train), (prepared.validation, validation)):
+    for store, found in ((prepared.train[0], train), (prepared.validation, validation)):
         store.verify()
         store.check_tokenizer(prepared.tokenizer)
-        assert store.utf8_bytes == sum(len(text.encode()) for text in texts)
+        assert store.utf8_bytes == sum(len(text.encode()) for text in found)
         separators = np.flatnonzero(store.read(0, store.num_tokens) == prepared.tokenizer.separator_id)
         assert separators.tolist() == [offset - 1 for offset in store.document_offsets_M[1:].tolist()]
 
@@ -81,7 +81,7 @@ def test_where_and_when_does_not_matter(corpus, tmp_path, tokenizer):
 def test_a_second_run_uses_the_stores_of_the_first(corpus, tmp_path, monkeypatch):
     config = config_for(corpus, tokenizer="bpe")
     first = prepare_stores(config, tmp_path / "cache", report=silent)
-    monkeypatch.setattr(prepare, "build", None)
+    monkeypatch.setattr(prepare, "_build", None)
     monkeypatch.setattr(prepare, "train_bpe", None)
     lines = []
     second = prepare_stores(config, tmp_path / "cache", report=lines.append)
@@ -219,9 +219,9 @@ def test_validation_files_that_are_all_skipped_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"paths": ()}, r"data\.paths: empty"),
-        ({"paths": ("/no/such/place",)}, r"data\.paths: /no/such/place does not exist"),
-        ({"validation_paths": ("/no/such/*.txt",)}, r"data\.validation_paths: /no/such/\*\.txt: .* no file"),
+        ({"paths": ()}, r"data\.paths is empty"),
+        ({"paths": ("/no/such/place",)}, r"data\.paths is '/no/such/place', which does not exist"),
+        ({"validation_paths": ("/no/such/*.txt",)}, r"data\.validation_paths is '/no/such/\*\.txt', .* no file"),
         ({"exclude": ("*",)}, r"data\.exclude leaves out all"),
         ({"tokenizer": "/no/such.json"}, r'data\.tokenizer: no file /no/such\.json; allowed: "bytes", "bpe"'),
     ],
@@ -235,13 +235,13 @@ def test_bad_input_is_named_before_anything_is_written(corpus, tmp_path, fields,
 
 def test_an_unwritable_cache_is_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpiralError, match=r"file/cache: cannot be written \(Not a directory\)"):
+    with pytest.raises(SpiralError, match=r"file/cache cannot be written \(Not a directory\)"):
         prepare_stores(config_for(corpus), tmp_path / "file/cache", report=silent)
 
 
 def test_progress_says_how_long_it_will_take(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "_SMALLEST_UNIT", 300)
-    monkeypatch.setattr(build, "Progress", functools.partial(Progress, seconds=0))
+    monkeypatch.setattr(pieces, "_SMALLEST_PIECE", 300)
+    monkeypatch.setattr(prepare, "Progress", functools.partial(Progress, seconds=0))
     lines = []
     prepare_stores(config_for(corpus), tmp_path / "cache", report=lines.append)
     progress = [line for line in lines if "tokenising" in line]
@@ -251,14 +251,14 @@ def test_progress_says_how_long_it_will_take(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_the_sample_for_a_bpe_is_bounded_and_comes_from_all_over(corpus, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sample, "SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(texts, "SAMPLE_BYTES", 1000)
     if kind == "jsonl":
         for path in corpus.rglob("*.txt"):
             lines = path.read_bytes().decode().splitlines(keepends=True)
             path.with_suffix(".jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
             path.unlink()
     seen = []
-    monkeypatch.setattr(prepare, "train_bpe", lambda texts, size: seen.extend(texts) or train_bpe(texts, size))
+    monkeypatch.setattr(prepare, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(sample, size))
     prepared = prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
     assert 900 < sum(len(text) for text in seen) <= 1000
     if kind == "text":
