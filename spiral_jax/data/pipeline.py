@@ -4,6 +4,7 @@ The order of the stages is what makes training independent of the number of host
 then slice. The stream is a pure function of the seed and the position in it, so its whole state is the step number.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,18 +79,17 @@ class WindowOrder:
         return (self._mixture.counts(step * self.batch_size) / np.array(self.windows_per_source)).tolist()
 
 
-class TrainBatches(Iterator[dict[str, np.ndarray]]):
-    """An endless iterator over batches, read ahead by threads. Close it, or use it in a `with` statement."""
+class TrainBatches(Iterator[dict[str, np.ndarray]], contextlib.AbstractContextManager["TrainBatches"]):
+    """An endless iterator over batches, read ahead by threads. Close it, or use it in a `with` statement.
+
+    Attributes:
+      step: step of the batch that comes next: all there is to save.
+    """
 
     def __init__(self, batches: grain.DatasetIterator, step: int):
         self._batches = batches
-        self._step = step
+        self.step = step
         self._batches.start_prefetch()
-
-    @property
-    def step(self) -> int:
-        """Step of the batch that comes next: all there is to save."""
-        return self._step
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
@@ -98,15 +98,12 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             # After a failed read grain would go on with the next batch, and the step would no longer say where we are.
             self.close()
             raise
-        self._step += 1
+        self.step += 1
         return batch
 
     def close(self) -> None:
         """Ends the reading threads and drops what was read ahead. May be called more than once."""
         self._batches.close()
-
-    def __enter__(self) -> "TrainBatches":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
