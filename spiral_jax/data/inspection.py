@@ -7,10 +7,10 @@ import numpy as np
 
 from spiral_jax.data.blob import spread
 from spiral_jax.data.megatron.tokens import MegatronTokens
-from spiral_jax.data.prepared import open_source, stores_in
+from spiral_jax.data.prepared import open_source, stores_in, tokenizer_beside
 from spiral_jax.data.storage import LOCAL, absolute, is_url, join
 from spiral_jax.data.store import DOCUMENTS, TOKENS, TokenStore
-from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
+from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from spiral_jax.progress import Progress, Report
 
 Source = TokenStore | MegatronTokens
@@ -65,15 +65,14 @@ def inspect(
 
 
 def _find_tokenizer(place: str, source: Source, tokenizer_file: str, separator: str) -> Tokenizer | None:
-    stored = source.manifest.tokenizer_fingerprint if isinstance(source, TokenStore) else ""
-    if tokenizer_file == "bytes" or (not tokenizer_file and stored == ByteTokenizer.fingerprint):
+    if tokenizer_file == "bytes":
         return ByteTokenizer()
     if tokenizer_file:
         return HuggingFaceTokenizer.from_file(Path(tokenizer_file).expanduser(), separator=separator)
-    folder, _, name = source.name.rpartition("/")
-    # What `prepare` writes has the tokenizer above its stores; a Megatron index has it beside itself.
-    beside = folder if isinstance(source, MegatronTokens) or name in ("train", "validation") else place
-    return load_tokenizer(beside, LOCAL, separator=separator) if has_tokenizer(beside) else None
+    above, _, name = source.name.rpartition("/")
+    # What `prepare` writes has the tokenizer above its stores.
+    beside = above if name in ("train", "validation") else place
+    return tokenizer_beside([beside], [source], separator=separator)
 
 
 def _documents(source: Source) -> list[tuple[str, str]]:

@@ -49,7 +49,12 @@ def open_stores(config: DataConfig) -> PreparedData:
     places = [absolute(place) for place in config.stores]
     sources = tuple(open_source(place, storage) for place in places)
     validation = _open_validation(config.validation_store, places, storage)
-    tokenizer = _tokenizer_for(config, places, sources, storage)
+    if config.tokenizer in ("bytes", "bpe"):
+        tokenizer = tokenizer_beside(places, sources, storage, separator=config.separator)
+    else:
+        tokenizer = configured_tokenizer(config)
+    if tokenizer is None:
+        raise SpiralError(f"{places[0]} has no tokenizer.json; allowed: one in the store, or data.tokenizer=FILE")
     for store in (*sources, validation):
         if isinstance(store, TokenStore):
             store.check_tokenizer(tokenizer)
@@ -100,29 +105,23 @@ def _open_validation(place: str, places: Sequence[str], storage: Storage) -> Tok
     folders = [join(place, "validation"), place] if place else [join(beside, "validation") for beside in places]
     found = next(stores_in(folders, storage), None)
     if place and found is None:
-        raise SpiralError(
-            f"data.validation_store is {place!r}, which holds no token store; allowed: one that "
-            "python -m spiral_jax.prepare makes"
-        )
+        found_there = f"data.validation_store is {place!r}, which holds no token store"
+        raise SpiralError(f"{found_there}; allowed: one that python -m spiral_jax.prepare makes")
     return found
 
 
-def _tokenizer_for(
-    config: DataConfig, places: Sequence[str], sources: Sequence[TokenSource], storage: Storage
-) -> Tokenizer:
-    if config.tokenizer not in ("bytes", "bpe"):
-        return configured_tokenizer(config)
+def tokenizer_beside(
+    places: Sequence[str], sources: Sequence[TokenSource], storage: Storage = LOCAL, *, separator: str
+) -> Tokenizer | None:
+    """The tokenizer of the first source that has one: in its place, or beside a Megatron index. None where none has."""
     stores = [source for source in sources if isinstance(source, TokenStore)]
     if stores and stores[0].manifest.tokenizer_fingerprint == ByteTokenizer.fingerprint:
         return ByteTokenizer()
-    folders = [
-        source.name.rpartition("/")[0] if isinstance(source, MegatronTokens) else place
-        for place, source in zip(places, sources, strict=True)
-    ]
-    for folder in folders:
+    for place, source in zip(places, sources, strict=True):
+        folder = source.name.rpartition("/")[0] if isinstance(source, MegatronTokens) else place
         if has_tokenizer(folder, storage):
-            return load_tokenizer(folder, storage, separator=config.separator)
-    raise SpiralError(f"{folders[0]} has no tokenizer.json; allowed: a tokenizer in the store, or data.tokenizer=FILE")
+            return load_tokenizer(folder, storage, separator=separator)
+    return None
 
 
 def configured_tokenizer(config: DataConfig) -> Tokenizer:

@@ -53,19 +53,12 @@ class TokensInMemory(TokenSource):
 
 
 def num_windows(source: TokenSource, sequence_length: int) -> int:
-    """Counts the windows of a source.
+    """Counts the windows of a source, 1 or more, for `sequence_length` predictions per window.
 
     Windows have `sequence_length + 1` tokens and start every `sequence_length` tokens. Neighbours thus share one
     token, and each token but the very first is predicted in exactly one window (a rest too short for a window
     is left out). Only where the source is made of sequences of just `sequence_length + 1` tokens (the preshuffled
     Pile has 2049), each of them is a window.
-
-    Args:
-      source: the tokens.
-      sequence_length: predictions per window.
-
-    Returns:
-      Number of windows, 1 or more.
 
     Raises:
       SpiralError: not even one window fits.
@@ -82,15 +75,12 @@ def num_windows(source: TokenSource, sequence_length: int) -> int:
 
 
 def read_windows(source: TokenSource, indices_B: Iterable[int], sequence_length: int) -> np.ndarray:
-    """Reads windows, all of them at once.
+    """Returns windows, read all at once, int32 [B, L + 1]: inputs are all but the last, targets all but the first.
 
     Args:
       source: the tokens.
       indices_B: each from 0 to `num_windows(source, sequence_length) - 1`.
       sequence_length: predictions per window, L.
-
-    Returns:
-      Tokens, int32 [B, L + 1]: inputs are all but the last, targets all but the first.
     """
     starts = [window_start(source, index, sequence_length) for index in indices_B]
     return np.stack(source.read_many([(start, start + sequence_length + 1) for start in starts]))

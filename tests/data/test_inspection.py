@@ -53,7 +53,7 @@ def write_megatron(folder, tokenizer, texts=TEXTS, end=True):
 
 def test_a_prepared_folder(prepared):
     text = run(prepared, show=2, verify=True)
-    manifest = json.loads((prepared / "train/manifest.json").read_text())
+    manifest = json.loads((prepared / "train/manifest.json").read_text(encoding="utf-8"))
     num_tokens = manifest["num_tokens"]
     sizes = np.diff(np.fromfile(prepared / "train/documents.bin", "<u8"))
     for expected in (
@@ -160,11 +160,11 @@ def test_verify_locates_an_id_outside_the_vocabulary_of_megatron_data(tmp_path):
 
 def rewrite(folder, change):
     """Changes the files of a store and its checksums: what a writer with a mistake would leave."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     change()
     for name, file in manifest["files"].items():
         file["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,7 @@ def test_a_store_does_not_go_with_another_tokenizer(tmp_path):
         open_config(folder, tokenizer=str(tmp_path / "other/tokenizer.json"))
     for name in ("tokenizer_info.json", "tokenizer.json"):
         (folder / name).rename(tmp_path / name)
-    with pytest.raises(
-        SpiralError, match=r"has no tokenizer\.json; allowed: a tokenizer in the store, or data\.tokenizer"
-    ):
+    with pytest.raises(SpiralError, match=r"has no tokenizer\.json; allowed: one in the store, or data\.tokenizer"):
         open_config(folder)
     assert open_config(folder, tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.fingerprint == BPE.fingerprint
 

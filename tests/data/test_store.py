@@ -46,7 +46,7 @@ def test_the_files_hold_what_was_added_as_plain_numpy_reads_them(tmp_path, token
     assert np.fromfile(tmp_path / "store/tokens.bin", dtype).tolist() == expected
     lengths = [len(text.encode()) + 1 for text in TEXTS]
     assert np.fromfile(tmp_path / "store/documents.bin", "<u8").tolist() == [0, *np.cumsum(lengths)]
-    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text(encoding="utf-8"))
     assert manifest["format"] == "spiral_jax.token_store" and manifest["version"] == 1
     assert manifest["dtype"] == dtype and manifest["source"] == "src"
     assert manifest["num_tokens"] == len(expected) and manifest["num_documents"] == 3
@@ -186,7 +186,7 @@ def test_missing_and_truncated_files_are_named(tmp_path, name):
 def test_a_manifest_that_is_wrong_is_refused(tmp_path, change, reason):
     write(tmp_path / "store")
     path = tmp_path / "store/manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
     with pytest.raises(SpiralError, match=rf"manifest\.json.*{reason}") as error:
         TokenStore.open(tmp_path / "store")
     assert "\n" not in str(error.value)
@@ -229,7 +229,7 @@ def test_a_vocabulary_too_small_for_the_data_is_refused(tmp_path):
 
 
 def test_an_unwritable_folder_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(SpiralError, match=r"file/deeper/store: the token store cannot be written \(Not a directory\)"):
         write(tmp_path / "file/deeper/store")
 

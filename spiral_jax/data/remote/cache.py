@@ -20,16 +20,13 @@ _CRC = np.dtype("<u4")
 
 
 def cached(blob: Blob, cache_dir: str | os.PathLike, key: Sequence[object], max_bytes: int) -> Blob:
-    """Puts the cache in front of a blob.
+    """Puts the cache in front of a blob; returns the blob itself where the cache cannot be used (stderr says so once).
 
     Args:
       blob: where the bytes come from.
       cache_dir: the cache's folder; made if it is not there.
       key: what names this version of this blob; the first item names the blob.
       max_bytes: bound of all the folder's blobs together.
-
-    Returns:
-      The blob with the cache, or the blob itself where the cache cannot be used (which stderr says once).
     """
     folder = CacheFolder.open(os.path.abspath(cache_dir), max_bytes)
     if folder is None:

@@ -60,10 +60,8 @@ class Retry:
             delay = min(_FIRST_DELAY * longer, _LONGEST_DELAY) * random.uniform(0.5, 1.0)
             failing = time.monotonic() - begin
             if failing + delay > self._seconds:
-                raise SpiralError(
-                    f"{self._url}: {what} failed {failures} times in {failing:.1f} s (data.retry_seconds is "
-                    f"{self._seconds:g}), the last time with: {reason}"
-                )
+                failed = f"{self._url}: {what} failed {failures} times in {failing:.1f} s"
+                raise SpiralError(f"{failed} (data.retry_seconds is {self._seconds:g}), the last time with: {reason}")
             self._say(failing, what, reason)
             await self._sleep(delay)
 
@@ -84,11 +82,9 @@ class Retry:
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise FileNotFoundError(self._url)
         # gcsfs has no type of its own for 403.
-        refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden") or status in (401, 403)
-        if refused:
-            raise SpiralError(
-                f"{self._url} cannot be read: access is denied ({reason}); allowed: a file that may be read from here"
-            )
+        if isinstance(error, PermissionError) or str(error).startswith("Forbidden") or status in (401, 403):
+            found = f"{self._url} cannot be read: access is denied ({reason})"
+            raise SpiralError(f"{found}; allowed: a file that may be read from here")
         # An answer that cannot be understood may be followed by one that can; other ValueErrors are about the URL.
         garbled = isinstance(error, (json.JSONDecodeError, UnicodeError))
         final = isinstance(error, (ValueError, ImportError, IsADirectoryError, NotADirectoryError)) and not garbled
@@ -105,8 +101,8 @@ class Retry:
 
 
 def _in_words(error: Exception) -> str:
-    if isinstance(error, TimeoutError) and not str(error):
-        return "no answer in time"
     if isinstance(error, WrongAnswer):
         return str(error)
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
     return " ".join(f"{type(error).__name__}: {error}".split())
