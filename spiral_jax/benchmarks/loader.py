@@ -12,6 +12,7 @@ import numpy as np
 from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
 from spiral_jax.data.prepared import open_source
+from spiral_jax.data.storage import Storage
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import TokenSource, num_windows
@@ -19,6 +20,9 @@ from spiral_jax.errors import SpiralError
 
 _SYNTHETIC_TOKENS = 2**25
 _WARM_UP_SECONDS = 1.0
+
+
+_RETRY_SECONDS = 10.0  # a measurement does not wait for a server as a run would
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ def measure_remote(url: str, local_place: str, settings: LoaderSettings) -> dict
       SpiralError: no such store, or the batches are not those of the local one.
     """
     local = open_source(local_place)
-    report, checksums = _measure(open_source(url), settings)
+    report, checksums = _measure(open_source(url, Storage(retry_seconds=_RETRY_SECONDS)), settings)
     with _batches(local, settings) as batches:
         for step, checksum in enumerate(checksums):
             if _checksum(next(batches)) != checksum:

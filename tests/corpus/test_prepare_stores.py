@@ -246,7 +246,7 @@ def test_progress_says_how_long_it_will_take(corpus, tmp_path, monkeypatch):
     prepare_stores(config_for(corpus), tmp_path / "cache", report=lines.append)
     progress = [line for line in lines if "tokenising" in line]
     assert len(progress) > 5 and all("s left" in line for line in progress)
-    assert "(100%)" in progress[-1] and " 0 s left" in progress[-1]
+    assert "(100%)" in progress[-1] and " 0s left" in progress[-1]
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])

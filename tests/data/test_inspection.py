@@ -193,7 +193,7 @@ def test_progress_says_how_long_it_takes(prepared, monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     lines = [line for line in run(prepared, verify=True).splitlines() if ": read: " in line]
     assert len(lines) == 4  # two files of two stores
-    assert lines[1].startswith(f"{prepared}/train: read: ") and "(100%)" in lines[1] and "0 s left" in lines[1]
+    assert lines[1].startswith(f"{prepared}/train: read: ") and "(100%)" in lines[1] and "0s left" in lines[1]
     assert "(100%)" not in lines[0]
 
 
