@@ -58,7 +58,7 @@ def run(
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         own_code.import_files(getattr(values, "import"))
         main(values)
-    except (SpiralError, KeyboardInterrupt) as error:
+    except (SpiralError, Interrupted, KeyboardInterrupt) as error:
         status, line = _outcome(error)
         print(line, file=sys.stderr)
         sys.exit(status)
@@ -105,6 +105,8 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
     match error:
         case SpiralError():
             return USAGE, f"error: {error}"
+        case Interrupted():
+            return 128 + error.signal, str(error)
         case KeyboardInterrupt():
             return 128 + signal.SIGINT, "interrupted"
         case BrokenPipeError():

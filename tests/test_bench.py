@@ -62,7 +62,9 @@ def test_remote_loader_is_compared_with_the_local_one(store, capsys, monkeypatch
         assert len(requests) >= 4 * report["batches_equal_to_local"]
 
         other, opened = write(tmp_path / "other", seed=1), loader.open_source
-        monkeypatch.setattr(loader, "open_source", lambda place: opened(str(other) if place == str(store) else place))
+        monkeypatch.setattr(
+            loader, "open_source", lambda place, *more: opened(str(other) if place == str(store) else place, *more)
+        )
         status, errors = call(bench, *flags)
         assert status == 2 and "batch of step 0 is not that of" in errors and errors.count("\n") == 1
 

@@ -223,7 +223,7 @@ def test_validation_files_that_are_all_skipped_are_an_error(tmp_path):
         ({"paths": ("/no/such/place",)}, r"data\.paths is '/no/such/place', which does not exist"),
         ({"validation_paths": ("/no/such/*.txt",)}, r"data\.validation_paths is '/no/such/\*\.txt', .* no file"),
         ({"exclude": ("*",)}, r"data\.exclude leaves out all"),
-        ({"tokenizer": "/no/such.json"}, r'data\.tokenizer: no file /no/such\.json; allowed: "bytes", "bpe"'),
+        ({"tokenizer": "/no/such.json"}, r"data\.tokenizer is '/no/such\.json'; allowed: \"bytes\", \"bpe\""),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(corpus, tmp_path, fields, message):
