@@ -109,7 +109,7 @@ def _plain_cut(source: Source, position: int) -> int:
 
 
 def cut_packed(source: Source, size: int) -> Iterator[Piece]:
-    """Unpacks a file of text or lines into pieces with content, of about `size` bytes or as long as the longest line."""
+    """Unpacks a file into pieces with content, of about `size` bytes or as long as the longest line."""
     content, begin, line = bytearray(), source.begin, 1
     enough = size + LOOKAHEAD + MARGIN
     unpacked = position = done = 0
