@@ -73,7 +73,7 @@ def joined(values: flags.FlagValues) -> Iterator[Processes]:
     """The processes of a command that runs on several: what ends one of them in here ends all, with its status.
 
     Args:
-      values: with the flags of `parallel.place.define_processes`.
+      values: with the flags of `parallel.process_flags.define_processes`.
 
     Raises:
       SpiralError: as for `join`.

@@ -36,8 +36,8 @@ from spiral_jax.evaluation.perplexity import WindowScorer, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
-from spiral_jax.parallel.place import define_processes
-from spiral_jax.parallel.placed import PlacedModel, place
+from spiral_jax.parallel.placed_model import PlacedModel, place
+from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run.checkpoint import restore_for_inference
 from spiral_jax.run.config import RunConfig

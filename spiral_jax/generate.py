@@ -33,7 +33,7 @@ from spiral_jax.errors import SpiralError, require
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
-from spiral_jax.parallel.placed import PlacedModel, place
+from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
 

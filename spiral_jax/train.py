@@ -29,7 +29,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
 from spiral_jax.evaluation.validation import Validation
 from spiral_jax.parallel.mesh import make_mesh
-from spiral_jax.parallel.place import define_processes
+from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, summary
@@ -44,7 +44,7 @@ from spiral_jax.run.directory import (
     read_model,
     tokenizer_of,
 )
-from spiral_jax.run.prepare import batches_of_process, check_data, prepare_data, window_order
+from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit

@@ -7,7 +7,7 @@ import numpy as np
 
 from spiral_jax.decoding.decoder import Decoder, IsDone, Request
 from spiral_jax.decoding.state import bucket_of
-from spiral_jax.parallel.placed import PlacedModel
+from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.progress import Progress
 
 

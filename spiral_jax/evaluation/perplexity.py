@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from spiral_jax.data.windows import TokenSource
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.parallel.placed import PlacedModel
+from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.progress import Progress, Report
 from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig

@@ -13,7 +13,7 @@ import numpy as np
 from spiral_jax.decoding.state import bucket_of
 from spiral_jax.evaluation.shared_prompts import Choices, Shape, arrays_of, choices_of, score_choices
 from spiral_jax.parallel.mesh import rounded_to_mesh
-from spiral_jax.parallel.placed import PlacedModel
+from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.progress import Progress
 from spiral_jax.training.loss import nats_and_greedy
 

@@ -11,7 +11,7 @@ from spiral_jax.evaluation import catalogue
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
-from spiral_jax.parallel.placed import PlacedModel
+from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.training.config import StepConfig
 
 

@@ -6,7 +6,7 @@ from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.evaluation.perplexity import WindowScorer, score
-from spiral_jax.parallel.placed import PlacedModel
+from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.training.config import StepConfig
 
 

@@ -17,7 +17,7 @@ from jax._src.distributed import global_state
 from jax._src.xla_bridge import backends_are_initialized
 
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.parallel.place import Place, place_of
+from spiral_jax.parallel.process_flags import Place, place_of
 from spiral_jax.parallel.processes import ALONE, Processes
 
 _ALL_THREE = "all three of --coordinator_address, --num_processes and --process_id"
@@ -35,7 +35,7 @@ def join(values: flags.FlagValues) -> Processes:
     about SIGTERM. Where jax has started before, its processes are what there is.
 
     Args:
-      values: with the flags of `place.define_processes`.
+      values: with the flags of `process_flags.define_processes`.
 
     Raises:
       SpiralError: flags that contradict each other or what jax has started with, or by which jax cannot join.

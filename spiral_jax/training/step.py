@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import replicated
-from spiral_jax.parallel.placed import PlacedModel, abstract_params_on, place
+from spiral_jax.parallel.placed_model import PlacedModel, abstract_params_on, place
 from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.loss import mean_window_nats

@@ -27,7 +27,7 @@ from spiral_jax.evaluation.task_evaluation import TaskEvaluation
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.parallel.placed import place
+from spiral_jax.parallel.placed_model import place
 from spiral_jax.run import metrics
 
 pytest.importorskip("lm_eval", reason="needs lm_eval")

@@ -15,7 +15,7 @@ from spiral_jax.evaluation.perplexity import Score, WindowScorer, num_scoring_wi
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.parallel.placed import place
+from spiral_jax.parallel.placed_model import place
 from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import TrainConfig
 

@@ -19,7 +19,7 @@ from spiral_jax.evaluation.shared_prompts import Shape, choices_of
 from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.parallel.placed import place
+from spiral_jax.parallel.placed_model import place
 
 L = 48  # not a power of two
 V = 20

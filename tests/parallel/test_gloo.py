@@ -8,7 +8,7 @@ from absl import flags
 
 from spiral_jax import command
 from spiral_jax.parallel import gloo
-from spiral_jax.parallel.place import define_processes
+from spiral_jax.parallel.process_flags import define_processes
 
 
 @pytest.mark.parametrize(

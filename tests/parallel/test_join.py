@@ -47,7 +47,7 @@ import os, signal, time
 from absl import flags
 import jax
 from spiral_jax.parallel.join import join
-from spiral_jax.parallel.place import define_processes
+from spiral_jax.parallel.process_flags import define_processes
 values = flags.FlagValues()
 define_processes(values)
 values(["test"])

@@ -126,5 +126,5 @@ def test_a_token_out_of_range_stops_the_run_and_keeps_what_was_saved(folder):
     status, errors = run(folder, "broken", "--config.train.steps=8", stores=("bad",))
     assert status == 2 and errors.count("\n") == 1
     assert f"{folder}/bad/train/tokens.bin: document 0, token " in errors
-    assert "id 300, allowed: 0 to 263 (model.vocab_size - 1)" in errors
+    assert "is id 300; allowed: 0 to 263 (model.vocab_size - 1)" in errors
     assert (folder / "broken/checkpoints/6").is_dir()

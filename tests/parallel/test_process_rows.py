@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.parallel.rows import rows_of_process
+from spiral_jax.parallel.process_rows import rows_of_process
 
 
 def test_the_part_of_a_batch_that_a_process_has():

@@ -10,8 +10,8 @@ from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
+from spiral_jax.parallel.process_rows import rows_of_process
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.parallel.rows import rows_of_process
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import open_data
 
