@@ -229,7 +229,7 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
     if config.summary.sample_tokens and processes.several:
-        print(f"no sample: its parameters would have to fit one of the {processes.count} processes")
+        print("no sample: the parameters may not fit one process; python -m spiral_jax.generate makes texts")
     elif config.summary.sample_tokens and data.validation is not None:
         model, params = load(workdir)
         text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
