@@ -10,13 +10,13 @@ from collections.abc import Callable
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import Diverged, SpiralError
 from spiral_jax.model.registry import blamed, lines_in
 from spiral_jax.parallel import processes
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
 _NO_CONFIG = "--config is missing; for example --config=experiments/quickstart.py"
 
@@ -57,6 +57,8 @@ def run(
         processes.finish()
     except SpiralError as error:
         _exit(USAGE, f"error: {error}")
+    except Diverged as error:
+        _exit(DIVERGED, f"diverged: {error}")
     except Interrupted as interrupt:
         # All processes stop after the same step.
         processes.say(str(interrupt), file=sys.stderr)
