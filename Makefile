@@ -22,6 +22,7 @@ test-slow: $(VENV)/test.stamp
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(VENV)/lint.stamp
 	$(RUN) -m ruff check --fix .

@@ -16,7 +16,7 @@ every chip a part of the parameters (`--config.mesh.fsdp=-1 --config.mesh.data=1
 `--config.train.accumulation` until the activations fit.
 """
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 from spiral_jax.run.config import default_config
 
 # width, heads, peak learning rate, layers of vanilla, of the full-resolution loop and Spiral-B (prelude, core, coda),
@@ -34,10 +34,8 @@ FAMILIES = ("vanilla", "vanilla_mesh", *LOOPS, "spiral_b", "spiral_l")
 def get_config(argument: str = "160m,spiral_b"):
     """The configuration of `SIZE,FAMILY`."""
     size, _, family = argument.partition(",")
-    if size not in SIZES:
-        raise SpiralError(f"experiments/pile.py: size is {size!r}; allowed: {', '.join(SIZES)}")
-    if family not in FAMILIES:
-        raise SpiralError(f"experiments/pile.py: family is {family!r}; allowed: {', '.join(FAMILIES)}")
+    require(size in SIZES, "experiments/pile.py: the size", size, ", ".join(SIZES))
+    require(family in FAMILIES, "experiments/pile.py: the family", family, ", ".join(FAMILIES))
     layout = SIZES[size]
 
     config = default_config()

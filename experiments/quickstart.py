@@ -11,7 +11,7 @@ parameters; three to five minutes of training; 1.71 bits per byte on held-out fi
 import sysconfig
 from pathlib import Path
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 from spiral_jax.run.config import default_config
 
 # A standard library installed without its tests is too little text; the packages beside us are added then.
@@ -20,8 +20,7 @@ ENOUGH_BYTES = 20_000_000
 
 def get_config(argument: str = ""):
     """The configuration; the machine is searched for sources here, so that config.json names what was read."""
-    if argument:
-        raise SpiralError(f"experiments/quickstart.py: takes no argument; given is {argument!r}")
+    require(argument == "", "experiments/quickstart.py: the argument", argument, "none, as it takes no argument")
     config = default_config()
     config.data.paths, config.data.exclude = python_sources()
     config.data.invalid = "skip"

@@ -11,14 +11,13 @@ validation tokens, after some ten to twenty minutes on two CPU cores, most of th
 On an accelerator, raise `--config.model.d_model`, `--config.train.sequence_length` and `--config.train.steps`.
 """
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 from spiral_jax.run.config import default_config
 
 
 def get_config(folder: str = ""):
     """The configuration for a corpus in `folder`."""
-    if not folder:
-        raise SpiralError("experiments/wikitext.py: found no folder; allowed: experiments/wikitext.py:FOLDER")
+    require(folder != "", "experiments/wikitext.py: the folder", folder, "experiments/wikitext.py:FOLDER")
     config = default_config()
     config.data.paths = (f"{folder}/*train*",)
     config.data.validation_paths = (f"{folder}/*valid*",)

@@ -42,11 +42,11 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     config = command.config_of(values)
     if not values.topology:
-        raise SpiralError("--topology is missing: a TPU slice, as in v5p-128 or v5p:4x4x4")
+        raise SpiralError("--topology is missing; allowed: a TPU slice, as in v5p-128 or v5p:4x4x4")
     chips = parse_slice(values.topology)
     output = Path(values.output).expanduser().resolve() if values.output else None
     if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
-        raise SpiralError(f"--output: found {output}; allowed: a file in a folder that exists and can be written to")
+        raise SpiralError(f"--output is {str(output)!r}; allowed: a file in a folder that exists and can be written to")
 
     found = run(config, chips, values)
     found |= {
@@ -63,11 +63,11 @@ def run(config: RunConfig, chips: Slice, values: flags.FlagValues) -> dict[str, 
     """The report of the configuration, or of the best that a search finds."""
     if values.search:
         found = search(config, chips, values.num_slices, values.max_compilations, _say)
-        if found.best is None:
+        if found.best is None or found.config is None:
             more = f", or --max_compilations above {values.max_compilations}" if found.left else ""
             raise SpiralError(
-                f"--search: none of the {len(found.tried)} layouts compiled fits {chips}, {found.left} were not tried; "
-                f"allowed: a larger slice{more}"
+                f"--topology is {str(chips)!r}, which none of the {len(found.tried)} layouts compiled fits, and "
+                f"{found.left} were not tried; allowed: a larger slice{more}"
             )
         return found.best | {"flags": flags_of(found.config), "tried": found.tried, "not_tried": found.left}
     try:
@@ -75,8 +75,12 @@ def run(config: RunConfig, chips: Slice, values: flags.FlagValues) -> dict[str, 
     except DoesNotFit as error:
         nearest = nearest_that_fits(config, chips, values.num_slices, _say)
         raise SpiralError(
-            f"--topology is {str(chips)!r}: a device {error}; "
-            + (f"the nearest that fits: {nearest}" if nearest else "nothing near fits; allowed: a larger slice")
+            f"--topology is {str(chips)!r}, of which a device {error}; allowed: "
+            + (
+                f"a larger slice, or the nearest that fits: {nearest}"
+                if nearest
+                else "a larger slice; nothing near fits"
+            )
         ) from None
 
 

@@ -2,7 +2,8 @@
 
 python -m spiral_jax.bench --subject=loader                         batches from a synthetic store
 python -m spiral_jax.bench --subject=loader --store=STORE           from a store of yours, a path or URL
-python -m spiral_jax.bench --subject=loader --remote                over HTTP, with latency, errors and a comparison
+python -m spiral_jax.bench --subject=loader --store=STORE --remote=URL
+                                                                    the same store from a URL, every batch compared
 python -m spiral_jax.bench --subject=tokenizer --input=FILE --tokenizer=tokenizer.json
 python -m spiral_jax.bench --subject=decoding                       four models of equal width, with and without a cache
 """
@@ -21,7 +22,7 @@ from absl import flags
 
 from spiral_jax import __version__, command
 from spiral_jax.data.storage import is_url
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 _PACKAGES = ("numpy", "jax", "grain", "tokenizers", "fsspec", "aiohttp")
 
@@ -29,9 +30,7 @@ _PACKAGES = ("numpy", "jax", "grain", "tokenizers", "fsspec", "aiohttp")
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("subject", "loader", ["loader", "tokenizer", "decoding"], "what to time", flag_values=values)
     flags.DEFINE_string("store", "", "token store or Megatron dataset; default: a synthetic one", flag_values=values)
-    flags.DEFINE_bool("remote", False, "read the store over HTTP from this machine", flag_values=values)
-    flags.DEFINE_float("latency_ms", 50.0, "--remote: time before each answer", 0.0, flag_values=values)
-    flags.DEFINE_float("error_rate", 0.02, "--remote: share of requests that fail", 0.0, 0.9, flag_values=values)
+    flags.DEFINE_string("remote", "", "loader: a URL of the same store, to read instead", flag_values=values)
     flags.DEFINE_integer("sequence_length", 4096, "predictions per window", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 64, "windows per step", 1, flag_values=values)
     flags.DEFINE_integer("read_threads", None, "default: 2 per core", 1, flag_values=values)
@@ -57,7 +56,7 @@ def main(values: flags.FlagValues) -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpus = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", cpus)
     packages = {}
     for name in _PACKAGES:
@@ -92,8 +91,10 @@ def as_text(report: dict[str, Any]) -> str:
 def _time_loader(values: flags.FlagValues) -> dict[str, Any]:
     from spiral_jax.benchmarks import loader
 
-    if values.remote and is_url(values.store):
-        raise SpiralError(f"--store: {values.store} with --remote; allowed: a path, which --remote serves itself")
+    if values.remote:
+        require(is_url(values.remote), "--remote", values.remote, "a URL, as in http://127.0.0.1:8000/store")
+        allowed = "the path of the store that --remote reads from a URL"
+        require(bool(values.store) and not is_url(values.store), "--store", values.store, allowed)
     threads = values.read_threads or 2 * _cores()
     settings = loader.LoaderSettings(
         sequence_length=values.sequence_length,
@@ -103,22 +104,22 @@ def _time_loader(values: flags.FlagValues) -> dict[str, Any]:
         seconds=values.seconds,
         repeats=values.repeats,
     )
+    store = os.path.expanduser(values.store)
+    if values.remote:
+        return loader.measure_remote(values.remote, store, settings)
+    if store:
+        return loader.measure(store, settings)
     with tempfile.TemporaryDirectory() as folder:
-        store = os.path.expanduser(values.store)
-        if not store:
-            store = str(Path(folder, "synthetic"))
-            loader.write_synthetic_store(Path(store))
-        if not values.remote:
-            return loader.measure(store, settings)
-        return loader.measure_remote(store, settings, latency_ms=values.latency_ms, error_rate=values.error_rate)
+        loader.write_synthetic_store(Path(folder, "synthetic"))
+        return loader.measure(str(Path(folder, "synthetic")), settings)
 
 
 def _time_tokenizer(values: flags.FlagValues) -> dict[str, Any]:
     if not values.input or not values.tokenizer:
-        raise SpiralError("--subject=tokenizer needs --input=FILE and --tokenizer=tokenizer.json")
+        raise SpiralError("--subject is 'tokenizer'; allowed: with --input=FILE and --tokenizer=tokenizer.json")
     for path in (*values.input, values.tokenizer):
         if not os.path.isfile(os.path.expanduser(path)):
-            raise SpiralError(f"{path}: no such file; allowed: files for --input and --tokenizer")
+            raise SpiralError(f"{path} does not exist; allowed: files for --input and --tokenizer")
     from spiral_jax.benchmarks import tokenizing
 
     inputs = [os.path.expanduser(path) for path in values.input]
@@ -128,8 +129,8 @@ def _time_tokenizer(values: flags.FlagValues) -> dict[str, Any]:
 def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
     from spiral_jax.benchmarks import decoding
 
-    if not all(count.strip().isdigit() and int(count) > 0 for count in values.texts):
-        raise SpiralError(f"--texts: found {','.join(values.texts)}; allowed: numbers from 1 on, as in 1,8")
+    are_counts = all(count.strip().isdigit() and int(count) > 0 for count in values.texts)
+    require(are_counts, "--texts", ",".join(values.texts), "numbers from 1 on, as in 1,8")
     settings = decoding.DecodingSettings(
         batch_sizes=tuple(map(int, values.texts)),
         width=values.width,

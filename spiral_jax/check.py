@@ -18,9 +18,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import invariants
 from spiral_jax.run import own_code
 
-
-def define(values: flags.FlagValues) -> None:
-    command.define_config(values)
+define = command.define_config
 
 
 def main(values: flags.FlagValues) -> None:
@@ -28,22 +26,20 @@ def main(values: flags.FlagValues) -> None:
     with contextlib.suppress(RuntimeError):  # jax has started already: in a test, or in a file of the user's own
         jax.config.update("jax_num_cpu_devices", 8)
         jax.config.update("jax_platforms", "cpu")
-    values = config.to_dict()
-    own = own_code.own_code(values)
+    saved = config.to_dict()
+    own = own_code.own_code(saved)
     for registry in own_code.REGISTRIES:
-        name = registry.chosen(values)
         of = f" of {own[registry.field]['file']}" if registry.field in own else ""
-        print(f"{registry.field:<18} {name}{of}")
+        print(f"{registry.field:<18} {registry.chosen(saved)}{of}")
     print(flush=True)
     failed = []
     for finding in invariants.check(config):
         print(as_text(finding), flush=True)
         if not finding.ok:
-            failed.append(finding)
+            failed.append(f"{finding.name} ({finding.where})")
     if failed:
-        what = " and ".join(f"{finding.name} ({finding.where})" for finding in failed)
-        names = f"model.topology {config.model.topology!r}, model.pooling {config.model.pooling!r}, model.allocation "
-        raise SpiralError(f"{names}{config.model.allocation!r}, optimizer.name {config.optimizer.name!r}: found {what}")
+        names = ", ".join(f"{registry.field} {registry.chosen(saved)!r}" for registry in own_code.REGISTRIES)
+        raise SpiralError(f"{names}: the check fails for {' and '.join(failed)}")
 
 
 def as_text(finding: invariants.Finding) -> str:

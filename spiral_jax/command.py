@@ -1,18 +1,22 @@
 """How every verb runs: its own flags, one-line errors, honest exit codes."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from spiral_jax.errors import Diverged, SpiralError
 from spiral_jax.model.registry import blamed, lines_in
-from spiral_jax.parallel import processes
+from spiral_jax.parallel import gloo
+from spiral_jax.parallel.ending import Ending, end_at_once
+from spiral_jax.parallel.join import Unjoined, join
+from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
 
@@ -27,7 +31,7 @@ def run(
     """Parses the command line, runs `main`, and exits.
 
     A mistake of the user's is one line on stderr and status 2; an interrupt is 128 + signal; anything else that is
-    raised is a defect, with traceback and status 1. What ends one of several processes ends the others with its status.
+    raised is a defect, with traceback and status 1.
 
     Args:
       verb: the command's name.
@@ -54,34 +58,62 @@ def run(
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         own_code.import_files(getattr(values, "import"))
         main(values)
-        processes.finish()
-    except SpiralError as error:
-        _exit(USAGE, f"error: {error}")
-    except Diverged as error:
-        _exit(DIVERGED, f"diverged: {error}")
-    except Interrupted as interrupt:
-        # All processes stop after the same step.
-        processes.say(str(interrupt), file=sys.stderr)
-        processes.finish()
-        sys.exit(128 + interrupt.signal)
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, "interrupted")
+    except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
+        status, line = _outcome(error)
+        print(line, file=sys.stderr)
+        sys.exit(status)
     except BrokenPipeError:
         # The reader of our output left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        processes.leave(FAILED, "the reader of its output left")
         sys.exit(FAILED)
-    except Exception:
-        if processes.is_several():
-            processes.wait_for_the_cause()
-            processes.leave(FAILED, traceback.format_exc())
+
+
+@contextlib.contextmanager
+def joined(values: flags.FlagValues) -> Iterator[Processes]:
+    """The processes of a command that runs on several: what ends one of them in here ends all, with its status.
+
+    Args:
+      values: with the flags of `parallel.place.define_processes`.
+
+    Raises:
+      SpiralError: as for `join`.
+    """
+    try:
+        processes = join(values)
+    except Unjoined as error:
+        status, line = _outcome(error.__cause__)
+        print(line, file=sys.stderr, flush=True)
+        end_at_once(status)
+    ending = Ending(processes)
+    try:
+        with gloo.silenced() if processes.several else contextlib.nullcontext():
+            yield processes
+            ending.finish()
+    except Interrupted as interrupt:
+        # All processes stop after the same step.
+        processes.say(str(interrupt), file=sys.stderr)
+        ending.finish()
+        sys.exit(128 + interrupt.signal)
+    except (Exception, KeyboardInterrupt) as error:
+        expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
+        ending.leave(*_outcome(error), expected=expected)
         raise
 
 
-def _exit(status: int, line: str) -> None:
-    processes.leave(status, line)
-    print(line, file=sys.stderr)
-    sys.exit(status)
+def _outcome(error: BaseException | None) -> tuple[int, str]:
+    """The exit status of what was raised, and what is printed about it."""
+    match error:
+        case SpiralError():
+            return USAGE, f"error: {error}"
+        case Diverged():
+            return DIVERGED, f"diverged: {error}"
+        case Interrupted():
+            return 128 + error.signal, str(error)
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT, "interrupted"
+        case BrokenPipeError():
+            return FAILED, "the reader of its output left"
+    return FAILED, "".join(traceback.format_exception(error))
 
 
 class Interrupted(Exception):
@@ -95,17 +127,15 @@ class Interrupted(Exception):
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that the train loop reads; the second one acts at once."""
 
+    signal: int | None = None
+
     def __enter__(self) -> "StopRequest":
-        self.signal: int | None = None
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
 
     def _request(self, number: int, _frame) -> None:
         self.signal = number

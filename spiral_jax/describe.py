@@ -10,7 +10,8 @@ from typing import Any
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
+from spiral_jax.model.chunks import Level
 from spiral_jax.run.config import RunConfig
 from spiral_jax.training.costs import layout, memory
 
@@ -25,8 +26,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     config = command.config_of(values)
-    if values.devices < 1:
-        raise SpiralError(f"--devices is {values.devices}; allowed: 1 or more")
+    require(values.devices >= 1, "--devices", values.devices, "1 or more")
     description = describe(config, values.devices)
     print(json.dumps(description, indent=2) if values.json else as_text(description))
 
@@ -36,7 +36,7 @@ def describe(config: RunConfig, num_devices: int) -> dict[str, Any]:
 
     Args:
       config: the run.
-      num_devices: devices of the mesh the memory is given for.
+      num_devices: devices of the mesh that the memory is given for.
 
     Raises:
       SpiralError: a mesh that does not fit the devices, the batch or the model.
@@ -71,14 +71,12 @@ def describe(config: RunConfig, num_devices: int) -> dict[str, Any]:
 def schedule(config: RunConfig) -> list[dict[str, Any]]:
     """One entry per part of the model, in the order a token passes through."""
     model, length = config.model, config.train.sequence_length
-    levels = [None, *model.schedule, None]
+    levels = [Level(1, 0, 0), *model.schedule, Level(1, 0, 0)]
     names = ["prelude", *(f"iteration {t}" for t in range(model.num_iterations)), "coda"]
     parts = []
     for name, level, (layers, n) in zip(names, levels, model.executed_layers(length), strict=True):
-        chunk, offset, shift = level or (1, 0, 0)
-        resolution = "1" if chunk == 1 else f"1/{chunk}"
-        where = {"resolution": resolution, "chunk": chunk, "offset": offset, "shift": shift}
-        parts.append({"part": name, "layers": layers, **where, "length": n})
+        resolution = "1" if level.chunk == 1 else f"1/{level.chunk}"
+        parts.append({"part": name, "layers": layers, "resolution": resolution, **level._asdict(), "length": n})
     return parts
 
 

@@ -25,19 +25,20 @@ import jax
 from absl import flags
 
 from spiral_jax import command
+from spiral_jax.corpus.sources import find_sources, read_text
 from spiral_jax.data.prepared import storage_of
 from spiral_jax.data.storage import is_url
 from spiral_jax.data.store import TokenStore
-from spiral_jax.data.text.files import find_documents, read_text
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.perplexity import WindowScorer, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.kernels.choose import attention_for
-from spiral_jax.parallel import processes
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
+from spiral_jax.parallel.place import define_processes
 from spiral_jax.parallel.placed import PlacedModel, place
+from spiral_jax.parallel.processes import Processes
 from spiral_jax.run.checkpoint import restore_for_inference
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import load_config, run_directory, tokenizer_of, validation_store_of
@@ -55,26 +56,26 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", 0, "documents of each of --tasks; 0 for all", flag_values=values)
     flags.DEFINE_string("tasks_data", "", "folder with the data of --tasks; default: the hub", flag_values=values)
     flags.DEFINE_string("output", "", "JSON file for --tasks; default: one in WORKDIR/lm_eval", flag_values=values)
-    processes.define(values)
+    define_processes(values)
 
 
 def main(values: flags.FlagValues) -> None:
     check_flags(values)
-    processes.initialize(values)
-    workdir = run_directory(values.workdir)
-    if values.tasks and processes.is_several():
-        raise SpiralError(
-            f"--tasks is given to {processes.num_processes()} processes; allowed: one, with any number of devices"
-        )
-    if values.tasks:
-        evaluate_tasks(values, workdir)
-    else:
-        evaluate_text(values, workdir)
+    with command.joined(values) as processes:
+        workdir = run_directory(values.workdir)
+        if values.tasks and processes.several:
+            raise SpiralError(
+                f"--tasks is given to {processes.count} processes; allowed: one, on any number of devices"
+            )
+        if values.tasks:
+            evaluate_tasks(values, workdir)
+        else:
+            evaluate_text(values, workdir, processes)
 
 
-def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
+def evaluate_text(values: flags.FlagValues, workdir: Path, processes: Processes) -> None:
     """Perplexity."""
-    config = on_these_devices(load_config(workdir), values.batch_size)
+    config = on_these_devices(load_config(workdir, processes), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
 
@@ -91,7 +92,7 @@ def evaluate_text(values: flags.FlagValues, workdir: Path) -> None:
         stride=values.stride,
         report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
     )
-    if not processes.is_main():
+    if not processes.is_main:
         return
     report = {
         "input": source.name,
@@ -188,12 +189,10 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
     """
     path = Path(flag).expanduser()
     if flag and not is_url(flag) and not path.is_dir():
-        documents = find_documents((flag,), field="--input")
-        if len(documents) > 1:
-            raise SpiralError(
-                f"--input is {flag!r}, which matches {len(documents)} files; allowed: one text file or token store"
-            )
-        text = read_text(documents[0])
+        sources = find_sources((flag,), format="text", field="--input")
+        if len(sources) > 1:
+            raise SpiralError(f"--input is {flag!r}: {len(sources)} files; allowed: one text file or token store")
+        text = read_text(sources[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:
             raise SpiralError(f"--input is {flag!r}, which is empty; allowed: a file with text")

@@ -7,21 +7,22 @@ The folder has config.json, the weights as safetensors, the tokenizer, the code 
 no plain GPT-NeoX, and a model card. Exporting the same checkpoint again writes the same bytes.
 """
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 
 from spiral_jax import command
+from spiral_jax.convert.architecture import config_to_huggingface, is_vanilla
 from spiral_jax.convert.card import model_card
-from spiral_jax.convert.huggingface import config_to_huggingface, tensors_from_params
-from spiral_jax.convert.layout import is_vanilla
-from spiral_jax.convert.output import output_folder, whole_folder
+from spiral_jax.convert.folder import CONFIG, output_folder
+from spiral_jax.convert.tensors import tensors_from_params
 from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
-from spiral_jax.data.tokenizers import Tokenizer
+from spiral_jax.data.atomic import whole_folder, write_text
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import read_meta
@@ -85,13 +86,21 @@ def export(
     own_code.check_registered(workdir, meta["config"])
     config, tokenizer = RunConfig.from_dict(meta["config"]), tokenizer_of(workdir)
     check_has_pytorch_code(config)
+    length, separator = config.train.sequence_length, tokenizer.separator_id
+    special = {"bos_token_id": separator, "eos_token_id": separator}
+    model_config = config_to_huggingface(config.model, length)
+    if not is_vanilla(config.model):
+        model_config["auto_map"] = AUTO_MAP
+    generation_config: dict[str, Any] = special | {"pad_token_id": separator}
+    if padding := list(range(tokenizer.vocab_size, config.model.vocab_size)):
+        generation_config["suppress_tokens"] = padding  # rows of the head that stand for no token
     with whole_folder(output) as folder:
         _, params = read_model(workdir, step=step)
         tensors = tensors_from_params(config.model, params, jax.numpy.dtype(dtype))
         write_weights(folder, tensors, max_shard_bytes)
-        _write_json(folder / "config.json", _model_config(config, tokenizer, dtype))
-        _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
-        write_tokenizer(folder, tokenizer, config.train.sequence_length)
+        write_json(folder / CONFIG, model_config | special | {"torch_dtype": dtype})
+        write_json(folder / "generation_config.json", generation_config)
+        write_tokenizer(folder, tokenizer, length)
         if not is_vanilla(config.model):
             for name in CODE:
                 shutil.copyfile(Path(__file__).parent / "convert" / name, folder / name)
@@ -104,10 +113,10 @@ def export(
             tokenizer=tokenizer,
             dtype=dtype,
         )
-        (folder / "README.md").write_text(card)
+        write_text(folder / "README.md", card)
         files = sorted([path.name for path in folder.iterdir()] + [MANIFEST])
         manifest = {"format": "spiral_jax.export", "step": step, "files": files, "config": meta["config"]}
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     return step
 
 
@@ -116,41 +125,18 @@ def check_has_pytorch_code(config: RunConfig) -> None:
     for field, code in own_code.own_code(config.to_dict()).items():
         if field.startswith("model."):
             raise SpiralError(
-                f"{field} is {code['name']!r} from {code['file']}: PyTorch has no code for it, and transformers could "
-                "not load the export; allowed: one of the package's own"
+                f"{field} is {code['name']!r} from {code['file']}; allowed: one of the package's own, as PyTorch has "
+                "no code for it"
             )
-
-
-def _model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str) -> dict:
-    values = config_to_huggingface(config.model, config.train.sequence_length)
-    if not is_vanilla(config.model):
-        values["auto_map"] = AUTO_MAP
-    return values | _special_ids(tokenizer) | {"torch_dtype": dtype}
-
-
-def _generation_config(config: RunConfig, tokenizer: Tokenizer) -> dict:
-    values = _special_ids(tokenizer) | {"pad_token_id": tokenizer.separator_id}
-    padding = list(range(tokenizer.vocab_size, config.model.vocab_size))
-    if padding:
-        values["suppress_tokens"] = padding  # rows of the head that stand for no token
-    return values
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict:
-    return {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
 
 
 def _files_of_export(output: str | None) -> frozenset[str]:
     """The files of an export that is there already."""
     try:
-        manifest = json.loads((Path(output or "").expanduser() / MANIFEST).read_text())
+        manifest = read_json_object(Path(output or "").expanduser() / MANIFEST)
         return frozenset(manifest["files"] if manifest["format"] == "spiral_jax.export" else ())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (SpiralError, KeyError, TypeError):
         return frozenset()
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

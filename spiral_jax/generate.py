@@ -12,27 +12,28 @@ stdout has a JSON object per text.
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from spiral_jax import command
 from spiral_jax.convert.folder import is_huggingface, read_config
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
-from spiral_jax.decoding.decoder import Counts, Decoder, Request, Token, bytes_per_row
+from spiral_jax.decoding.decoder import Decoder, Request, Token, bytes_per_row, has_stop, text_before_stop
 from spiral_jax.decoding.sampling import SamplingSettings
-from spiral_jax.decoding.stops import has_stop, text_before_stop
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.kernels.choose import attention_for
-from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
-from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, check_divisible, constrain, make_mesh, param_shardings
+from spiral_jax.model.config import Dtype, ModelConfig
+from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
+from spiral_jax.parallel.placed import PlacedModel, place
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
 
@@ -59,35 +60,30 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     folder = run_directory(values.workdir)
     tokenizer, max_length = tokenizer_and_length(folder)
-    prompts = list(read_prompts(values.prompt, values.input))
+    prompts = read_prompts(values.prompt, values.input)
     settings = sampling_of(values)
-    require(values.max_new_tokens >= 1, "--max_new_tokens", values.max_new_tokens, "1 or more")
-    require(values.batch_size >= 1, "--batch_size", values.batch_size, "1 or more")
+    for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
+        value = values[flag].value
+        require(value is None or value >= least, f"--{flag}", value, f"{least} or more")
     capacity = max_length if values.max_length is None else values.max_length
-    require(capacity >= 2, "--max_length", capacity, "2 or more")
+    require("" not in values.stop, "--stop", "", "a text")
     requests = [
         Request(
             encode(tokenizer, place, text, values.max_new_tokens, capacity),
             values.max_new_tokens,
             dataclasses.replace(settings, seed=(settings.seed + number) % 2**32),
-            stops_at(tokenizer, values.stop),
+            functools.partial(has_stop, tokenizer, stops=values.stop) if values.stop else None,
         )
         for number, (place, text) in enumerate(prompts)
     ]
-    stop_ids = [stop_id(tokenizer, text) for text in values.stop_token]
-    mesh_config = mesh_of(values.mesh)
-
-    model, params, mesh = open_model(folder, values.step, values.dtype, mesh_config)
+    stop_ids = [tokenizer.separator_id, *(stop_id(tokenizer, text) for text in values.stop_token)]
+    mesh = mesh_of(values.mesh)
+    placed, params = open_model(folder, values.step, values.dtype, mesh)
+    model = placed.model
     # No longer than the longest text can get: attention reads the whole cache.
     longest = max(len(request.prompt) for request in requests) + values.max_new_tokens
-    decoder = Decoder(
-        model,
-        mesh,
-        rows=min(values.batch_size, len(requests)),
-        capacity=longest,
-        num_ids=tokenizer.vocab_size,
-        stop_ids=[tokenizer.separator_id, *stop_ids],
-    )
+    rows = min(values.batch_size, len(requests))
+    decoder = Decoder(model, mesh, rows=rows, capacity=longest, num_ids=tokenizer.vocab_size, stop_ids=stop_ids)
     compiling = time.monotonic()
     few = min(2, values.max_new_tokens)  # the second is the first that a step makes
     for _ in decoder.run(params, [dataclasses.replace(x, max_new_tokens=few) for x in requests[: decoder.rows]]):
@@ -96,8 +92,8 @@ def main(values: flags.FlagValues) -> None:
 
     shown = Shown(tokenizer, [text for _, text in prompts], values.stop, values.json)
     begin = first = time.monotonic()
-    for number, token in enumerate(decoder.run(params, requests)):
-        if number == 0:
+    for token in decoder.run(params, requests):
+        if shown.tokens == 0:
             first = time.monotonic()
         shown.add(token)
     seconds = time.monotonic() - begin
@@ -111,40 +107,42 @@ def tokenizer_and_length(folder: Path) -> tuple[Tokenizer, int]:
     return tokenizer_of(folder), RunConfig.load(folder).train.sequence_length
 
 
-def read_prompts(flag: Sequence[str], path: str) -> Iterator[tuple[str, str]]:
+def read_prompts(flag: Sequence[str], path: str) -> list[tuple[str, str]]:
     """(where it stands, text) of every prompt.
 
     Raises:
       SpiralError: none or both given, a file that cannot be read, a broken line.
     """
-    if bool(flag) == bool(path):
-        raise SpiralError("--prompt or --input: found " + ("both" if path else "neither") + "; allowed: one of them")
+    if not flag and not path:
+        raise SpiralError("--prompt or --input is missing; allowed: one of them")
     if flag:
-        yield from ((f"--prompt {number + 1}", text) for number, text in enumerate(flag))
-        return
+        require(not path, "--input", path, "none beside --prompt")
+        return [(f"--prompt {number}", text) for number, text in enumerate(flag, start=1)]
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
         lines = content.decode("utf-8").splitlines()
     except OSError as error:
-        raise SpiralError(f"--input {path}: cannot be read ({error.strerror}); allowed: a file, or -") from None
+        raise SpiralError(f"--input {path} cannot be read ({error.strerror}); allowed: a file, or -") from None
     except UnicodeDecodeError as error:
-        raise SpiralError(f"--input {path}: byte {error.start} is not UTF-8; allowed: UTF-8 text") from None
+        raise SpiralError(f"--input {path} is not UTF-8 at byte {error.start}; allowed: UTF-8 text") from None
     if not lines:
-        raise SpiralError(f"--input {path}: the file is empty; allowed: a prompt per line")
+        raise SpiralError(f"--input {path} is empty; allowed: a prompt per line")
     # From standard input the first line says which of the two it is.
     objects = path.endswith(".jsonl") or (path == "-" and lines[0].lstrip().startswith('{"prompt"'))
-    for number, line in enumerate(lines, start=1):
-        place = f"--input {path}:{number}"
-        if not objects:
-            yield place, line
-            continue
-        try:
-            text = json.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str):
-            raise SpiralError(f"{place}: not a JSON object with a text `prompt`; allowed: one on every line")
-        yield place, text
+    places = [f"--input {path}:{number}" for number in range(1, len(lines) + 1)]
+    texts = list(map(prompt_of, places, lines)) if objects else lines
+    return list(zip(places, texts, strict=True))
+
+
+def prompt_of(place: str, line: str) -> str:
+    """The `prompt` of a JSON object, or SpiralError."""
+    try:
+        text = json.loads(line)["prompt"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise SpiralError(f"{place} is no JSON object with a text `prompt`; allowed: one on every line")
+    return text
 
 
 def sampling_of(values: flags.FlagValues) -> SamplingSettings:
@@ -155,7 +153,7 @@ def sampling_of(values: flags.FlagValues) -> SamplingSettings:
         raise SpiralError(f"--{error}") from None
 
 
-def encode(tokenizer: Tokenizer, place: str, text: str, max_new_tokens: int, capacity: int):
+def encode(tokenizer: Tokenizer, place: str, text: str, max_new_tokens: int, capacity: int) -> np.ndarray:
     """Tokens of a prompt.
 
     Raises:
@@ -163,11 +161,11 @@ def encode(tokenizer: Tokenizer, place: str, text: str, max_new_tokens: int, cap
     """
     ids = tokenizer.encode(text)
     if not len(ids):
-        raise SpiralError(f"{place}: the prompt is empty; allowed: at least one token")
+        raise SpiralError(f"{place} is empty; allowed: at least one token")
     if len(ids) + max_new_tokens > capacity:
         raise SpiralError(
-            f"{place}: found {len(ids)} tokens, and --max_new_tokens={max_new_tokens} more; allowed: {capacity} "
-            "together (--max_length, which is the model's sequence length by default)"
+            f"{place} has {len(ids)} tokens and {max_new_tokens} to add (--max_new_tokens); allowed: {capacity} "
+            "together (--max_length, the model's sequence length by default)"
         )
     return ids
 
@@ -180,47 +178,35 @@ def stop_id(tokenizer: Tokenizer, text: str) -> int:
     """
     found = tokenizer.token_id(text)
     if found is None:
-        raise SpiralError(f"--stop_token: found {text!r}; allowed: the text of one token (--stop takes any text)")
+        raise SpiralError(f"--stop_token is {text!r}; allowed: the text of one token (--stop takes any text)")
     return found
 
 
-def stops_at(tokenizer: Tokenizer, stops: Sequence[str]):
-    """New tokens to whether one of these texts is among them; None without any."""
-    require("" not in stops, "--stop", "", "a text")
-    if not stops:
-        return None
-    return lambda ids: has_stop(tokenizer, ids, stops)
-
-
-def mesh_of(flag: Sequence[str]) -> MeshConfig:
-    """--mesh as numbers.
+def mesh_of(flag: Sequence[str]) -> Mesh:
+    """The mesh of --mesh, over the first devices.
 
     Raises:
       SpiralError: not three numbers, or more devices than there are.
     """
-    if len(flag) != 3 or not all(size.strip().isdigit() and int(size) > 0 for size in flag):
-        raise SpiralError(f"--mesh: found {','.join(flag)}; allowed: data,fsdp,tensor, as in 1,1,8")
-    data, fsdp, tensor = map(int, flag)
-    here = jax.device_count()
-    require(data * fsdp * tensor <= here, "--mesh", ",".join(flag), f"a product of at most {here}, the devices here")
-    return MeshConfig(data, fsdp, tensor)
+    ok = len(flag) == 3 and all(size.strip().isdigit() and int(size) > 0 for size in flag)
+    require(ok, "--mesh", ",".join(flag), "data,fsdp,tensor, as in 1,1,8")
+    sizes, here = [int(size) for size in flag], jax.device_count()
+    require(math.prod(sizes) <= here, "--mesh", ",".join(flag), f"a product of at most {here}, the devices here")
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
 
-def open_model(
-    folder: Path, step: int | None, dtype: str | None, mesh_config: MeshConfig
-) -> tuple[SpiralFormer, Any, Any]:
-    """(model, parameters, mesh), the parameters on the mesh.
+def open_model(folder: Path, step: int | None, dtype: Dtype | None, mesh: Mesh) -> tuple[PlacedModel, Any]:
+    """The model on a mesh, and its parameters there.
 
     Raises:
       SpiralError: no such checkpoint, or a model that cannot be cut like this.
     """
     config, params = read_model(folder, step=step, dtype=dtype)
     check_dtype(config.dtype, "--dtype")
-    data, fsdp, tensor = shape = (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
-    check_divisible(shape, config, data * fsdp, 1)
-    mesh = make_mesh(mesh_config, jax.devices()[: data * fsdp * tensor])
-    model = SpiralFormer(config, Backend(attention_for(mesh, config), functools.partial(constrain, mesh)))
-    return model, jax.device_put(params, param_shardings(model.config, mesh)), mesh
+    data, fsdp, tensor = mesh.devices.shape
+    check_divisible((data, fsdp, tensor), config, data * fsdp, 1)
+    placed = place(config, mesh, attention_for(mesh, config))
+    return placed, jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
 
 
 class Shown:
@@ -240,60 +226,50 @@ class Shown:
         self._end = [""] * len(prompts)
         self._current = 0
         self._sent = 0  # characters of the current text
-        if not as_json:
-            self._head()
+        self._show_prompt()
 
     def add(self, token: Token) -> None:
         """Takes one token."""
         self.tokens += 1
         self._ids[token.request].append(token.id)
         self._end[token.request] = token.end
-        if token.request == self._current and not self._as_json and not token.end:
-            self._grow(self._text(self._current, growing=True))
-        while self._current < len(self._prompts) and self._end[self._current]:
-            self._finish()
+        if token.request != self._current:
+            return
+        # When a text ends, the next ones may be there already.
+        while self._current < len(self._prompts):
+            self._show_text()
+            if not self._end[self._current]:
+                return
+            self._current, self._sent = self._current + 1, 0
+            self._show_prompt()
 
-    def _text(self, number: int, growing: bool = False) -> str:
-        """The new text, without what ended it; while it grows, without what may yet turn out to be something else."""
-        text = text_before_stop(self._tokenizer, self._ids[number], self._stops)
-        if growing:
-            # Part of a character shows as this one.
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-            longest = max((len(stop) - 1 for stop in self._stops), default=0)
-            text = text[: len(text) - longest]
-        return text
-
-    def _grow(self, text: str) -> None:
-        sys.stdout.write(text[self._sent :])
-        sys.stdout.flush()
-        self._sent = max(self._sent, len(text))
-
-    def _head(self) -> None:
-        many = f"=== {self._current + 1}\n" if len(self._prompts) > 1 else ""
-        sys.stdout.write(many + self._prompts[self._current])
-        sys.stdout.flush()
-
-    def _finish(self) -> None:
-        number, text = self._current, self._text(self._current)
-        if self._as_json:
-            entry = {"prompt": self._prompts[number], "text": text, "ids": self._ids[number], "end": self._end[number]}
-            print(json.dumps(entry, ensure_ascii=False), flush=True)
-        else:
-            self._grow(text)
-            print(flush=True)
-        self._current, self._sent = number + 1, 0
+    def _show_prompt(self) -> None:
         if self._current < len(self._prompts) and not self._as_json:
-            self._head()
-            self._grow(self._text(self._current, growing=not self._end[self._current]))
+            number = f"=== {self._current + 1}\n" if len(self._prompts) > 1 else ""
+            print(number + self._prompts[self._current], end="", flush=True)
+
+    def _show_text(self) -> None:
+        ids, end, prompt = self._ids[self._current], self._end[self._current], self._prompts[self._current]
+        if not end and self._as_json:
+            return
+        text = text_before_stop(self._tokenizer, ids, self._stops)
+        if self._as_json:
+            print(json.dumps({"prompt": prompt, "text": text, "ids": ids, "end": end}, ensure_ascii=False), flush=True)
+            return
+        if not end:
+            # What may yet turn out to be something else: part of a character, which shows as this one, or of a stop.
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            text = text[: len(text) - max((len(stop) - 1 for stop in self._stops), default=0)]
+        print(text[self._sent :], end="\n" if end else "", flush=True)
+        self._sent = max(self._sent, len(text))
 
 
 def report(
     config: ModelConfig, decoder: Decoder, requests: Sequence[Request], tokens: int, first: float, seconds: float
 ) -> str:
-    """Speed, memory and work, as lines."""
-    counts = decoder.counts()
+    """Speed, memory, and how often the core ran at each resolution, as lines."""
+    counts, row_bytes = decoder.counts(), bytes_per_row(config, decoder.capacity)
     read = sum(len(request.prompt) for request in requests)
-    row_bytes = bytes_per_row(config, decoder.capacity)
     lines = [
         f"prompts      {read:,} tokens in {len(requests):,} prompts, first new token after {first:.2f} s",
         f"generated    {tokens:,} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s "
@@ -301,22 +277,16 @@ def report(
         f"memory       {row_bytes / decoder.capacity:,.0f} bytes a token, "
         f"{row_bytes * decoder.rows / 1e6:,.1f} MB in all",
     ]
-    return "\n".join(lines + runs_of_levels(config, counts))
-
-
-def runs_of_levels(config: ModelConfig, counts: Counts) -> list[str]:
-    """How often the core ran at each resolution, one line."""
-    if not counts.tokens or not counts.runs:
-        return []
-    each = ", ".join(
-        f"chunks of {level.chunk}: {runs:,}" if level.chunk > 1 else f"every token: {runs:,}"
-        for level, runs in zip(config.schedule, counts.runs, strict=True)
-    )
-    per_token = sum(counts.runs) / counts.tokens
-    return [
-        f"core         {per_token:.2f} runs a token ({each} for {counts.tokens:,} tokens), "
-        f"{counts.core_calls / counts.steps:.2f} passes over its weights a step"
-    ]
+    if counts.tokens and counts.runs:
+        each = ", ".join(
+            f"chunks of {level.chunk}: {runs:,}" if level.chunk > 1 else f"every token: {runs:,}"
+            for level, runs in zip(config.schedule, counts.runs, strict=True)
+        )
+        lines.append(
+            f"core         {sum(counts.runs) / counts.tokens:.2f} runs a token ({each} for {counts.tokens:,} tokens), "
+            f"{counts.core_calls / counts.steps:.2f} passes over its weights a step"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

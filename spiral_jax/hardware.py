@@ -95,4 +95,4 @@ _PEAKS = {
 def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of bfloat16 products of one device, by `jax.Device.device_kind`; None where it is not known (CPU)."""
     # The longest name: `TPU v5` is a part of `TPU v5 lite`.
-    return _PEAKS.get(max((name for name in _PEAKS if name in device_kind), key=len, default=None))
+    return _PEAKS.get(max((name for name in _PEAKS if name in device_kind), key=len, default=""))

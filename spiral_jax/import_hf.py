@@ -10,14 +10,14 @@ of its configuration may still change but the architecture. Only safetensors are
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
 
 from spiral_jax import command
-from spiral_jax.convert.folder import CONFIG, read_config, read_params
-from spiral_jax.convert.output import output_folder, whole_folder
+from spiral_jax.convert.folder import CONFIG, output_folder, read_config, read_params
+from spiral_jax.data.atomic import whole_folder
+from spiral_jax.data.json_files import read_json_object
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import PROGRAM
@@ -38,11 +38,12 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     given = command.config_of(values) if values.config is not None else None
+    allowed = "a folder with config.json and model.safetensors"
     if not values.input:
-        raise SpiralError("--input is missing: a folder with config.json and model.safetensors")
+        raise SpiralError(f"--input is missing; allowed: {allowed}")
     source = Path(values.input).expanduser().resolve()
     if not source.is_dir():
-        raise SpiralError(f"--input {source}: no such folder")
+        raise SpiralError(f"--input {source} is no folder; allowed: {allowed}")
     workdir = output_folder("workdir", values.workdir)
     config = import_folder(source, workdir, given, values.tokenizer)
     print(f"imported     {config.model.notation}, {config.model.total_parameters:,} parameters")
@@ -77,7 +78,7 @@ def import_folder(source: Path, workdir: Path, given: RunConfig | None = None, t
     tokenizer = _tokenizer(source, tokenizer_file, config.data.separator)
     if tokenizer.vocab_size > model.vocab_size:
         raise SpiralError(
-            f"{source / CONFIG}: vocab_size is {model.vocab_size}; allowed: at least {tokenizer.vocab_size}, "
+            f"{source / CONFIG}: vocab_size is {model.vocab_size}; allowed: {tokenizer.vocab_size} or more, "
             f"the ids of {tokenizer_file or 'its tokenizer'}"
         )
     params = read_params(source, model)
@@ -96,15 +97,15 @@ def _tokenizer(source: Path, file: str, separator: str) -> Tokenizer:
     if file:
         return HuggingFaceTokenizer.from_file(Path(file).expanduser(), separator=separator)
     if not has_tokenizer(source):
-        raise SpiralError(f"{source}: there is no tokenizer.json; allowed: one in the folder, or --tokenizer=FILE")
+        raise SpiralError(f"{source} has no tokenizer.json; allowed: one in the folder, or --tokenizer=FILE")
     return load_tokenizer(source, separator=separator or _end_of_text(source))
 
 
 def _end_of_text(source: Path) -> str:
     """The `eos_token` of tokenizer_config.json, or ""."""
     try:
-        token = json.loads((source / "tokenizer_config.json").read_text())["eos_token"]
-    except (OSError, ValueError, KeyError, TypeError):
+        token = read_json_object(source / "tokenizer_config.json").get("eos_token")
+    except SpiralError:
         return ""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""

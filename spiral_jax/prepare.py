@@ -6,12 +6,13 @@ python -m spiral_jax.prepare --inspect=stores/pile --show=3 --verify
 """
 
 import re
+from typing import Any
 
 from absl import flags
 
 from spiral_jax import command
+from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.config import DataConfig
-from spiral_jax.data.text.prepare import prepare_folder
 from spiral_jax.errors import SpiralError
 
 # What fields of the configuration are called here; the others have the same name.
@@ -33,14 +34,16 @@ _FIELDS = [
 
 def define(values: flags.FlagValues) -> None:
     default = DataConfig()
-    kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    kinds: dict[type, Any] = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        tuple: flags.DEFINE_multi_string,
+    }
 
     def flag(field: str, meaning: str) -> None:
         value = getattr(default, field)
-        define = flags.DEFINE_multi_string if isinstance(value, tuple) else kinds[type(value)]
-        define(
-            _FLAGS.get(field, field), list(value) if isinstance(value, tuple) else value, meaning, flag_values=values
-        )
+        kinds[type(value)](_FLAGS.get(field, field), value, meaning, flag_values=values)
 
     flag("paths", "file, folder or glob pattern to read: text, .jsonl, .parquet, also .gz and .zst; may be repeated")
     flags.DEFINE_string("output", "", "folder to make, with train/, validation/ and the tokenizer", flag_values=values)
@@ -77,7 +80,7 @@ def main(values: flags.FlagValues) -> None:
     with command.StopRequest() as stop:
 
         def check() -> None:
-            if stop():
+            if stop.signal is not None:
                 message = f"stopped; the same command goes on from here ({values.output} is not complete)"
                 raise command.Interrupted(message, stop.signal)
 

@@ -8,6 +8,7 @@ import inspect
 import re
 import types
 import typing
+from typing import Any
 
 from spiral_jax.run.config import MUTABLE, RunConfig
 
@@ -28,7 +29,7 @@ An unknown field, a value of the wrong type and a value that is not allowed stop
 the field. `WORKDIR/config.json` holds what the run was last started with.
 """
 
-# What RunConfig._check_steps and _check_stages do, and runs.check_same_data.
+# What `RunConfig.check_resume` refuses, and what a run says of stores with other tokens.
 _RULES = """\
 `train.steps` may change where the learning rate is at its constant peak, under the old and the new number:
 
@@ -51,73 +52,56 @@ def markdown() -> str:
     Raises:
       ValueError: a field that its class docstring does not document, or a documented name that is not a field.
     """
-    hints = typing.get_type_hints(RunConfig)
-    rooms = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     sections = [_INTRODUCTION, _on_resume(), f"## Top level\n\n{table(RunConfig)}\n"]
-    for name, room in rooms.items():
-        sections.append(f"## {name}\n\n{_summary(room)}{_room_on_resume(name)}\n\n{table(room, f'{name}.')}\n")
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        if dataclasses.is_dataclass(hint):
+            summary = " ".join((inspect.getdoc(hint) or "").partition("\n\n")[0].split())
+            sections.append(f"## {name}\n\n{summary}{_room_on_resume(name)}\n\n{table(hint, f'{name}.')}\n")
     return "\n".join(sections)
 
 
-def table(config_class: type, prefix: str = "") -> str:
+def table(config_class: Any, prefix: str = "") -> str:
     """The fields of one dataclass as a Markdown table; fields that are dataclasses have tables of their own.
 
     Args:
       config_class: a dataclass in which every field has a default.
-      prefix: put before the fields' names.
+      prefix: what is put before the fields' names.
 
     Raises:
       ValueError: as for `markdown`.
     """
     hints, meanings, defaults = typing.get_type_hints(config_class), _meanings(config_class), config_class()
-    unknown = sorted(meanings.keys() - {field.name for field in dataclasses.fields(config_class)})
-    if unknown:
-        raise ValueError(f"{config_class.__name__}.{unknown[0]} is documented, but not a field")
+    class_name = config_class.__name__
+    if unknown := sorted(meanings.keys() - hints.keys()):
+        raise ValueError(f"{class_name}.{unknown[0]} is documented, but not a field")
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(config_class):
-        hint = hints[field.name]
+    for name, hint in hints.items():
         if dataclasses.is_dataclass(hint):
             continue
-        if not meanings.get(field.name):
-            raise ValueError(
-                f"{config_class.__name__}.{field.name} has no meaning under Attributes: in its class docstring"
-            )
-        cells = (
-            _code(prefix + field.name),
-            _code(_type_name(hint)),
-            _code(_literal(getattr(defaults, field.name))),
-            _text(meanings[field.name]),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        if not meanings.get(name):
+            raise ValueError(f"{class_name}.{name} has no meaning under Attributes: in its class docstring")
+        codes = (prefix + name, _type_name(hint), _literal(getattr(defaults, name)))
+        lines.append(f"| {' | '.join(map(_code, codes))} | {_text(meanings[name])} |")
     return "\n".join(lines)
 
 
-def _meanings(config_class: type) -> dict[str, str]:
+def _meanings(config_class: Any) -> dict[str, str]:
     """What the docstring's `Attributes:` section says of each field; `a, b: text` covers both."""
     _, _, section = (inspect.getdoc(config_class) or "").partition("\nAttributes:\n")
-    meanings, names, entry_indent = {}, (), None
+    meanings: dict[str, str] = {}
+    names: list[str] = []
     for line in section.splitlines():
-        indent = len(line) - len(line.lstrip())
-        if not line.strip():
-            continue
-        if indent == 0:
-            break
-        entry_indent = entry_indent or indent
-        if indent == entry_indent:
-            entry = re.fullmatch(r"\s+(\w+(?:, \w+)*):\s*(.*)", line)
-            if entry is None:
-                raise ValueError(f"{config_class.__name__}: no `name: meaning` under Attributes: in {line.strip()!r}")
-            names = tuple(entry[1].split(", "))
+        if entry := re.fullmatch(r"  (\w+(?:, \w+)*):\s*(.*)", line):
+            names = entry[1].split(", ")
             meanings |= dict.fromkeys(names, entry[2])
+        elif re.match(r"  \S", line):
+            raise ValueError(f"{config_class.__name__}: no `name: meaning` under Attributes: in {line.strip()!r}")
+        elif re.match(r"\S", line):
+            break
         else:
             for name in names:
                 meanings[name] = f"{meanings[name]} {line.strip()}".strip()
     return meanings
-
-
-def _summary(config_class: type) -> str:
-    """The docstring's first paragraph as one line."""
-    return " ".join(inspect.getdoc(config_class).partition("\n\n")[0].split())
 
 
 def _on_resume() -> str:

@@ -29,8 +29,9 @@ from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
 from spiral_jax.evaluation.validation import Validation
-from spiral_jax.parallel import processes
 from spiral_jax.parallel.mesh import make_mesh
+from spiral_jax.parallel.place import define_processes
+from spiral_jax.parallel.processes import Processes
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, summary
 from spiral_jax.run.checkpoint import Checkpoints, Saves
@@ -42,11 +43,10 @@ from spiral_jax.run.directory import (
     load,
     open_workdir,
     read_model,
-    save_data,
     tokenizer_of,
 )
 from spiral_jax.run.prepare import batches_of_process, check_data, prepare_data, window_order
-from spiral_jax.run.provenance import parameter_table, write_environment
+from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.resume import Saved, newest_whole
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
@@ -58,7 +58,7 @@ def define(values: flags.FlagValues) -> None:
     command.define_config(values)
     flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     flags.DEFINE_string("profile", "", "FIRST:LAST steps to trace into WORKDIR/profile", flag_values=values)
-    processes.define(values)
+    define_processes(values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -67,22 +67,26 @@ def main(values: flags.FlagValues) -> None:
     profiled = parse_profile(values.profile)
     check_dtype(config.model.dtype, "model.dtype")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
-    processes.initialize(values)
-    workdir = open_workdir(values.workdir)
-    metrics.check_extras(config.logging)
-    summary.check_extras(config.summary)
-    config.check_mesh(jax.device_count())
-    processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
-    check_processes(config)
-    across = f" in {jax.process_count()} processes" if processes.is_several() else ""
-    processes.say(
-        f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
-        f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
-    )
-    with claim(workdir) if processes.is_main() else contextlib.nullcontext():
-        processes.check_shared(workdir, "--workdir")
-        run(config, workdir, profiled)
+    with command.joined(values) as processes:
+        workdir = open_workdir(values.workdir)
+        metrics.check_extras(config.logging)
+        summary.check_extras(config.summary)
+        config.check_mesh(jax.device_count())
+        processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
+        if config.evaluation.tasks and processes.several:
+            raise SpiralError(
+                f"evaluation.tasks is {', '.join(config.evaluation.tasks)} with {processes.count} processes; "
+                "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
+            )
+        across = f" in {processes.count} processes" if processes.several else ""
+        processes.say(
+            f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
+            f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
+        )
+        with claim(workdir) if processes.is_main else contextlib.nullcontext():
+            processes.check_shared(workdir, "--workdir")
+            run(config, workdir, profiled, processes)
 
 
 class Opened(NamedTuple):
@@ -104,28 +108,28 @@ class Opened(NamedTuple):
     saved: Saved | None
     given: dict[str, Any] | None
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.saved.step if self.saved else 0
 
-def run(config: RunConfig, workdir: Path, profiled: range) -> None:
+
+def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes) -> None:
     """The run in `workdir`, from wherever it stands."""
     mesh = make_mesh(config.mesh)
-    opened = open_run(config, workdir, mesh)
+    opened = open_run(config, workdir, mesh, processes)
     program = make_program(config, mesh)
-    state = first_state(config, workdir, program, opened)
-    if processes.is_main():
-        config.save(workdir / "config.json")
-        own_code.save(workdir, config.to_dict())
-        save_data(workdir, opened.data)
-        atomic.write_text(workdir / "parameters.txt", parameter_table(program.abstract_state.params))
-        write_environment(workdir / "environment.json", program.placed.mesh)
-    first = (opened.saved.step if opened.saved else 0) + 1
-    if first <= config.train.steps:
-        train(config, workdir, program, state, opened, range(first, config.train.steps + 1), profiled)
+    state = first_state(config, workdir, program, opened, processes)
+    if processes.is_main:
+        save_start(workdir, config, opened.data, program.abstract_state.params, mesh)
+    if opened.step < config.train.steps:
+        train(config, workdir, program, state, opened, profiled, processes)
     opened.checkpoints.close()
-    if processes.is_main():
-        finish(config, workdir, opened.data)
+    if processes.is_main:
+        finish(config, workdir, opened.data, processes)
 
 
-def open_run(config: RunConfig, workdir: Path, mesh: Mesh) -> Opened:
+def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes) -> Opened:
     """Opens what the run stands on, and checks it against its newest checkpoint that is whole.
 
     Raises:
@@ -133,11 +137,11 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh) -> Opened:
         an `upcycle.source` that does not.
     """
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    saved = newest_whole(config, workdir, checkpoints, abstract_state(config, mesh))
+    saved = newest_whole(config, workdir, checkpoints, abstract_state(config, mesh), processes)
     for line in own_code.changes(workdir, config.to_dict()) if saved else ():
         processes.say(line)
     fingerprints = saved.fingerprints if saved else None
-    data = prepare_data(config, workdir, fingerprints)
+    data = prepare_data(config, workdir, fingerprints, processes)
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
@@ -145,14 +149,14 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh) -> Opened:
     tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
     given = None
     if saved is None and config.upcycle.source:
-        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source))
+        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
     return Opened(data, order, tasks, checkpoints, saved, given)
 
 
-def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened) -> TrainState:
+def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened, processes: Processes) -> TrainState:
     """Where the run starts: at its newest checkpoint, at parameters from elsewhere, or at random ones."""
-    if opened.saved and opened.saved.step:
-        processes.say(f"resuming after step {opened.saved.step} of {config.train.steps}")
+    if opened.saved and opened.step:
+        processes.say(f"resuming after step {opened.step} of {config.train.steps}")
         return opened.saved.arrays
     state = program.init(jax.random.key(config.seed))
     if opened.saved:
@@ -175,11 +179,11 @@ def train(
     program: Program,
     state: TrainState,
     opened: Opened,
-    steps: range,
     profiled: range,
+    processes: Processes,
 ) -> None:
     """The steps that are left."""
-    first, last, data = steps.start, config.train.steps, opened.data
+    first, last, data = opened.step + 1, config.train.steps, opened.data
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
@@ -192,15 +196,14 @@ def train(
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
     saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
-    is_main = processes.is_main()
-    record = Record(workdir, config, opened.order, first - 1, evaluations) if is_main else None
-    tracer = Tracer(workdir / "profile", profiled if is_main else range(0))
+    record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
+    tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
     try:
         with command.StopRequest() as request, host_batches:
             stop = AgreedStop(lambda: request.signal, program.placed.mesh)
             _, done = fit(
                 state,
-                steps,
+                range(first, last + 1),
                 train_step=train_step,
                 batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
                 recorder=Recorder(record or (lambda row: None)),
@@ -218,7 +221,7 @@ def train(
         raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
 
 
-def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
+def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Processes) -> None:
     """Says how the run ended and where everything is."""
     rows = metrics.read_rows(workdir / "metrics.jsonl")
     print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
@@ -227,8 +230,8 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
         last = evaluated[-1]
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
-    if config.summary.sample_tokens and processes.is_several():
-        print(f"no sample: its parameters would have to fit one of the {jax.process_count()} processes")
+    if config.summary.sample_tokens and processes.several:
+        print(f"no sample: its parameters would have to fit one of the {processes.count} processes")
     elif config.summary.sample_tokens and data.validation is not None:
         model, params = load(workdir)
         text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
@@ -240,15 +243,6 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData) -> None:
     files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
     more = [*(f" --import={file}" for file in files), "" if data.validation is not None else " --input=FILE"]
     print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)
-
-
-def check_processes(config: RunConfig) -> None:
-    """Raises SpiralError for what a run on several processes cannot do."""
-    if config.evaluation.tasks and processes.is_several():
-        raise SpiralError(
-            f"evaluation.tasks is {', '.join(config.evaluation.tasks)} with {jax.process_count()} processes; "
-            "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
-        )
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ def never_compiled(monkeypatch):
         ((PILE, "--topology=v5e:4x4", "--config.mesh.fsdp=5"), "does not fit 16 devices"),
         ((PILE, "--topology=v5e:4x4", "--config.model.remat=full"), "model.remat is 'full'; allowed: keep_all"),
         ((PILE, "--topology=v5e:4x4", "--config.train.gather_core=never"), "train.gather_core is 'never'"),
-        ((PILE, "--topology=v5e:4x4", "--output=/no/folder/report.json"), "--output: found /no/folder"),
-        ((PILE, "--topology=v5e:4x4", "--output=/tmp"), "--output: found /tmp"),
+        ((PILE, "--topology=v5e:4x4", "--output=/no/folder/report.json"), "--output is '/no/folder"),
+        ((PILE, "--topology=v5e:4x4", "--output=/tmp"), "--output is '/tmp'"),
         ((PILE, "--topology=v5e:4x4", "--search", "--config.train.batch_size=500"), "train.batch_size is 500"),
         ((PILE, "--topology=v5e:1x1", "--search", "--config.model.d_model=12288"), "no layout can fit"),
         ((PILE, "--topology=v5e:4x4", "--num_slices=0"), "num_slices"),
         ((PILE, "--topology=v5e:4x4", "--config.train.attention=cudnn"), "train.attention is 'cudnn'"),
-        ((PILE, "--topology=v5e:4x4", "--num_slices=2"), "mesh.data is 1; it must be a multiple of the 2 slices"),
+        ((PILE, "--topology=v5e:4x4", "--num_slices=2"), "mesh.data is 1; allowed: a multiple of the 2 slices"),
     ],
 )
 def test_mistakes_are_one_line(arguments, named, never_compiled, request):

@@ -1,17 +1,26 @@
 """The benchmark command: that it measures what it says, not how fast anything is."""
 
+import contextlib
+import http.client
 import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import range_server
+from range_server import RangeServer, random_faults
 from verbs import call
 
 from spiral_jax import bench, benchmarks
 from spiral_jax.benchmarks import loader
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
-from spiral_jax.data.writer import StoreWriter
 
 QUICK = ("--seconds=0.1", "--repeats=2", "--sequence_length=64", "--batch_size=4", "--read_threads=2", "--json")
 
@@ -41,17 +50,43 @@ def test_loader(store, capsys):
 
 def test_remote_loader_is_compared_with_the_local_one(store, capsys, monkeypatch, tmp_path):
     pytest.importorskip("aiohttp")
-    flags = (f"--store={store}", "--remote", "--latency_ms=1", "--error_rate=0.05", *QUICK)
-    assert call(bench, *flags) == (0, "")
-    report = json.loads(capsys.readouterr().out)
-    assert report["batches_equal_to_local"] >= sum(report["steps"]) > 0
-    assert "HEAD" not in report["requests"] and any(name.startswith("fault") for name in report["requests"])
-    assert report["requests"]["GET"] >= 4 * report["batches_equal_to_local"]
+    with RangeServer(store, latency_seconds=0.001, fault=random_faults(0.05, seed=0)) as server:
+        flags = (f"--store={store}", f"--remote={server.url}", *QUICK)
+        assert call(bench, *flags) == (0, "")
+        report = json.loads(capsys.readouterr().out)
+        assert report["store"] == server.url and report["batches_equal_to_local"] >= sum(report["steps"]) > 0
+        # While batches are read, nothing but tokens is asked for, and some of it in vain.
+        first = next(i for i, (request, _) in enumerate(server.log) if request.path == "/tokens.bin" and request.start)
+        requests = server.log[first:]
+        assert {request.method for request, _ in requests} == {"GET"} and any(fault for _, fault in requests)
+        assert len(requests) >= 4 * report["batches_equal_to_local"]
 
-    other, opened = write(tmp_path / "other", seed=1), loader.open_source
-    monkeypatch.setattr(loader, "open_source", lambda place, *more: opened(place if more else str(other), *more))
-    status, errors = call(bench, *flags)
-    assert status == 2 and "batch of step 0 is not that of" in errors and errors.count("\n") == 1
+        other, opened = write(tmp_path / "other", seed=1), loader.open_source
+        monkeypatch.setattr(
+            loader, "open_source", lambda place, *more: opened(str(other) if place == str(store) else place, *more)
+        )
+        status, errors = call(bench, *flags)
+        assert status == 2 and "batch of step 0 is not that of" in errors and errors.count("\n") == 1
+
+
+def test_the_range_server_is_a_command(store):
+    """As CONTRIBUTING.md gives it: prints a URL, serves until its input ends, and counts the requests."""
+    command = [sys.executable, range_server.__file__, store, "--latency_ms=50", "--error_rate=0.5"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    url, statuses, begin = process.stdout.readline().strip(), [], time.monotonic()
+    for _ in range(20):
+        # What is left of the faults besides errors: connections that break, answers cut short, one that hangs.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            try:
+                with urllib.request.urlopen(f"{url}/manifest.json", timeout=1) as answer:
+                    assert json.load(answer)["num_tokens"] == 10_001
+                    statuses.append(200)
+            except urllib.error.HTTPError as error:
+                statuses.append(error.code)
+    assert time.monotonic() - begin > 20 * 0.05
+    stats = json.loads(process.communicate(timeout=60)[0])
+    assert stats["GET"] == 20 and {200, 500, 503} >= set(statuses) > {200}
+    assert statuses.count(500) == stats.get("fault 500", 0) and statuses.count(503) == stats.get("fault 503", 0)
 
 
 def test_the_synthetic_store_is_a_store(tmp_path, monkeypatch):
@@ -75,7 +110,9 @@ def test_tokenizer(tmp_path, capsys, monkeypatch):
     "flags, named",
     [
         (["--store=/no/such/store"], "/no/such/store"),
-        (["--store=gs://bucket/store", "--remote"], "--remote"),
+        (["--store=gs://bucket/store", "--remote=http://localhost/store"], "--remote"),
+        (["--remote=http://localhost/store"], "--store is ''"),
+        (["--store=/a/store", "--remote=/a/store"], "--remote is '/a/store'"),
         (["--subject=tokenizer"], "--input"),
         (["--subject=tokenizer", "--input=/no/file", "--tokenizer=/no/tokenizer"], "/no/file"),
         (["--subject=model"], "subject"),

@@ -97,21 +97,21 @@ def test_text_streams_in_whole_characters_and_without_what_may_be_a_stop(monkeyp
 
 
 BAD = {
-    "empty": (["--prompt="], "--prompt 1: the prompt is empty; allowed: at least one token"),
+    "empty": (["--prompt="], "--prompt 1 is empty; allowed: at least one token"),
     "longer than the cache": (["--prompt=a a a", "--max_new_tokens=62"],
-                              "--prompt 1: found 3 tokens, and --max_new_tokens=62 more; allowed: 64 together"),
+                              "--prompt 1 has 3 tokens and 62 to add (--max_new_tokens); allowed: 64 together"),
     "than --max_length": (["--prompt=a a a", "--max_new_tokens=2", "--max_length=4"], "allowed: 4 together"),
     "temperature": (["--prompt=a", "--temperature=-0.5"], "--temperature is -0.5; allowed: 0 (greedy) or more"),
     "top_p 0": (["--prompt=a", "--top_p=0"], "--top_p is 0.0; allowed: above 0, at most 1"),
     "top_p 1.5": (["--prompt=a", "--top_p=1.5"], "--top_p is 1.5; allowed: above 0, at most 1"),
     "top_k": (["--prompt=a", "--top_k=-1"], "--top_k is -1; allowed: 0"),
     "seed": (["--prompt=a", "--seed=-1"], "--seed is -1; allowed: 0 to 2^32 - 1"),
-    "no such token": (["--prompt=a", "--stop_token=zebra"], "--stop_token: found 'zebra'; allowed: the text of one"),
+    "no such token": (["--prompt=a", "--stop_token=zebra"], "--stop_token is 'zebra'; allowed: the text of one"),
     "empty stop": (["--prompt=a", "--stop="], "--stop is ''; allowed: a text"),
-    "no prompt": ([], "--prompt or --input: found neither; allowed: one of them"),
-    "both": (["--prompt=a", "--input=x"], "--prompt or --input: found both; allowed: one of them"),
-    "no such file": (["--input=/nowhere"], "--input /nowhere: cannot be read (No such file or directory)"),
-    "mesh": (["--prompt=a", "--mesh=2,2"], "--mesh: found 2,2; allowed: data,fsdp,tensor, as in 1,1,8"),
+    "no prompt": ([], "--prompt or --input is missing; allowed: one of them"),
+    "both": (["--prompt=a", "--input=x"], "--input is 'x'; allowed: none beside --prompt"),
+    "no such file": (["--input=/nowhere"], "--input /nowhere cannot be read (No such file or directory)"),
+    "mesh": (["--prompt=a", "--mesh=2,2"], "--mesh is '2,2'; allowed: data,fsdp,tensor, as in 1,1,8"),
     "too many devices": (["--prompt=a", "--mesh=3,3,1"], "--mesh is '3,3,1'; allowed: a product of at most 8"),
     "heads": (["--prompt=a", "--mesh=1,1,4"], "model.num_heads is 2; allowed: a multiple of mesh.tensor 4"),
     "new tokens": (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens is 0; allowed: 1 or more"),
@@ -130,9 +130,9 @@ def test_bad_input_is_one_line(case, folder, capsys):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("x.jsonl", b'{"prompt": "a"}\n{"text": "a"}\n', "x.jsonl:2: not a JSON object with a text `prompt`"),
-     ("x.jsonl", b'{"prompt": 3}\n', "x.jsonl:1: not a JSON object"), ("x", b"a\n\nb\n", "x:2: the prompt is empty"),
-     ("x", b"", "x: the file is empty"), ("x", b"a\xff", "x: byte 1 is not UTF-8")],
+    [("x.jsonl", b'{"prompt": "a"}\n{"text": "a"}\n', "x.jsonl:2 is no JSON object with a text `prompt`"),
+     ("x.jsonl", b'{"prompt": 3}\n', "x.jsonl:1 is no JSON object"), ("x", b"a\n\nb\n", "x:2 is empty"),
+     ("x", b"", "x is empty"), ("x", b"a\xff", "x is not UTF-8 at byte 1")],
 )  # fmt: skip
 def test_bad_files_are_named(name, content, message, folder, capsys, tmp_path):
     (tmp_path / name).write_bytes(content)

@@ -47,17 +47,23 @@ MISTAKES = {
     "no input": (["--output=o", "--tokenizer=bytes"], "--input is missing"),
     "no output": (["--input=b.txt", "--tokenizer=bytes"], "--output is missing"),
     "no tokenizer": (["--input=b.txt", "--output=o"], "--tokenizer is missing"),
-    "no such input": (["--input=nowhere", "--output=o", "--tokenizer=bytes"], "--input: nowhere does not exist"),
+    "no such input": (
+        ["--input=nowhere", "--output=o", "--tokenizer=bytes"],
+        "--input is 'nowhere', which does not exist; allowed: files, folders",
+    ),
     "no such validation": (
         ["--input=b.txt", "--validation_input=nowhere", "--output=o", "--tokenizer=bytes"],
-        "--validation_input: nowhere does not exist",
+        "--validation_input is 'nowhere', which does not exist",
     ),
     "all excluded": (["--input=b.txt", "--exclude=*", "--output=o", "--tokenizer=bytes"], "--exclude leaves out all 1"),
-    "no such tokenizer": (["--input=b.txt", "--output=o", "--tokenizer=no.json"], "--tokenizer: no file no.json"),
-    "format": (["--input=b.txt", "--output=o", "--tokenizer=bytes", "--format=csv"], "--format: found 'csv'"),
+    "no such tokenizer": (
+        ["--input=b.txt", "--output=o", "--tokenizer=no.json"],
+        "--tokenizer is 'no.json'; allowed: ",
+    ),
+    "format": (["--input=b.txt", "--output=o", "--tokenizer=bytes", "--format=csv"], "--format is 'csv'; allowed: "),
     "fraction": (
         ["--input=b.txt", "--output=o", "--tokenizer=bytes", "--validation_fraction=1"],
-        "--validation_fraction: found 1.0",
+        "--validation_fraction is 1.0; allowed: ",
     ),
     "field": (
         ["--input=a.jsonl", "--output=o", "--tokenizer=bytes"],
@@ -110,4 +116,4 @@ def test_a_store_is_inspected(texts, tmp_path, capsys):
     assert "a text" in capsys.readouterr().out
     os.truncate(tmp_path / "out/train/tokens.bin", 10)
     status, errors = call(prepare, f"--inspect={tmp_path}/out")
-    assert status == 2 and "tokens.bin: has 10 bytes" in errors
+    assert status == 2 and "tokens.bin has 10 bytes" in errors

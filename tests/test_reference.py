@@ -32,7 +32,9 @@ class Documented:
 
 
 def test_document_is_current():
-    assert DOCUMENT.read_text() == reference.markdown(), "run python -m spiral_jax.reference > docs/config.md"
+    assert DOCUMENT.read_text(encoding="utf-8") == reference.markdown(), (
+        "run python -m spiral_jax.reference > docs/config.md"
+    )
 
 
 def test_every_field_has_a_row():

@@ -24,7 +24,7 @@ from spiral_jax.training.optimizers import make_optimizer, optimizers
 from spiral_jax.training.schedules import learning_rate, schedules
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "topologies.md").read_text()
+PAGE = (ROOT / "docs" / "topologies.md").read_text(encoding="utf-8")
 REGISTRIES = (topologies, poolings, spreadings, optimizers, schedules)
 MODEL = ModelConfig(d_model=32, num_heads=4, core_layers=1, chunks=(3, 2, 1), topology="residual", dtype="float32")
 
@@ -40,7 +40,7 @@ def registered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     for number, code in enumerate(blocks("python")[1:]):
         file = folder / f"block_{number}.py"
-        file.write_text(code)
+        file.write_text(code, encoding="utf-8")
         own_code.import_files([str(file)])
     added = [(registry, name) for registry in REGISTRIES for name in registry if name not in before[registry.field]]
     yield added
@@ -49,7 +49,7 @@ def registered(tmp_path_factory):
 
 
 def test_the_example_is_the_one_we_ship():
-    shipped = (ROOT / "experiments" / "own_topology.py").read_text()
+    shipped = (ROOT / "experiments" / "own_topology.py").read_text(encoding="utf-8")
     first = blocks("python")[0]
     assert first[first.index("@topologies") :] in shipped
     assert first.count("\n") < 30
@@ -94,7 +94,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     """In the order of the page, on a small text and for few steps."""
     (tmp_path / "experiments").mkdir()
     shutil.copy(ROOT / "experiments" / "own_topology.py", tmp_path / "experiments")
-    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(400)))
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(400)), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(invariants, "check", lambda config: iter([]))
     small = ["--config.model.d_model=32", "--config.model.core_layers=1", "--config.model.chunks=(2,1)",

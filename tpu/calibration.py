@@ -14,8 +14,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from spiral_jax.data import atomic
 from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.predict import FITTED, Constants, Cost, cost, places_of, total
@@ -179,13 +181,10 @@ def save(counts: dict[str, Count], path: str | os.PathLike) -> None:
         name: counted._replace(costs=[[float(f"{x:.6g}") for x in one] for one in counted.costs])._asdict()
         for name, counted in counts.items()
     }
-    with open(path, "w") as file:
-        json.dump({"versions": versions, "runs": runs}, file, indent=1)
-        file.write("\n")
+    atomic.write_text(Path(path), json.dumps({"versions": versions, "runs": runs}, indent=1) + "\n")
 
 
 def load(path: str | os.PathLike) -> dict[str, Count]:
     """Reads what `save` wrote."""
-    with open(path) as file:
-        runs = json.load(file)["runs"]
+    runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
     return {name: Count(**run | {"costs": tuple(Cost(*one) for one in run["costs"])}) for name, run in runs.items()}

@@ -26,7 +26,11 @@ def row(name: str, found: dict) -> tuple[str, ...]:
 
 def main() -> None:
     paths = sorted(Path(__file__).parent.glob("predictions/*.json"))
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row(path.stem, json.loads(path.read_text())) for path in paths)]
+    lines = [
+        COLUMNS,
+        ("---",) * len(COLUMNS),
+        *(row(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths),
+    ]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from spiral_jax.decoding.decoder import Decoder, Request, bytes_per_row
 from spiral_jax.errors import require
-from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, unembed
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.progress import Report
@@ -41,7 +41,7 @@ class DecodingSettings:
     prompt_tokens: int = 64
     batch_sizes: tuple[int, ...] = (1, 8)
     repeats: int = 3
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     def __post_init__(self):
         require(self.width >= 64 and self.width % 64 == 0, "--width", self.width, "a multiple of 64")
@@ -53,15 +53,25 @@ class DecodingSettings:
 def models(settings: DecodingSettings) -> dict[str, ModelConfig]:
     """The four models, cut as docs/spec.md section 5 cuts them."""
     part = settings.layers // 6
-    common = dict(vocab_size=settings.vocab_size, d_model=settings.width, num_heads=settings.width // 64,
-                  dtype=settings.dtype)  # fmt: skip
-    loop = dict(prelude_layers=part, core_layers=2 * part, coda_layers=part, topology="mesh")
-    third = dict(prelude_layers=2 * part, core_layers=2 * part, coda_layers=2 * part, topology="mesh")
+
+    def cut(prelude_layers: int, core_layers: int, coda_layers: int, chunks: tuple[int, ...]) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=settings.vocab_size,
+            d_model=settings.width,
+            num_heads=settings.width // 64,
+            dtype=settings.dtype,
+            prelude_layers=prelude_layers,
+            core_layers=core_layers,
+            coda_layers=coda_layers,
+            chunks=chunks,
+            topology="mesh",
+        )
+
     return {
-        "vanilla": ModelConfig(**common, prelude_layers=settings.layers, core_layers=0, coda_layers=0, chunks=()),
-        "loop": ModelConfig(**common, **loop, chunks=(1, 1)),
-        "spiral_b": ModelConfig(**common, **loop, chunks=(8, 4, 2, 1)),
-        "spiral_l": ModelConfig(**common, **third, chunks=(16, 8, 4, 2)),
+        "vanilla": cut(settings.layers, 0, 0, ()),
+        "loop": cut(part, 2 * part, part, (1, 1)),
+        "spiral_b": cut(part, 2 * part, part, (8, 4, 2, 1)),
+        "spiral_l": cut(2 * part, 2 * part, 2 * part, (16, 8, 4, 2)),
     }
 
 
@@ -87,7 +97,7 @@ def measure(settings: DecodingSettings, report: Report) -> dict[str, Any]:
             report(f"{name}, {batch} at a time: compiling")
             for run in runs.values():
                 run()
-        seconds = {name: {kind: [] for kind in runs} for name, runs in cases.items()}
+        seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in runs} for name, runs in cases.items()}
         # In turn, as a machine's speed drifts.
         for repeat in range(settings.repeats):
             report(f"{batch} at a time: repeat {repeat + 1} of {settings.repeats}")

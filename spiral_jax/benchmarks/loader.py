@@ -1,34 +1,28 @@
-"""Times the loader: training batches from a store of this machine, or over HTTP from a slow, failing server."""
+"""How many tokens per second the loader makes training batches of, from a store of this machine or behind a URL."""
 
-import contextlib
 import dataclasses
-import json
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spiral_jax.benchmarks.range_server import STATS
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
 from spiral_jax.data.prepared import open_source
 from spiral_jax.data.storage import Storage
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import TokenSource, num_windows
-from spiral_jax.data.writer import StoreWriter
 from spiral_jax.errors import SpiralError
 
 _SYNTHETIC_TOKENS = 2**25
 _WARM_UP_SECONDS = 1.0
-# Reads that are in flight when the server stops give up soon, and before they would complain.
-_RETRY_SECONDS = 10.0
+
+
+_RETRY_SECONDS = 10.0  # a measurement does not wait for a server as a run would
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,46 +41,41 @@ def measure(place: str, settings: LoaderSettings) -> dict[str, Any]:
     """Times the loader on a store.
 
     Args:
-      place: The store, a path or URL.
-      settings: How to drive it.
+      place: the store, a path or URL.
+      settings: how to drive it.
 
     Returns:
       The numbers that the command prints.
 
     Raises:
-      SpiralError: No such store, or it cannot be read.
+      SpiralError: no such store, or it cannot be read.
     """
-    return _measure(open_source(place, Storage()), settings)[0]
+    return _measure(open_source(place), settings)[0]
 
 
-def measure_remote(place: str, settings: LoaderSettings, *, latency_ms: float, error_rate: float) -> dict[str, Any]:
-    """Times the loader on a store of this machine read over HTTP, and compares every batch with the local one.
+def measure_remote(url: str, local_place: str, settings: LoaderSettings) -> dict[str, Any]:
+    """Times the loader on a store behind a URL, and compares every batch with that of the same store as a path.
 
     Args:
-      place: The store, a path.
-      settings: How to drive it.
-      latency_ms: How long the server waits before each answer.
-      error_rate: Share of requests that fail.
+      url: where the store is read.
+      local_place: the same store, a path.
+      settings: how to drive the loader.
 
     Returns:
-      The numbers that the command prints; `requests` is what the server saw while batches were read.
+      The numbers that the command prints.
 
     Raises:
-      SpiralError: No such store, or the batches are not those of the local store.
+      SpiralError: no such store, or the batches are not those of the local one.
     """
-    local = open_source(place)
-    with _server(place, latency_ms, error_rate) as url:
-        remote = open_source(url, Storage(_RETRY_SECONDS))
-        before = _stats(url)
-        report, checksums = _measure(remote, settings)
-        after = _stats(url)
-    requests = {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}
+    local = open_source(local_place)
+    report, checksums = _measure(open_source(url, Storage(retry_seconds=_RETRY_SECONDS)), settings)
     with _batches(local, settings) as batches:
         for step, checksum in enumerate(checksums):
             if _checksum(next(batches)) != checksum:
-                raise SpiralError(f"{url}: the batch of step {step} is not that of {place}; allowed: the same tokens")
-    setting = {"latency_ms": latency_ms, "error_rate": error_rate}
-    return {**report, **setting, "requests": requests, "batches_equal_to_local": len(checksums)}
+                raise SpiralError(
+                    f"{url}: the batch of step {step} is not that of {local_place}; allowed: the same tokens"
+                )
+    return {**report, "batches_equal_to_local": len(checksums)}
 
 
 def write_synthetic_store(folder: Path) -> None:
@@ -138,31 +127,8 @@ def _batches(source: TokenSource, settings: LoaderSettings) -> TrainBatches:
 
 
 def _checksum(batch: dict[str, np.ndarray]) -> int:
-    return zlib.crc32(batch["tokens"])
+    return zlib.crc32(batch["tokens"].data)
 
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-@contextlib.contextmanager
-def _server(folder: str, latency_ms: float, error_rate: float) -> Iterator[str]:
-    """A server in a process of its own, so that its work is not counted as the loader's; yields its URL."""
-    command = [sys.executable, "-m", "spiral_jax.benchmarks.range_server", folder]
-    command += [f"--latency_ms={latency_ms}", f"--error_rate={error_rate}"]
-    # It ends with its standard input, also when this process is killed.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        url = process.stdout.readline().strip()
-        if not url:
-            raise RuntimeError("the range server did not start")
-        yield url
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
-
-
-def _stats(url: str) -> dict[str, int]:
-    with urllib.request.urlopen(url + STATS) as answer:
-        return json.load(answer)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import spiral_jax
-from spiral_jax.convert.layout import is_vanilla
+from spiral_jax.convert.architecture import is_vanilla
+from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.training.config import StepConfig
 
 _TEXT = """\
@@ -15,20 +16,20 @@ tags:
 - spiral_jax
 ---
 
-# {notation}, {topology}
+# {m.notation}, {m.topology}
 
 A language model trained with spiral_jax. {kind}
 
 | | |
 |---|---|
-| architecture | `{notation}`, topology {topology}, width {d_model}, {num_heads} heads, vocabulary {vocab_size:,} |
-| parameters | {total:,} ({non_embedding:,} non-embedding) |
+| architecture | `{m.notation}`, topology {m.topology}, width {m.d_model}, {m.num_heads} heads, vocabulary {vocab:,} |
+| parameters | {m.total_parameters:,} ({m.non_embedding_parameters:,} non-embedding) |
 | weights | {dtype} |
-| trained for | {steps:,} of {all_steps:,} steps of {batch_size} x {sequence_length} tokens: {tokens:,} tokens |
+| trained for | {step:,} of {t.steps:,} steps of {t.batch_size} x {t.sequence_length} tokens: {tokens:,} tokens |
 | last training loss | {training_loss} |
 | last validation loss | {validation_loss} |
 | data (fingerprints of the token stores) | {fingerprints} |
-| tokenizer fingerprint | `{tokenizer}` |
+| tokenizer fingerprint | `{tokenizer.fingerprint}` |
 | trained with | {versions} |
 | exported with | spiral_jax {version} |
 
@@ -57,7 +58,7 @@ python -m spiral_jax.import_hf --input=FOLDER --workdir=RUN
 ```
 
 The tokenizer puts no separator before a text. Training documents are each followed by one, and `evaluate` scores a
-text as what follows a separator, id {separator_id}.
+text as what follows a separator, id {tokenizer.separator_id}.
 """
 _VANILLA = "It is a plain GPT-NeoX: `transformers` needs no other code for it."
 _SPIRAL = "Its code for `transformers` is in `modeling_spiralformer.py`, beside this file."
@@ -70,7 +71,7 @@ def model_card(
     rows: Sequence[Mapping[str, Any]],
     start: Mapping[str, Any] | None,
     fingerprints: list[str],
-    tokenizer,
+    tokenizer: Tokenizer,
     dtype: str,
 ) -> str:
     """The card as Markdown, the same for the same checkpoint.
@@ -84,29 +85,20 @@ def model_card(
       tokenizer: the run's.
       dtype: of the exported tensors.
     """
-    model, train = config.model, config.train
     rows = [row for row in rows if row["step"] <= step]
-    vanilla = is_vanilla(model)
+    vanilla = is_vanilla(config.model)
     return _TEXT.format(
-        notation=model.notation,
-        topology=model.topology,
+        m=config.model,
+        vocab=config.model.vocab_size,
+        t=config.train,
+        tokenizer=tokenizer,
         kind=_VANILLA if vanilla else _SPIRAL,
-        d_model=model.d_model,
-        num_heads=model.num_heads,
-        vocab_size=model.vocab_size,
-        total=model.total_parameters,
-        non_embedding=model.non_embedding_parameters,
         dtype=dtype,
-        steps=step,
-        all_steps=train.steps,
-        batch_size=train.batch_size,
-        sequence_length=train.sequence_length,
-        tokens=step * train.tokens_per_step,
+        step=step,
+        tokens=step * config.train.tokens_per_step,
         training_loss=_last(rows, "loss"),
         validation_loss=_last(rows, "validation_loss"),
         fingerprints=", ".join(f"`{fingerprint}`" for fingerprint in fingerprints) or "none: not trained here",
-        tokenizer=tokenizer.fingerprint,
-        separator_id=tokenizer.separator_id,
         versions=_versions(start),
         version=spiral_jax.__version__,
         trust="" if vanilla else ", trust_remote_code=True",

@@ -57,7 +57,7 @@ class SpiralFormerConfig(PretrainedConfig):
         core_layers=4,
         coda_layers=2,
         shared_core=True,
-        schedule=({"chunk": 1, "offset": 0, "shift": 0},),
+        schedule=({"chunk": 1, "offset": 0, "shift": 0},),  # noqa: B006
         topology="mesh",
         memory_slots=None,
         pooling="self_aggregation",

@@ -1,14 +1,14 @@
-"""Reads a model from a folder as the Hugging Face hub has them: an export of ours, or any GPT-NeoX."""
+"""A model in a folder as the Hugging Face hub has them: an export of ours, or any GPT-NeoX."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from spiral_jax.convert.fields import Fields
-from spiral_jax.convert.huggingface import config_from_huggingface, params_from_tensors
+from spiral_jax.convert.architecture import Fields, config_from_huggingface
+from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.convert.weights import Weights
+from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.storage import local_path
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import param_dtype
@@ -19,8 +19,8 @@ CONFIG = "config.json"
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder's `config.json` is one of Hugging Face's; a run directory has one of ours."""
     try:
-        return "model_type" in json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_json_object(folder / CONFIG)
+    except SpiralError:
         return False
 
 
@@ -34,7 +34,7 @@ def read_config(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, int]
     Raises:
       SpiralError: the file is missing or damaged, or describes another architecture.
     """
-    values, name = _read_json(folder / CONFIG), str(folder / CONFIG)
+    values, name = read_json_object(folder / CONFIG), str(folder / CONFIG)
     config = config_from_huggingface(values, dtype, name)
     return config, Fields(values, name).read("max_position_embeddings", int, 2048)
 
@@ -48,13 +48,24 @@ def read_params(folder: Path, config: ModelConfig) -> dict:
     return params_from_tensors(config, Weights(folder), np.dtype(param_dtype(config)), str(folder))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SpiralError(f"{path}: no such file; allowed: a Hugging Face folder has one") from None
-    except (OSError, ValueError) as error:
-        raise SpiralError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise SpiralError(f"{path}: found {type(values).__name__}; allowed: a JSON object")
-    return values
+def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = frozenset()) -> Path:
+    """The absolute path of a folder to make.
+
+    Args:
+      flag: how it is called in errors.
+      given: the path; it must not be there, or be empty.
+      replaceable: names of files that it may hold all the same.
+
+    Raises:
+      SpiralError: not given, not a folder, or one that holds something else.
+    """
+    allowed = "a folder that is new or empty"
+    if not given:
+        raise SpiralError(f"--{flag} is missing; allowed: {allowed}")
+    folder = local_path(f"--{flag}", given)
+    if folder.exists() and not folder.is_dir():
+        raise SpiralError(f"--{flag} {folder} is a file; allowed: {allowed}")
+    foreign = sorted({path.name for path in folder.glob("*")} - replaceable)
+    if foreign:
+        raise SpiralError(f"--{flag} {folder} holds {foreign[0]}; allowed: {allowed}")
+    return folder

@@ -14,7 +14,8 @@ G chunk size, R chunks touched by a call, S memory slots, V vocabulary, T iterat
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_spiralformer import Level, SpiralFormerConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -38,6 +41,13 @@ def wide_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     bias = None if linear.bias is None else linear.bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+
+
+def starting(module: M, **how: float) -> M:
+    """The module, marked with how `_init_weights` fills it: `init_std`, or `init_pass`."""
+    for mark, value in how.items():
+        setattr(module, mark, value)
+    return module
 
 
 def take(x_BxNxD: torch.Tensor, index_BxM: torch.Tensor) -> torch.Tensor:
@@ -242,8 +252,7 @@ class SpiralFormerAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dense.init_std = output_std(config)
+        self.dense = starting(nn.Linear(config.hidden_size, config.hidden_size), init_std=output_std(config))
 
     def forward(self, x_BxMxD: torch.Tensor, span: Span, cache: SpiralFormerCache | None, name: str) -> torch.Tensor:
         B, M, D = x_BxMxD.shape
@@ -252,11 +261,9 @@ class SpiralFormerAttention(nn.Module):
         if cache is not None:
             k, v = cache.put(f"{name}.key", k, span), cache.put(f"{name}.value", v, span)
         # Whatever its kernel, it keeps its softmax in at least float32.
-        mixed_BxHxMxK = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
-            attn_mask=span.mask_Bx1xMxN,
-            is_causal=span.mask_Bx1xMxN is None,
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = span.mask_Bx1xMxN
+        mixed_BxHxMxK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.dense(mixed_BxHxMxK.transpose(1, 2).reshape(B, M, D))
 
 
@@ -266,8 +273,9 @@ class SpiralFormerMLP(nn.Module):
     def __init__(self, config: SpiralFormerConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dense_4h_to_h.init_std = output_std(config)
+        self.dense_4h_to_h = starting(
+            nn.Linear(config.intermediate_size, config.hidden_size), init_std=output_std(config)
+        )
 
     def forward(self, x_BxMxD: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x_BxMxD)))
@@ -294,22 +302,18 @@ class SpiralFormerStep(nn.Module):
     def __init__(self, config: SpiralFormerConfig, t: int):
         super().__init__()
         self.t, self.level = t, config.levels[t]
-        G = self.level.chunk
+        G, D = self.level.chunk, config.hidden_size
         self.scale = {"sqrt": math.sqrt(G), "linear": float(G), "none": 1.0}[config.update_scale]
         self.scorer = self.allocator = None
         if G > 1 and config.pooling == "self_aggregation":
-            self.scorer = nn.Linear(config.hidden_size, 1, bias=False)
-            self.scorer.init_std = 0.0
+            self.scorer = starting(nn.Linear(D, 1, bias=False), init_std=0)
         if G > 1 and config.allocation == "learned":
-            self.allocator = nn.Linear(config.hidden_size, G)
-            self.allocator.init_std = 0.0
+            self.allocator = starting(nn.Linear(D, G), init_std=0)
         self.topology = config.topology
         if self.topology == "gated":
-            self.gate = nn.Linear(config.hidden_size, 1)
-            self.gate.init_std = 0.0
+            self.gate = starting(nn.Linear(D, 1), init_std=0)
         if self.topology == "injection":
-            self.inject = nn.Linear(2 * config.hidden_size, config.hidden_size)
-            self.inject.init_pass = True
+            self.inject = starting(nn.Linear(2 * D, D), init_pass=True)
 
     def core_input(self, h_BxMxD: torch.Tensor, emb_BxMxD: torch.Tensor) -> torch.Tensor:
         """What the core starts from, at token level."""
@@ -364,10 +368,10 @@ class SpiralFormerMemoryRouter(nn.Module):
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__()
-        self.write = nn.Linear(config.hidden_size, config.memory_slots)
-        self.read = nn.Linear(config.hidden_size, config.memory_slots)
+        S, D = config.memory_slots, config.hidden_size
         # Random, not zero: slots with equal routers would never part.
-        self.write.init_std = self.read.init_std = math.sqrt(2 / (config.memory_slots * config.hidden_size))
+        self.write = starting(nn.Linear(D, S), init_std=math.sqrt(2 / (S * D)))
+        self.read = starting(nn.Linear(D, S), init_std=math.sqrt(2 / (S * D)))
 
     def forward(self, state_BxMxD: torch.Tensor, new_BxMxD: torch.Tensor, written: list) -> torch.Tensor:
         """Writes `new`, then reads. Slots are kept as the list of writes (values [B, M, D], shares [B, M, S])."""
@@ -391,19 +395,21 @@ def output_std(config: SpiralFormerConfig) -> float:
 class SpiralFormerPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and saving."""
 
+    config: SpiralFormerConfig
     config_class = SpiralFormerConfig
     base_model_prefix = "spiralformer"
-    _no_split_modules = ("SpiralFormerLayer",)
+    _no_split_modules = ["SpiralFormerLayer"]  # noqa: RUF012 (what `transformers` wants)
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module):
-        if hasattr(module, "init_pass"):  # a Linear that begins by passing its first inputs on
-            nn.init.eye_(module.weight)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=getattr(module, "init_std", hidden_std(self.config)))
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            if hasattr(module, "init_pass"):  # a Linear that begins by passing its first inputs on
+                nn.init.eye_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=getattr(module, "init_std", hidden_std(self.config)))
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -414,8 +420,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         super().__init__(config)
         T = len(config.schedule)
         cores = min(T, 1) if config.shared_core else T
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_in.init_std = hidden_std(config) * math.sqrt(config.hidden_size)  # the models' factor is folded in
+        # The models' factor sqrt(d) is folded into the embedding.
+        embed_std = hidden_std(config) * math.sqrt(config.hidden_size)
+        self.embed_in: nn.Module = starting(nn.Embedding(config.vocab_size, config.hidden_size), init_std=embed_std)
         self.prelude = nn.ModuleList(SpiralFormerLayer(config) for _ in range(config.prelude_layers))
         self.core = nn.ModuleList(SpiralFormerLayer(config) for _ in range(cores * config.core_layers))
         self.coda = nn.ModuleList(SpiralFormerLayer(config) for _ in range(config.coda_layers))
@@ -441,7 +448,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: SpiralFormerCache | None = None,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """The states before the head.
 
         Args:
@@ -451,7 +458,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
           past_key_values: cache of the calls before.
           inputs_embeds: [B, M, D] in place of input_ids, rows of `embed_in`.
           use_cache: whether to return a cache; by default as the config says, never in training. One given is used.
-          output_hidden_states: whether to the T + 3 states (embeddings, h(0), ..., h(T), output), [B, M, D].
+          output_hidden_states: whether to return the T + 3 states (embeddings, h(0), ..., h(T), output), [B, M, D].
           return_dict: False for a tuple.
           cache: another name of past_key_values, since transformers 5.24.
         """
@@ -479,16 +486,16 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             back_BxM = (column_M - front_B[:, None]).clamp_min(0).to(emb_BxMxD.device)
             states = [take(h_BxMxD, back_BxM) for h_BxMxD in (states if output_hidden_states else states[-1:])]
         cache.advance(M, start_B)
+        kept: dict[str, Any] = {"past_key_values": cache if use_cache else None}  # declared by some versions only
         outputs = BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None, **kept
         )
         return outputs if return_dict or return_dict is None else outputs.to_tuple()
 
     def _run(self, emb_BxMxD: torch.Tensor, tokens: Span, cache: SpiralFormerCache, keep: bool) -> list[torch.Tensor]:
         """The states (embeddings, h(0), ..., h(T), output) of aligned rows; `keep` stores keys and values."""
-        topology, written = self.config.topology, []
+        topology = self.config.topology
+        written: list[tuple[torch.Tensor, torch.Tensor]] = []
         h_BxMxD = start_BxMxD = self._layers(self.prelude, emb_BxMxD, tokens, cache if keep else None, "prelude")
         if topology == "mesh":
             # The first slot starts as the embeddings, the others empty.
@@ -496,27 +503,27 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             written.append((emb_BxMxD, first_S.to(wide(emb_BxMxD.dtype))))
             h_BxMxD = self.memory[0](h_BxMxD, h_BxMxD, written)
         states = [emb_BxMxD, h_BxMxD]
-        for t in range(len(self.steps)):
-            e_BxMxD = self._update(t, self.steps[t].core_input(h_BxMxD, emb_BxMxD), tokens, cache, keep)
+        for step in cast("Iterable[SpiralFormerStep]", self.steps):
+            e_BxMxD = self._update(step, step.core_input(h_BxMxD, emb_BxMxD), tokens, cache, keep)
             if topology == "mesh":
-                h_BxMxD = self.memory[t + 1](h_BxMxD, e_BxMxD, written)
+                h_BxMxD = self.memory[step.t + 1](h_BxMxD, e_BxMxD, written)
             else:
-                h_BxMxD = self.steps[t].next_state(e_BxMxD, h_BxMxD, start_BxMxD, emb_BxMxD)
+                h_BxMxD = step.next_state(e_BxMxD, h_BxMxD, start_BxMxD, emb_BxMxD)
             states.append(h_BxMxD)
         h_BxMxD = self._layers(self.coda, h_BxMxD, tokens, cache if keep else None, "coda")
         return [*states, self.final_layer_norm(h_BxMxD)]
 
-    def _update(self, t: int, h_BxMxD: torch.Tensor, tokens: Span, cache: SpiralFormerCache, keep: bool):
-        """e(t): the core at the resolution of iteration t, run on the chunks that the new tokens close, if any.
+    def _update(self, step: SpiralFormerStep, h_BxMxD, tokens: Span, cache: SpiralFormerCache, keep: bool):
+        """e(t): the core at the resolution of an iteration, run on the chunks that the new tokens close, if any.
 
         Args:
-          t: the iteration.
+          step: the iteration.
           h_BxMxD: what it starts from.
           tokens: where the new tokens go.
           cache: what came before.
           keep: whether to store keys and values.
         """
-        step, first_layer = self.steps[t], t * self.config.core_layers * (not self.config.shared_core)
+        t, first_layer = step.t, step.t * self.config.core_layers * (not self.config.shared_core)
         core = self.core[first_layer : first_layer + self.config.core_layers]
         kept = cache if keep else None
         if step.level.chunk == 1:
@@ -572,7 +579,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.embed_out
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.embed_out = new_embeddings
 
     def forward(
@@ -587,7 +594,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: SpiralFormerCache | None = None,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, M, V], at least float32, and with labels the loss.
 
         Args:
@@ -608,13 +615,9 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             if logits_BxMxV.shape[:2] != labels.shape:
                 raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits_BxMxV.shape)}")
             loss = F.cross_entropy(logits_BxMxV[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits_BxMxV.device))
-        outputs = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BxMxV,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
-        return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
+        kept = {"past_key_values": outputs.past_key_values}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, hidden_states=outputs.hidden_states, **kept)
+        return result if return_dict or (return_dict is None and self.config.return_dict) else result.to_tuple()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         """`generate` begins with a cache of ours; `transformers` would make one of keys and values alone."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tokenizers
 
+from spiral_jax.data.atomic import write_text
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.tokenizers import ByteTokenizer, Tokenizer
 
 
@@ -21,7 +23,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
     """
     tokenizer.save(folder)
     if isinstance(tokenizer, ByteTokenizer):
-        (folder / "tokenizer.json").write_text(byte_level_json(tokenizer))
+        write_text(folder / "tokenizer.json", byte_level_json(tokenizer))
     _drop_template(folder / "tokenizer.json")
     separator = tokenizer.decode([tokenizer.separator_id])
     config = {
@@ -37,14 +39,14 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _drop_template(path: Path) -> None:
     """Takes out a post-processor that would put special tokens around a text; ours are not part of what gives ids."""
-    spec = json.loads(path.read_text())
+    spec = read_json_object(path)
     if (spec.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
-        path.write_text(json.dumps(spec | {"post_processor": None}, ensure_ascii=False, indent=2) + "\n")
+        write_text(path, json.dumps(spec | {"post_processor": None}, ensure_ascii=False, indent=2) + "\n")
 
 
 def byte_level_json(tokenizer: ByteTokenizer) -> str:

@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from spiral_jax.convert.layout import operator_linears, stacks
+from spiral_jax.convert.tensors import stacks
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 
@@ -49,13 +50,10 @@ class UpcycleConfig:
     def __post_init__(self):
         methods = get_args(CoreMethod)
         require(self.core_method in methods, "upcycle.core_method", self.core_method, ", ".join(methods))
-        for field in ("prelude", "core", "coda"):
-            layers = getattr(self, field)
-            require(all(layer >= 0 for layer in layers), f"upcycle.{field}", layers, "layer numbers from 0")
-            require(not layers or self.source != "", f"upcycle.{field}", layers, "nothing without upcycle.source")
-        chosen = self.iterations
-        require(all(t >= 0 for t in chosen), "upcycle.iterations", chosen, "iterations of the source, from 0")
-        require(not chosen or self.source != "", "upcycle.iterations", chosen, "nothing without upcycle.source")
+        for field in ("prelude", "core", "coda", "iterations"):
+            chosen = getattr(self, field)
+            require(all(number >= 0 for number in chosen), f"upcycle.{field}", chosen, "the source's, numbered from 0")
+            require(not chosen or self.source != "", f"upcycle.{field}", chosen, "nothing without upcycle.source")
 
 
 def upcycled(
@@ -83,9 +81,9 @@ def upcycled(
     for stack, names in stacks(model).items():
         groups = parts[stack] if stack in ("prelude", "coda") else [next(groups_of_core) for _ in names]
         taken[stack] = {"layers": jax.tree.map(lambda array, groups=groups: _mean_layers(array, groups), layers)}
-    found = {linear.path: linear.linear for linear in operator_linears(source)}
-    for _, (group, name), linear in operator_linears(model):
-        other = group if group == "entry" else steps.get(group)
+    found = {(declared.group, declared.name): declared.linear for declared in source.operators.declared()}
+    for _, group, _, name, linear in model.operators.declared():
+        other = group if group == "entry" else steps.get(group, "")
         before = found.get((other, name))
         if before is not None and (before.kernel_shape, before.bias) == (linear.kernel_shape, linear.bias):
             taken.setdefault(group, {})[name] = params[other][name]
@@ -94,7 +92,8 @@ def upcycled(
 
 def fresh_linears(model: ModelConfig, taken: Mapping[str, Any]) -> list[str]:
     """Names of the model's iterations' Linears that `upcycled` found nothing for."""
-    return [f"{group}/{name}" for _, (group, name), _ in operator_linears(model) if name not in taken.get(group, {})]
+    declared = model.operators.declared()
+    return [f"{group}/{name}" for _, group, _, name, _ in declared if name not in taken.get(group, {})]
 
 
 def source_iterations(config: UpcycleConfig, model: ModelConfig, source: ModelConfig) -> dict[str, str]:
@@ -169,16 +168,15 @@ def place(taken: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]
       taken: a part of the tree; every process holds the whole of its arrays, every device takes its part.
       params: the tree of device arrays.
     """
+    arrays = flatten_dict(params)
+    for path, array in flatten_dict(taken).items():
+        like = arrays[path]
 
-    def put(like: jax.Array, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: np.asarray(array[index], like.dtype)
-        )
+        def part(index, array=array, dtype=like.dtype):
+            return np.asarray(array[index], dtype)
 
-    return {
-        name: x if name not in taken else place(taken[name], x) if isinstance(x, Mapping) else put(x, taken[name])
-        for name, x in params.items()
-    }
+        arrays[path] = jax.make_array_from_callback(like.shape, like.sharding, part)
+    return unflatten_dict(arrays)
 
 
 def _mean_layers(array: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:

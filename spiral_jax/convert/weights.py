@@ -1,6 +1,5 @@
 """Safetensors on disk as the Hugging Face hub lays them out: one file, or shards and an index."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
 
 FILE = "model.safetensors"
@@ -29,7 +29,8 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_byt
     Raises:
       SpiralError: the disk is full, or cannot be written.
     """
-    shards, size = [{}], 0
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
@@ -42,13 +43,13 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_byt
         try:
             save_file(shard, folder / name, metadata={"format": "pt"})  # `transformers` 4 refuses files without it
         except safetensors.SafetensorError as error:
-            raise SpiralError(f"{folder / name}: cannot be written ({' '.join(str(error).split())})") from error
+            raise SpiralError(f"{folder / name} cannot be written ({' '.join(str(error).split())})") from error
         (folder / name).chmod(0o644)  # the library makes it private
     if many:
         files = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 class Weights(Mapping):
@@ -61,31 +62,27 @@ class Weights(Mapping):
           SpiralError: a file that is missing, damaged or not as the index says, a tensor that is there twice, or of a
             dtype that is not a float.
         """
-        self._files, self._names = {}, {}
+        self._files: dict[Path, Any] = {}
+        self._names: dict[str, Path] = {}
         expected = _weight_map(folder)
         for path in sorted({*expected.values()}) if expected else [folder / FILE]:
             file = self._files[path] = _open(path)
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in self._names:
-                    raise SpiralError(
-                        f"{path}: found {name}, which {self._names[name].name} has as well; allowed: once"
-                    )
+                    raise SpiralError(f"{path} has {name}, as {self._names[name].name} has; allowed: once")
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in _DTYPES and not name.endswith(("attention.bias", "attention.masked_bias")):
                     raise SpiralError(f"{path}: {name} is of type {dtype}; allowed: {', '.join(_DTYPES.values())}")
                 self._names[name] = path
         for name, path in expected.items():
             if self._names.get(name) != path:
-                raise SpiralError(f"{folder / INDEX}: says that {path.name} holds {name}, which it does not")
+                raise SpiralError(f"{folder / INDEX}: weight_map has {path.name} for {name}; allowed: the file with it")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[self._names[name]].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
     def __len__(self) -> int:
         return len(self._names)
@@ -98,22 +95,22 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     path = folder / INDEX
     if not path.is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
-        found = f"found {pickled[0]}, a pickle, which could run any code" if pickled else "found no weights"
-        raise SpiralError(f"{folder}: {found}; allowed: {FILE}, or {INDEX} with its files")
-    try:
-        files = json.loads(path.read_text())["weight_map"]
-        inside = files and all(isinstance(file, str) and file == Path(file).name for file in files.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        inside = False
-    if not inside:
-        raise SpiralError(f"{path}: has no weight_map of tensors to files beside it; allowed: a Hugging Face index")
+        found = f"{pickled[0]}, a pickle, which could run any code" if pickled else "no weights"
+        raise SpiralError(f"{folder} has {found}; allowed: {FILE}, or {INDEX} with its files")
+    files = read_json_object(path).get("weight_map")
+    if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
+        raise SpiralError(f"{path}: weight_map is no object of tensors to files; allowed: one")
+    for file in files.values():
+        if file != Path(file).name:
+            raise SpiralError(f"{path}: weight_map has {file!r}; allowed: names of files beside it")
     return {name: folder / file for name, file in files.items()}
 
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise SpiralError(f"{path}: no such file, but {INDEX} names it")
+        raise SpiralError(f"{path} does not exist; allowed: the files that {INDEX} names")
     try:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
-        raise SpiralError(f"{path}: truncated or not a safetensors file ({' '.join(str(error).split())})") from error
+        reason = " ".join(str(error).split())
+        raise SpiralError(f"{path} is damaged or no safetensors file ({reason})") from error

@@ -1,7 +1,9 @@
 """Files and folders that are there whole or not at all: the one way to write them."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -24,6 +26,37 @@ def write_text(path: Path | epath.Path, text: str) -> None:
         scratch.replace(path)
     except OSError as error:
         raise SpiralError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the name `folder` when the block ends, in place of what was there.
+
+    An exception removes it, and leaves what was there.
+
+    Args:
+      folder: its final name; the folder above it is made if need be.
+
+    Yields:
+      The folder to write into, a hidden one beside it.
+
+    Raises:
+      SpiralError: it cannot be made or written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        rename_whole(partial, folder)
+    except OSError as error:
+        raise SpiralError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def rename_whole(partial: Path, folder: Path) -> None:

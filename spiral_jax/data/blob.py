@@ -5,7 +5,9 @@ import bisect
 import concurrent.futures
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from spiral_jax.errors import SpiralError
 
@@ -17,49 +19,59 @@ class Blob(abc.ABC):
     """Bytes that do not change, read by ranges from many threads.
 
     Attributes:
-      name: What to call it in messages: its path or URL.
-      size: Number of bytes.
+      name: what to call it in messages: its path or URL.
+      size: number of bytes.
     """
 
     name: str
     size: int
 
     @abc.abstractmethod
-    def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
+    def read_many(self, ranges: Sequence[Range]) -> Sequence[bytes | memoryview]:
         """Returns bytes start to stop - 1 of each (start, stop); a remote blob has all of them in flight at once.
 
         Raises:
-          SpiralError: It cannot be read.
+          SpiralError: it cannot be read.
         """
 
     def read(self, start: int, stop: int) -> bytes | memoryview:
         """Returns bytes start to stop - 1."""
         return self.read_many([(start, stop)])[0]
 
-
-class LocalBlob(Blob):
-    """A memory-mapped file."""
-
-    def __init__(self, path: str | os.PathLike):
-        """Maps the file.
+    def read_arrays(self, ranges: Sequence[Range], dtype: np.dtype) -> list[np.ndarray]:
+        """Returns items start to stop - 1 of each range, [stop - start], of a blob that is items of one type.
 
         Raises:
-          SpiralError: It does not exist or cannot be read.
+          IndexError: not inside the blob.
+          SpiralError: it cannot be read.
         """
+        size = dtype.itemsize
+        for start, stop in ranges:
+            if not 0 <= start <= stop <= self.size // size:
+                raise IndexError(f"items {start}:{stop} of {self.name}, which has {self.size // size}")
+        # Python's integers, because NumPy's int32 would overflow beyond 2**31 bytes.
+        found = self.read_many([(int(start) * size, int(stop) * size) for start, stop in ranges])
+        return [np.frombuffer(content, dtype) for content in found]
+
+
+class LocalBlob(Blob):
+    """A memory-mapped file; SpiralError if it does not exist or cannot be read."""
+
+    def __init__(self, path: str | os.PathLike):
         self.name = str(path)
+        self._content = memoryview(b"")  # an empty file cannot be mapped
         try:
             with open(path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
-                # An empty file cannot be mapped.
-                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.size else b""
-                if self.size and hasattr(mmap, "MADV_RANDOM"):
+                if self.size:
+                    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
                     # Windows come in random order; reading ahead, up to 8 MB for each of them, makes that 25 x slower.
                     mapped.madvise(mmap.MADV_RANDOM)
+                    self._content = memoryview(mapped)
         except FileNotFoundError as error:
-            raise SpiralError(f"{self.name}: does not exist") from error
+            raise SpiralError(f"{self.name} does not exist") from error
         except OSError as error:
-            raise SpiralError(f"{self.name}: cannot be read ({error.strerror})") from error
-        self._content = memoryview(mapped)
+            raise SpiralError(f"{self.name} cannot be read ({error.strerror})") from error
 
     def read_many(self, ranges: Sequence[Range]) -> list[memoryview]:
         return [self._content[start:stop] for start, stop in ranges]
@@ -75,6 +87,11 @@ class JoinedBlobs(Blob):
         for blob in self._blobs:
             self._starts.append(self._starts[-1] + blob.size)
         self.size = self._starts.pop()
+
+    def place(self, byte: int) -> tuple[Blob, int]:
+        """Returns the blob that has a byte, and where it is in it."""
+        part = bisect.bisect_right(self._starts, byte) - 1
+        return self._blobs[part], byte - self._starts[part]
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
         wanted: dict[int, list[Range]] = {}
@@ -95,8 +112,8 @@ class JoinedBlobs(Blob):
         parts = [[found[index][n] for index, n in places] for places in pieces]
         return [several[0] if len(several) == 1 else b"".join(several) for several in parts]
 
-    def _read_blobs(self, wanted: dict[int, list[Range]]) -> list[list[bytes | memoryview]]:
-        def read(index: int) -> list[bytes | memoryview]:
+    def _read_blobs(self, wanted: dict[int, list[Range]]) -> list[Sequence[bytes | memoryview]]:
+        def read(index: int) -> Sequence[bytes | memoryview]:
             return self._blobs[index].read_many(wanted[index])
 
         if len(wanted) == 1 or all(isinstance(self._blobs[index], LocalBlob) for index in wanted):
@@ -104,3 +121,17 @@ class JoinedBlobs(Blob):
         # All in flight at once, across the blobs as well.
         with concurrent.futures.ThreadPoolExecutor(min(len(wanted), _BLOBS_AT_ONCE)) as pool:
             return list(pool.map(read, wanted))
+
+
+def spread(total: int, pieces: int, length: int) -> list[Range]:
+    """Returns ranges of `length` evenly spaced over `total`, its ends included; one of all if that is less."""
+    if total <= pieces * length:
+        return [(0, total)]
+    starts = ((total - length) * piece // (pieces - 1) for piece in range(pieces))
+    return [(start, start + length) for start in starts]
+
+
+def chunks(total: int, length: int) -> Iterator[Range]:
+    """Yields ranges of at most `length` that cover `total`."""
+    for start in range(0, total, length):
+        yield start, min(start + length, total)

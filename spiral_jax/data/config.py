@@ -5,19 +5,10 @@ import itertools
 import math
 from typing import Literal
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 
 # Byte-level BPE starts from 256 bytes and one separator; fewer entries cannot hold every text.
-_SMALLEST_BPE_VOCABULARY = 257
-
-
-def _require(condition: bool, field: str, found: object, allowed: str) -> None:
-    if not condition:
-        raise SpiralError(f"data.{field}: found {found!r}, allowed: {allowed}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_LEAST = {"bpe_vocab_size": 257, "read_threads": 1, "prefetch_batches": 1, "workers": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,54 +72,50 @@ class DataConfig:
         for field in ("paths", "exclude", "validation_paths", "stores"):
             value = getattr(self, field)
             is_tuple_of_text = isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
-            _require(is_tuple_of_text, field, value, "a tuple of non-empty strings")
-        fraction = self.validation_fraction
-        is_fraction = (_is_int(fraction) or isinstance(fraction, float)) and 0 <= fraction < 1
-        _require(is_fraction, "validation_fraction", fraction, "a number from 0 up to, but not including, 1")
-        formats = ("auto", "text", "jsonl", "parquet")
-        _require(self.format in formats, "format", self.format, ", ".join(formats))
-        _require(isinstance(self.text_field, str) and self.text_field != "", "text_field", self.text_field, "a name")
-        _require(self.invalid in ("error", "skip"), "invalid", self.invalid, '"error" or "skip"')
-        is_tokenizer = isinstance(self.tokenizer, str) and self.tokenizer != ""
-        _require(is_tokenizer, "tokenizer", self.tokenizer, '"bytes", "bpe" or the path of a tokenizer.json')
-        is_vocabulary = _is_int(self.bpe_vocab_size) and self.bpe_vocab_size >= _SMALLEST_BPE_VOCABULARY
-        _require(is_vocabulary, "bpe_vocab_size", self.bpe_vocab_size, f"an integer >= {_SMALLEST_BPE_VOCABULARY}")
-        _require(isinstance(self.separator, str), "separator", self.separator, "the text of a token, or nothing")
-        if self.separator and self.tokenizer in ("bytes", "bpe"):
-            raise SpiralError(
-                f"data.separator: found {self.separator!r}, allowed: only with data.tokenizer=<tokenizer.json>; "
-                f'"{self.tokenizer}" has its own separator'
-            )
-        for field in ("validation_store", "cache_dir"):
-            _require(isinstance(getattr(self, field), str), field, getattr(self, field), "a path, or an empty string")
-        for field, least in (("read_threads", 1), ("prefetch_batches", 1), ("workers", 0)):
+            self._require(field, is_tuple_of_text, "a tuple of non-empty strings")
+        for field, empty_too, allowed in (
+            ("text_field", False, "a name"),
+            ("tokenizer", False, '"bytes", "bpe" or the path of a tokenizer.json'),
+            ("separator", True, "the text of a token, or nothing"),
+            ("validation_store", True, "a path, or an empty string"),
+            ("cache_dir", True, "a path, or an empty string"),
+        ):
             value = getattr(self, field)
-            _require(_is_int(value) and value >= least, field, value, f"an integer >= {least}")
+            self._require(field, isinstance(value, str) and (empty_too or value != ""), allowed)
+        for field, choices in (("format", ("auto", "text", "jsonl", "parquet")), ("invalid", ("error", "skip"))):
+            self._require(field, getattr(self, field) in choices, ", ".join(choices))
+        for field, least in _LEAST.items():
+            is_enough = self._is_number(field, int) and getattr(self, field) >= least
+            self._require(field, is_enough, f"an integer, {least} or more")
         for field in ("retry_seconds", "cache_gigabytes"):
-            value = getattr(self, field)
-            _require((_is_int(value) or isinstance(value, float)) and value >= 0, field, value, "a number >= 0")
-        _require(not self.cache_gigabytes or self.cache_dir, "cache_gigabytes", self.cache_gigabytes,
-                 "0, or data.cache_dir set as well")  # fmt: skip
+            is_enough = self._is_number(field, int, float) and getattr(self, field) >= 0
+            self._require(field, is_enough, "a number, 0 or more")
+        is_fraction = self._is_number("validation_fraction", int, float) and 0 <= self.validation_fraction < 1
+        self._require("validation_fraction", is_fraction, "a number from 0 up to, but not including, 1")
+        may_have_separator = self.tokenizer not in ("bytes", "bpe")
+        allowed = f'only with data.tokenizer=<tokenizer.json>; "{self.tokenizer}" has its own separator'
+        self._require("separator", may_have_separator or not self.separator, allowed)
+        self._require("cache_gigabytes", not self.cache_gigabytes or self.cache_dir, "0, or data.cache_dir set as well")
         self._check_mixture()
+
+    def _require(self, field: str, ok: object, allowed: str) -> None:
+        require(bool(ok), f"data.{field}", getattr(self, field), allowed)
+
+    def _is_number(self, field: str, *kinds: type) -> bool:
+        return isinstance(getattr(self, field), kinds) and not isinstance(getattr(self, field), bool)
 
     def _check_mixture(self) -> None:
         starts = self.stage_starts
         if not self.weights:
-            _require(starts == (0,), "stage_starts", starts, "(0,), as data.weights is empty")
+            self._require("stage_starts", starts == (0,), "(0,), as data.weights is empty")
             return
         for row in self.weights:
-            _require(
-                len(row) == len(self.stores), "weights", row, f"a weight for each of {len(self.stores)} data.stores"
-            )
-            _require(
-                all(weight >= 0 for weight in row) and 0 < sum(row) < math.inf,
-                "weights",
-                row,
-                "weights >= 0, not all 0",
-            )
+            one_each, has_shares = len(row) == len(self.stores), all(w >= 0 for w in row) and 0 < sum(row) < math.inf
+            require(one_each, "data.weights", row, f"a weight for each of {len(self.stores)} data.stores")
+            require(has_shares, "data.weights", row, "weights >= 0, not all 0")
         rising = starts[:1] == (0,) and all(a < b for a, b in itertools.pairwise(starts))
-        _require(rising and len(starts) == len(self.weights), "stage_starts", starts,
-                 f"{len(self.weights)} rising steps, one per row of data.weights, the first 0")  # fmt: skip
+        allowed = f"{len(self.weights)} rising steps, one per row of data.weights, the first 0"
+        self._require("stage_starts", rising and len(starts) == len(self.weights), allowed)
 
     def stages_before(self, step: int) -> list[tuple[int, tuple[float, ...]]]:
         """Returns (first step, weights) of each stage that has begun before a step.

@@ -1,16 +1,16 @@
 """Looks at token data: what it is, what is in it, and whether it is whole."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from spiral_jax.data.megatron.index import spread
-from spiral_jax.data.megatron.tokens import MegatronTokens, is_megatron
-from spiral_jax.data.storage import LOCAL, is_url, join
-from spiral_jax.data.store import DOCUMENTS, MANIFEST, TOKENS, TokenStore
-from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
-from spiral_jax.errors import SpiralError
+from spiral_jax.data.blob import spread
+from spiral_jax.data.megatron.tokens import MegatronTokens
+from spiral_jax.data.prepared import open_source, stores_in, tokenizer_beside
+from spiral_jax.data.storage import LOCAL, absolute, is_url, join
+from spiral_jax.data.store import DOCUMENTS, TOKENS, TokenStore
+from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from spiral_jax.progress import Progress, Report
 
 Source = TokenStore | MegatronTokens
@@ -31,21 +31,26 @@ def inspect(
     """Says what token data is, shows some of it, and reads all of it to see that it is whole.
 
     Args:
-      place: A folder with train/ and perhaps validation/, a token store or a Megatron dataset; a path or a URL.
-      show: How many windows to show of each, evenly spaced over its tokens.
-      verify: Whether to read everything: checksums, document boundaries, separators, range of the ids.
-      tokenizer_file: A tokenizer.json, or "bytes"; "" for the one beside the data.
-      separator: Text of the separator token; "" as `load_tokenizer` does.
-      report: Takes the lines.
+      place: a folder with train/ and perhaps validation/, a token store or a Megatron dataset; a path or a URL.
+      show: how many windows to show of each, evenly spaced over its tokens.
+      verify: whether to read everything: checksums, document boundaries, separators, range of the ids.
+      tokenizer_file: a tokenizer.json, or "bytes"; "" for the one beside the data.
+      separator: text of the separator token; "" as `load_tokenizer` does.
+      report: takes the lines.
 
     Raises:
-      SpiralError: There is no such data, it is damaged, or it is not of this tokenizer.
+      SpiralError: there is no such data, it is damaged, or it is not of this tokenizer.
     """
-    place = place if is_url(place) else os.path.abspath(os.path.expanduser(place))
-    sources = _open(place)
+    place = absolute(place)
+    stores = list(stores_in([join(place, "train"), join(place, "validation"), place], LOCAL))
+    sources: Sequence[Source] = stores or [open_source(place, field="--inspect")]
     tokenizer = _find_tokenizer(place, sources[0], tokenizer_file, separator)
     for source in sources:
-        _describe(source, tokenizer, report)
+        report(f"{source.name}: {'token store' if isinstance(source, TokenStore) else 'Megatron dataset'}")
+        for name, text in [*_documents(source), *_content(source, tokenizer)]:
+            report(f"  {name:<12} {text}")
+        if isinstance(source, TokenStore) and tokenizer is not None:
+            source.check_tokenizer(tokenizer)
         _show(source, tokenizer, show, report)
     if tokenizer is None:
         report("tokenizer: none beside the data; ids are shown as they are")
@@ -59,72 +64,51 @@ def inspect(
             _verify(source, tokenizer, report)
 
 
-def _open(place: str) -> list[Source]:
-    stores = [join(place, "train"), join(place, "validation")]
-    folders = [folder for folder in (*stores, place) if LOCAL.exists(join(folder, MANIFEST))]
-    if folders:
-        return [TokenStore.open(folder) for folder in folders]
-    if is_megatron(place):
-        return [MegatronTokens.open(place)]
-    found = "holds no tokens" if is_url(place) or os.path.exists(place) else "does not exist"
-    raise SpiralError(
-        f"{place}: {found}; allowed: a folder with a token store train/ (python -m spiral_jax.prepare makes one), "
-        "a token store, a Megatron .idx file or a folder with one"
-    )
-
-
 def _find_tokenizer(place: str, source: Source, tokenizer_file: str, separator: str) -> Tokenizer | None:
-    stored = source.manifest.tokenizer_fingerprint if isinstance(source, TokenStore) else ""
-    if tokenizer_file == "bytes" or (not tokenizer_file and stored == ByteTokenizer.fingerprint):
+    if tokenizer_file == "bytes":
         return ByteTokenizer()
     if tokenizer_file:
         return HuggingFaceTokenizer.from_file(Path(tokenizer_file).expanduser(), separator=separator)
-    folder, _, name = source.name.rpartition("/")
-    # What `prepare` writes has the tokenizer above its stores; a Megatron index has it beside itself.
-    beside = folder if isinstance(source, MegatronTokens) or name in ("train", "validation") else place
-    return load_tokenizer(beside, LOCAL, separator=separator) if has_tokenizer(beside) else None
+    above, _, name = source.name.rpartition("/")
+    # What `prepare` writes has the tokenizer above its stores.
+    beside = above if name in ("train", "validation") else place
+    return tokenizer_beside([beside], [source], separator=separator)
 
 
-def _describe(source: Source, tokenizer: Tokenizer | None, report: Report) -> None:
-    kind = "token store" if isinstance(source, TokenStore) else "Megatron dataset"
-    report(f"{source.name}: {kind}")
-
-    def line(name: str, text: str) -> None:
-        report(f"  {name:<12} {text}")
-
+def _documents(source: Source) -> list[tuple[str, str]]:
     lengths_D, sampled = _document_lengths(source)
     mean = source.num_tokens / source.num_documents
     known = isinstance(source, TokenStore) or source.index.has_documents
-    line(
-        "documents" if known else "sequences",
-        f"{source.num_documents:,}{'' if known else ' (documents are not known)'}",
-    )
-    line(
-        "  of tokens",
-        f"min {lengths_D.min():,}, median {np.median(lengths_D):,.0f}, mean {mean:,.1f}, max {lengths_D.max():,}"
-        + (f" (all but the mean: of {len(lengths_D):,} of them)" if sampled else ""),
-    )
+    lengths = f"min {lengths_D.min():,}, median {np.median(lengths_D):,.0f}, mean {mean:,.1f}, max {lengths_D.max():,}"
+    if sampled:
+        lengths += f" (all but the mean: of {len(lengths_D):,} of them)"
+    count = f"{source.num_documents:,}{'' if known else ' (documents are not known)'}"
+    return [("documents" if known else "sequences", count), ("  of tokens", lengths)]
+
+
+def _content(source: Source, tokenizer: Tokenizer | None) -> list[tuple[str, str]]:
     if isinstance(source, TokenStore):
-        source_manifest = source.manifest
-        dtype = np.dtype(source_manifest.dtype)
-        line("tokens", f"{source.num_tokens:,}, {dtype.name}, {_size(source_manifest.file_sizes[TOKENS])}")
-        line("text", f"{source.utf8_bytes:,} bytes, {source.utf8_bytes / source.num_tokens:.3f} bytes per token")
-        line("ids", f"largest {source_manifest.max_token_id:,} of a vocabulary of {source_manifest.vocab_size:,}")
-        line("separator", _separator(tokenizer, source_manifest.separator_id))
-        line("tokenizer", f"fingerprint {_short(source_manifest.tokenizer_fingerprint)}")
-        for name, digest in ((TOKENS, source_manifest.tokens_sha256), (DOCUMENTS, source_manifest.documents_sha256)):
-            line(name, f"SHA-256 {_short(digest)}")
-        if tokenizer is not None:
-            source.check_tokenizer(tokenizer)
-        return
+        manifest = source.manifest
+        size = _size(manifest.file_sizes[TOKENS])
+        return [
+            ("tokens", f"{source.num_tokens:,}, {np.dtype(manifest.dtype).name}, {size}"),
+            ("text", f"{source.utf8_bytes:,} bytes, {source.utf8_bytes / source.num_tokens:.3f} bytes per token"),
+            ("ids", f"largest {manifest.max_token_id:,} of a vocabulary of {manifest.vocab_size:,}"),
+            ("separator", _separator(tokenizer, manifest.separator_id)),
+            ("tokenizer", f"fingerprint {_short(manifest.tokenizer_fingerprint)}"),
+            (TOKENS, f"SHA-256 {_short(manifest.tokens_sha256)}"),
+            (DOCUMENTS, f"SHA-256 {_short(manifest.documents_sha256)}"),
+        ]
     size = _size(source.num_tokens * source.dtype.itemsize)
-    line("tokens", f"{source.num_tokens:,}, {source.dtype.name}, {size} in {len(source.parts)} file(s)")
     sample = source.read_many(spread(source.num_tokens, 64, 1024))
     count, largest = sum(map(len, sample)), max(int(tokens_N.max()) for tokens_N in sample)
-    line("ids", f"largest {largest:,}" + ("" if count == source.num_tokens else f" of {count:,} looked at"))
+    lines = [
+        ("tokens", f"{source.num_tokens:,}, {source.dtype.name}, {size} in {len(source.parts)} file(s)"),
+        ("ids", f"largest {largest:,}" + ("" if count == source.num_tokens else f" of {count:,} looked at")),
+    ]
     if tokenizer is not None:
-        line("separator", f"{_separator(tokenizer, tokenizer.separator_id)}, {_separated(source, tokenizer)}")
-    line("fingerprint", _short(source.fingerprint))
+        lines.append(("separator", f"{_separator(tokenizer, tokenizer.separator_id)}, {_separated(source, tokenizer)}"))
+    return [*lines, ("fingerprint", _short(source.fingerprint))]
 
 
 def _document_lengths(source: Source) -> tuple[np.ndarray, bool]:
@@ -156,15 +140,13 @@ def _show(source: Source, tokenizer: Tokenizer | None, show: int, report: Report
 
 
 def _verify(source: Source, tokenizer: Tokenizer | None, report: Report) -> None:
-    stored = isinstance(source, TokenStore)
-    total = sum(source.manifest.file_sizes.values()) if stored else source.num_bytes
+    total = sum(source.manifest.file_sizes.values()) if isinstance(source, TokenStore) else source.num_bytes
     progress = Progress(f"{source.name}: read", total, unit="MB", scale=1e6, report=report).advance
-    if stored:
+    if isinstance(source, TokenStore):
         source.verify(progress)
         held = f"checksums, {source.num_documents:,} documents, separators, ids 0 to {source.manifest.max_token_id:,}"
     else:
-        known = {} if tokenizer is None else {"vocab_size": tokenizer.vocab_size}
-        smallest, largest = source.verify(**known, progress=progress)
+        smallest, largest = source.verify(None if tokenizer is None else tokenizer.vocab_size, progress)
         held = f"index, {source.num_documents:,} documents, ids {smallest:,} to {largest:,}"
         held += " (which no tokenizer was there to compare with)" if tokenizer is None else ""
     report(f"ok: {source.name}: {held}")

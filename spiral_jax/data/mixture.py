@@ -26,11 +26,11 @@ class Mixture:
         """Makes the pattern of each stage.
 
         Args:
-          weights: A row per stage: the share of each source, in any unit. 0.1 means a tenth, not its binary neighbour.
-          starts: Position of the first window of each stage, rising from 0.
+          weights: a row per stage: the share of each source, in any unit. 0.1 means a tenth, not its binary neighbour.
+          starts: position of the first window of each stage, rising from 0.
 
         Raises:
-          SpiralError: Weights whose pattern repeats only after more than `MAX_PERIOD` windows.
+          SpiralError: weights whose pattern repeats only after more than `MAX_PERIOD` windows.
         """
         self._starts = list(starts)
         self._stages = [_Pattern(_integer_weights(tuple(row))) for row in weights]
@@ -95,13 +95,13 @@ def _integer_weights(row: tuple[float, ...]) -> tuple[int, ...]:
     """The smallest integers in the same proportions."""
     exact = [Fraction(repr(weight)) for weight in row]
     denominator = math.lcm(*(weight.denominator for weight in exact))
-    integers = [int(weight * denominator) for weight in exact]
-    common = math.gcd(*integers)
-    integers = tuple(weight // common for weight in integers)
+    multiples = [int(weight * denominator) for weight in exact]
+    common = math.gcd(*multiples)
+    integers = tuple(weight // common for weight in multiples)
     if sum(integers) > MAX_PERIOD:
         rounded = tuple(max(round(float(weight / sum(exact)), 4), 0.0001 * (weight > 0)) for weight in exact)
         raise SpiralError(
-            f"data.weights: {row} repeat only after {sum(integers):,} windows; allowed: at most {MAX_PERIOD:,}, "
-            f"as for weights of four decimals: {rounded}"
+            f"data.weights has {row}, which repeat only after {sum(integers):,} windows; allowed: up to "
+            f"{MAX_PERIOD:,}, as for weights of four decimals: {rounded}"
         )
     return integers

@@ -4,6 +4,7 @@ The order of the stages is what makes training independent of the number of host
 then slice. The stream is a pure function of the seed and the position in it, so its whole state is the step number.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from spiral_jax.data.mixture import Mixture
 from spiral_jax.data.windows import TokenSource, read_windows, window_start
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 
 class WindowOrder:
@@ -35,14 +36,14 @@ class WindowOrder:
         """Fixes the order.
 
         Args:
-          windows_per_source: How many windows there are.
-          batch_size: Windows per step over all processes.
-          seed: Any integer.
-          weights: A row per stage with the share of each source; none to take all windows once per epoch.
-          stage_starts: Step at which each stage begins.
+          windows_per_source: how many windows there are.
+          batch_size: windows per step over all processes.
+          seed: any integer.
+          weights: a row per stage with the share of each source; none to take all windows once per epoch.
+          stage_starts: step at which each stage begins.
 
         Raises:
-          SpiralError: Weights that cannot be kept exactly.
+          SpiralError: weights that cannot be kept exactly.
         """
         self.windows_per_source = tuple(windows_per_source)
         self.batch_size = batch_size
@@ -78,18 +79,17 @@ class WindowOrder:
         return (self._mixture.counts(step * self.batch_size) / np.array(self.windows_per_source)).tolist()
 
 
-class TrainBatches(Iterator[dict[str, np.ndarray]]):
-    """An endless iterator over batches, read ahead by threads. Close it, or use it in a `with` statement."""
+class TrainBatches(Iterator[dict[str, np.ndarray]], contextlib.AbstractContextManager["TrainBatches"]):
+    """An endless iterator over batches, read ahead by threads. Close it, or use it in a `with` statement.
+
+    Attributes:
+      step: step of the batch that comes next: all there is to save.
+    """
 
     def __init__(self, batches: grain.DatasetIterator, step: int):
         self._batches = batches
-        self._step = step
+        self.step = step
         self._batches.start_prefetch()
-
-    @property
-    def step(self) -> int:
-        """Step of the batch that comes next: all there is to save."""
-        return self._step
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
@@ -98,15 +98,12 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             # After a failed read grain would go on with the next batch, and the step would no longer say where we are.
             self.close()
             raise
-        self._step += 1
+        self.step += 1
         return batch
 
     def close(self) -> None:
         """Ends the reading threads and drops what was read ahead. May be called more than once."""
         self._batches.close()
-
-    def __enter__(self) -> "TrainBatches":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -130,27 +127,25 @@ def train_batches(
     windows for any `process_count`. A thread reads whole batches, all windows of one at once.
 
     Args:
-      sources: The tokens.
-      order: Which window of which source comes when; B windows per step over all processes.
-      sequence_length: Predictions per window, L.
-      vocab_size: Ids the model has an embedding for; any other one stops the stream.
-      start_step: Step of the first batch. Earlier batches are not read.
-      process_index: Which slice of the global batch to return.
-      process_count: Number of slices, P.
-      read_threads: Threads that read.
-      prefetch_batches: Batches read ahead.
+      sources: the tokens.
+      order: which window of which source comes when; B windows per step over all processes.
+      sequence_length: predictions per window, L.
+      vocab_size: ids the model has an embedding for; any other one stops the stream.
+      start_step: step of the first batch. Earlier batches are not read.
+      process_index: which slice of the global batch to return.
+      process_count: number of slices, P.
+      read_threads: threads that read.
+      prefetch_batches: batches read ahead.
 
     Returns:
       An endless iterator of `{"tokens": int32 [B / P, L + 1]}`.
 
     Raises:
-      SpiralError: The batch does not divide among the processes.
+      SpiralError: the batch does not divide among the processes.
     """
     batch_size = order.batch_size
-    if batch_size < 1 or batch_size % process_count:
-        raise SpiralError(
-            f"train.batch_size: found {batch_size}, allowed: positive multiples of the {process_count} processes"
-        )
+    divides = batch_size >= 1 and batch_size % process_count == 0
+    require(divides, "train.batch_size", batch_size, f"positive multiples of the {process_count} processes")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} of {process_count}")
     if start_step < 0:
@@ -164,15 +159,16 @@ def train_batches(
         .slice(slice(process_index, None, process_count))
         .batch(batch_size // process_count, drop_remainder=True)
         .slice(slice(start_step, None))
-        .map(lambda places: {"tokens": _read_batch(sources, *places, sequence_length, vocab_size)})
+        .map(lambda places: {"tokens": _read_batch(sources, places, sequence_length, vocab_size)})
         .to_iter_dataset(read_options)
     )
     return TrainBatches(iter(batches), start_step)
 
 
 def _read_batch(
-    sources: Sequence[TokenSource], source_B: np.ndarray, window_B: np.ndarray, sequence_length: int, vocab_size: int
+    sources: Sequence[TokenSource], places: tuple[np.ndarray, np.ndarray], sequence_length: int, vocab_size: int
 ) -> np.ndarray:
+    source_B, window_B = places
     tokens_BxW = np.empty((len(source_B), sequence_length + 1), np.int32)
     for index in np.unique(source_B):
         rows_R = np.flatnonzero(source_B == index)
@@ -182,8 +178,8 @@ def _read_batch(
         row, column = np.argwhere(tokens_BxW.view(np.uint32) >= vocab_size)[0]
         source = sources[source_B[row]]
         place = source.locate(window_start(source, window_B[row], sequence_length) + int(column))
-        found = tokens_BxW[row, column]
-        raise SpiralError(f"{place}: id {found}, allowed: 0 to {vocab_size - 1} (model.vocab_size - 1)")
+        found = f"{place} is id {tokens_BxW[row, column]}"
+        raise SpiralError(f"{found}; allowed: 0 to {vocab_size - 1} (model.vocab_size - 1)")
     return tokens_BxW
 
 

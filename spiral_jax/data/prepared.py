@@ -2,22 +2,16 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.megatron.tokens import MegatronTokens, is_megatron
-from spiral_jax.data.storage import LOCAL, Storage, is_url, join
+from spiral_jax.data.storage import LOCAL, Storage, absolute, is_url, join
 from spiral_jax.data.store import MANIFEST, TokenStore
-from spiral_jax.data.tokenizers import (
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    has_tokenizer,
-    load_tokenizer,
-)
+from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.data.windows import TokenSource
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +36,7 @@ class PreparedData:
 
 def storage_of(config: DataConfig) -> Storage:
     """How a configuration wants files to be opened."""
-    cache_dir = os.path.expanduser(config.cache_dir)
-    return Storage(config.retry_seconds, cache_dir, config.cache_gigabytes)
+    return Storage(config.retry_seconds, os.path.expanduser(config.cache_dir), config.cache_gigabytes)
 
 
 def open_stores(config: DataConfig) -> PreparedData:
@@ -53,11 +46,15 @@ def open_stores(config: DataConfig) -> PreparedData:
       SpiralError: a store that is missing or damaged, stores of different tokenizers, or no tokenizer.
     """
     storage = storage_of(config)
-    places = [place if is_url(place) else os.path.abspath(os.path.expanduser(place)) for place in config.stores]
+    places = [absolute(place) for place in config.stores]
     sources = tuple(open_source(place, storage) for place in places)
-    held_out = config.validation_store or _validation_beside(places, storage)
-    validation = _open_store(held_out, storage) if held_out else None
-    tokenizer = _tokenizer_for(config, places, sources, storage)
+    validation = _open_validation(config.validation_store, places, storage)
+    if config.tokenizer in ("bytes", "bpe"):
+        tokenizer = tokenizer_beside(places, sources, storage, separator=config.separator)
+    else:
+        tokenizer = configured_tokenizer(config)
+    if tokenizer is None:
+        raise SpiralError(f"{places[0]} has no tokenizer.json; allowed: one in the store, or data.tokenizer=FILE")
     for store in (*sources, validation):
         if isinstance(store, TokenStore):
             store.check_tokenizer(tokenizer)
@@ -65,79 +62,76 @@ def open_stores(config: DataConfig) -> PreparedData:
 
 
 def open_folder(folder: str | os.PathLike) -> PreparedData:
-    """Opens what `data.text.prepare` wrote: train/, perhaps validation/, and a tokenizer.
+    """Opens what `corpus.prepare` wrote: train/, perhaps validation/, and a tokenizer.
 
     Raises:
-      SpiralError: Something is missing or damaged.
+      SpiralError: something is missing or damaged.
     """
     return open_stores(DataConfig(stores=(str(folder),)))
 
 
-def open_source(place: str, storage: Storage = LOCAL) -> TokenSource:
+def open_source(place: str, storage: Storage = LOCAL, *, field: str = "data.stores") -> TokenStore | MegatronTokens:
     """Opens one entry of `data.stores`.
 
     Args:
       place: a token store, a folder with a token store `train/`, a Megatron `.idx`, or a folder with one.
       storage: how to open files.
+      field: what named the place, for errors.
 
     Raises:
       SpiralError: it is none of these, or damaged.
     """
-    for folder in (join(place, "train"), place):
-        if storage.exists(join(folder, MANIFEST)):
-            return TokenStore.open(folder, storage)
+    store = next(stores_in([join(place, "train"), place], storage), None)
+    if store is not None:
+        return store
     if is_megatron(place, storage):
         return MegatronTokens.open(place, storage)
-    found = "" if is_url(place) or os.path.exists(place) else " does not exist"
+    found = "holds no tokens" if is_url(place) or os.path.exists(place) else "does not exist"
     raise SpiralError(
-        f"data.stores: {place}{found or ': holds no tokens'}; allowed: a folder with a token store train/ "
+        f"{field} is {place!r}, which {found}; allowed: a folder with a token store train/ "
         "(python -m spiral_jax.prepare makes one), a token store, a Megatron .idx file or a folder with one"
     )
 
 
-def _open_store(place: str, storage: Storage) -> TokenStore:
-    for folder in (join(place, "validation"), place):
+def stores_in(folders: Sequence[str], storage: Storage) -> Iterator[TokenStore]:
+    """Those of some folders that are token stores, opened one after the other."""
+    for folder in folders:
         if storage.exists(join(folder, MANIFEST)):
-            return TokenStore.open(folder, storage)
-    raise SpiralError(f"data.validation_store: {place} holds no token store; python -m spiral_jax.prepare makes one")
+            yield TokenStore.open(folder, storage)
 
 
-def _validation_beside(places: Sequence[str], storage: Storage) -> str:
-    beside = (join(place, "validation") for place in places)
-    return next((place for place in beside if storage.exists(join(place, MANIFEST))), "")
+def _open_validation(place: str, places: Sequence[str], storage: Storage) -> TokenStore | None:
+    """The store of `data.validation_store`, or the first beside one of `data.stores`."""
+    folders = [join(place, "validation"), place] if place else [join(beside, "validation") for beside in places]
+    found = next(stores_in(folders, storage), None)
+    if place and found is None:
+        found_there = f"data.validation_store is {place!r}, which holds no token store"
+        raise SpiralError(f"{found_there}; allowed: one that python -m spiral_jax.prepare makes")
+    return found
 
 
-def _tokenizer_for(
-    config: DataConfig, places: Sequence[str], sources: Sequence[TokenSource], storage: Storage
-) -> Tokenizer:
-    if config.tokenizer not in ("bytes", "bpe"):
-        return configured_tokenizer(config)
+def tokenizer_beside(
+    places: Sequence[str], sources: Sequence[TokenSource], storage: Storage = LOCAL, *, separator: str
+) -> Tokenizer | None:
+    """The tokenizer of the first source that has one: in its place, or beside a Megatron index. None where none has."""
     stores = [source for source in sources if isinstance(source, TokenStore)]
     if stores and stores[0].manifest.tokenizer_fingerprint == ByteTokenizer.fingerprint:
         return ByteTokenizer()
-    folders = [
-        source.name.rpartition("/")[0] if isinstance(source, MegatronTokens) else place
-        for place, source in zip(places, sources, strict=True)
-    ]
-    for folder in folders:
+    for place, source in zip(places, sources, strict=True):
+        folder = source.name.rpartition("/")[0] if isinstance(source, MegatronTokens) else place
         if has_tokenizer(folder, storage):
-            return load_tokenizer(folder, storage, separator=config.separator)
-    raise SpiralError(
-        f"{folders[0]}: there is no tokenizer.json; allowed: a tokenizer in the store, or data.tokenizer=FILE"
-    )
+            return load_tokenizer(folder, storage, separator=separator)
+    return None
 
 
 def configured_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names, which is not `bpe`.
 
     Raises:
-      SpiralError: No such file, or not a tokenizer.json.
+      SpiralError: no such file, or not a tokenizer.json.
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     path = Path(config.tokenizer).expanduser()
-    if not path.is_file():
-        raise SpiralError(
-            f'data.tokenizer: no file {config.tokenizer}; allowed: "bytes", "bpe" or the path of a tokenizer.json'
-        )
+    require(path.is_file(), "data.tokenizer", config.tokenizer, '"bytes", "bpe" or the path of a tokenizer.json')
     return HuggingFaceTokenizer.from_file(path, separator=config.separator)

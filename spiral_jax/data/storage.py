@@ -25,9 +25,15 @@ def local_path(field: str, place: str | os.PathLike) -> Path:
     Raises:
       SpiralError: a URL of another scheme.
     """
-    if _is_remote(place):
+    path = on_this_machine(place)
+    if path is None:
         raise SpiralError(f"{field} is {str(place)!r}; allowed: a path, as nothing is written to URLs yet")
-    return Path(_local(place)).expanduser().resolve()
+    return Path(path).expanduser().resolve()
+
+
+def absolute(place: str) -> str:
+    """A place that stays the same when the working folder changes; a URL is one."""
+    return place if is_url(place) else os.path.abspath(os.path.expanduser(place))
 
 
 def join(place: str | os.PathLike, *names: str) -> str:
@@ -35,14 +41,20 @@ def join(place: str | os.PathLike, *names: str) -> str:
     return "/".join([str(place).rstrip("/"), *names]) if is_url(place) else str(Path(place, *names))
 
 
+def on_this_machine(place: str | os.PathLike) -> str | None:
+    """The path that a path or a `file://` URL stands for; None for another URL."""
+    path = str(place).removeprefix(_FILE)
+    return None if is_url(path) else path
+
+
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """How files are opened, local and remote.
 
     Attributes:
-      retry_seconds: How long a failing remote read is tried again before it is an error.
-      cache_dir: Where remote tokens are kept for the next epoch; "" for nowhere.
-      cache_gigabytes: Bound of that cache, in units of 1e9 bytes; 0 for none.
+      retry_seconds: how long a failing remote read is tried again before it is an error.
+      cache_dir: where remote tokens are kept for the next epoch; "" for nowhere.
+      cache_gigabytes: bound of that cache, in units of 1e9 bytes; 0 for none.
     """
 
     retry_seconds: float = 300.0
@@ -53,11 +65,15 @@ class Storage:
         """Opens a file for reading by ranges.
 
         Raises:
-          SpiralError: It does not exist or cannot be read, or a package for its kind of URL is missing.
+          SpiralError: it does not exist or cannot be read, or a package for its kind of URL is missing.
         """
-        if not _is_remote(place):
-            return LocalBlob(_local(place))
-        blob = self._open_remote(place)
+        path = on_this_machine(place)
+        if path is not None:
+            return LocalBlob(path)
+        # Imported here: most runs have no use for it.
+        from spiral_jax.data.remote.blob import RemoteBlob
+
+        blob = RemoteBlob(str(place), self.retry_seconds)
         if not self.cache_dir or not self.cache_gigabytes:
             return blob
         from spiral_jax.data.remote.cache import cached
@@ -65,39 +81,22 @@ class Storage:
         return cached(blob, self.cache_dir, (blob.name, blob.size, blob.version), int(self.cache_gigabytes * 1e9))
 
     def read_file(self, place: str | os.PathLike) -> bytes:
-        """Reads a small file whole, past the cache.
-
-        Raises:
-          SpiralError: It does not exist or cannot be read.
-        """
-        blob = self._open_remote(place) if _is_remote(place) else LocalBlob(_local(place))
+        """Reads a small file whole, past the cache; raises as `open` does."""
+        blob = Storage(self.retry_seconds).open(place)
         return bytes(blob.read(0, blob.size))
 
     def exists(self, place: str | os.PathLike) -> bool:
         """Whether there is a file (or, on this machine, a folder).
 
         Raises:
-          SpiralError: The storage cannot be asked.
+          SpiralError: the storage cannot be asked.
         """
-        if not _is_remote(place):
-            return Path(_local(place)).exists()
+        path = on_this_machine(place)
+        if path is not None:
+            return Path(path).exists()
         from spiral_jax.data.remote.blob import exists
 
         return exists(str(place), self.retry_seconds)
-
-    def _open_remote(self, place: str | os.PathLike) -> Blob:
-        # Imported here: most runs have no use for it.
-        from spiral_jax.data.remote.blob import RemoteBlob
-
-        return RemoteBlob(str(place), self.retry_seconds)
-
-
-def _is_remote(place: str | os.PathLike) -> bool:
-    return is_url(place) and not str(place).startswith(_FILE)
-
-
-def _local(place: str | os.PathLike) -> str:
-    return str(place).removeprefix(_FILE)
 
 
 LOCAL = Storage()

@@ -4,7 +4,8 @@
     documents.bin   little-endian uint64: where each document starts, and the end of the last one
     manifest.json   what is in the two files, how they came about, and their checksums
 
-`data.writer` writes it under another name and renames it when complete: a folder with the store's name is whole.
+`corpus.store_writer` writes it under another name and renames it when complete: a folder with the store's name is
+whole.
 """
 
 import dataclasses
@@ -12,15 +13,16 @@ import functools
 import hashlib
 import json
 import os
+import typing
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from spiral_jax.data.blob import Blob
+from spiral_jax.data.blob import Blob, chunks
 from spiral_jax.data.storage import LOCAL, Storage, join
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokenSource
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 _FORMAT = "spiral_jax.token_store"
 _VERSION = 1
@@ -28,6 +30,7 @@ TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
 MANIFEST = "manifest.json"
 OFFSET_DTYPE = np.dtype("<u8")
+_READ_AT_ONCE = 2**25  # bytes
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,17 +43,17 @@ class Manifest:
     """What `manifest.json` says of a store.
 
     Attributes:
-      dtype: Type of a token in `tokens.bin`, in NumPy's spelling: "<u2" or "<u4".
-      num_tokens: Number of tokens, separators included.
-      num_documents: Number of documents.
-      utf8_bytes: Bytes of the text before it was tokenised: the denominator of bits per byte.
-      vocab_size: Number of ids of the tokenizer.
-      separator_id: Id that follows each document.
-      max_token_id: Largest id in the store.
+      dtype: type of a token in `tokens.bin`, in NumPy's spelling: "<u2" or "<u4".
+      num_tokens: number of tokens, separators included.
+      num_documents: number of documents.
+      utf8_bytes: bytes of the text before it was tokenised: the denominator of bits per byte.
+      vocab_size: number of ids of the tokenizer.
+      separator_id: id that follows each document.
+      max_token_id: largest id in the store.
       tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer that wrote the store.
-      source: Fingerprint of the input, to know when the store can be used again; "" if unknown.
-      tokens_sha256: Checksum of `tokens.bin`.
-      documents_sha256: Checksum of `documents.bin`.
+      source: fingerprint of the input, to know when the store can be used again; "" if unknown.
+      tokens_sha256: checksum of `tokens.bin`.
+      documents_sha256: checksum of `documents.bin`.
     """
 
     dtype: str
@@ -84,34 +87,26 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, path: str) -> "Manifest":
-        """Reads and checks the content of a `manifest.json`.
-
-        Args:
-          text: The content.
-          path: Where it was, for messages.
-
-        Returns:
-          The manifest.
+        """Reads and checks the content of a `manifest.json` that was found at `path`.
 
         Raises:
-          SpiralError: Not JSON, another format or version, or contradicting itself.
+          SpiralError: not JSON, another format or version, or contradicting itself.
         """
         try:
             content = json.loads(text.decode("utf-8"))
         except ValueError as error:  # also UnicodeDecodeError
-            raise SpiralError(f"{path}: is not JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise SpiralError(f"{path}: format {found!r}, allowed: {_FORMAT!r}")
-        if content.get("version") != _VERSION:
-            raise SpiralError(f"{path}: version {content.get('version')!r}, allowed: {_VERSION}")
+            raise SpiralError(f"{path} is damaged (no JSON: {error})") from error
+        content = content if isinstance(content, dict) else {}
+        require(content.get("format") == _FORMAT, f"{path}: format", content.get("format"), repr(_FORMAT))
+        require(content.get("version") == _VERSION, f"{path}: version", content.get("version"), str(_VERSION))
         try:
             content["tokens_sha256"] = content["files"][TOKENS]["sha256"]
             content["documents_sha256"] = content["files"][DOCUMENTS]["sha256"]
-            for field in dataclasses.fields(cls):
-                if type(content[field.name]) is not field.type:
-                    raise TypeError(f"{field.name} is {content[field.name]!r}, allowed: {field.type.__name__}")
-            manifest = cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+            kinds = typing.get_type_hints(cls)
+            for name, kind in kinds.items():
+                if type(content[name]) is not kind:
+                    raise TypeError(f"{name} is {content[name]!r}; allowed: {kind.__name__}")
+            manifest = cls(**{name: content[name] for name in kinds})
             if manifest.dtype != token_dtype(manifest.vocab_size).str:
                 raise ValueError(f"dtype {manifest.dtype!r} does not go with vocab_size {manifest.vocab_size}")
             if not 0 <= max(manifest.max_token_id, manifest.separator_id) < manifest.vocab_size:
@@ -122,18 +117,26 @@ class Manifest:
                 if content["files"][name]["bytes"] != size:
                     raise ValueError(f"{name} of {content['files'][name]['bytes']} bytes, the counts say {size}")
         except (ValueError, TypeError, KeyError) as error:
-            raise SpiralError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
+            raise SpiralError(f"{path} is damaged ({type(error).__name__}: {error})") from error
         return manifest
 
 
 class TokenStore(TokenSource):
-    """A store opened for reading: memory-mapped where it is a folder of this machine, by range reads elsewhere."""
+    """A store opened for reading: memory-mapped where it is a folder of this machine, by range reads elsewhere.
+
+    Attributes:
+      manifest: what its `manifest.json` says.
+      num_documents: number of documents.
+      utf8_bytes: bytes of the text before it was tokenised.
+    """
 
     def __init__(self, folder: str, manifest: Manifest, tokens: Blob, documents: Blob):
         """Use `TokenStore.open`."""
         self.folder = self.name = folder
         self.manifest = manifest
         self.num_tokens = manifest.num_tokens
+        self.num_documents = manifest.num_documents
+        self.utf8_bytes = manifest.utf8_bytes
         self.fingerprint = manifest.tokens_sha256
         self._tokens = tokens
         self._documents = documents
@@ -141,39 +144,22 @@ class TokenStore(TokenSource):
 
     @classmethod
     def open(cls, folder: str | os.PathLike, storage: Storage = LOCAL) -> "TokenStore":
-        """Opens a store and checks that its files have the sizes that its manifest gives (checksums: `verify`).
-
-        Args:
-          folder: The store, a path or URL.
-          storage: How to open files.
-
-        Returns:
-          The store.
+        """Opens a store, a path or URL, and checks the sizes of its files (their checksums: `verify`).
 
         Raises:
-          SpiralError: Names the file that is missing, truncated or not what it should be.
+          SpiralError: names the file that is missing, truncated or not what it should be.
         """
         folder = str(folder)
         path = join(folder, MANIFEST)
         if not storage.exists(path):
-            raise SpiralError(f"{path}: does not exist; allowed: a folder with a complete token store")
+            raise SpiralError(f"{path} does not exist; allowed: a folder with a complete token store")
         manifest = Manifest.parse(storage.read_file(path), path)
         blobs = {}
         for name, size in manifest.file_sizes.items():
-            blobs[name] = storage.open(join(folder, name))
-            if blobs[name].size != size:
-                raise SpiralError(f"{join(folder, name)}: has {blobs[name].size} bytes, {MANIFEST} says {size}")
+            blob = blobs[name] = storage.open(join(folder, name))
+            if blob.size != size:
+                raise SpiralError(f"{blob.name} has {blob.size} bytes; allowed: {size}, as {MANIFEST} says")
         return cls(folder, manifest, blobs[TOKENS], blobs[DOCUMENTS])
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return self.manifest.num_documents
-
-    @property
-    def utf8_bytes(self) -> int:
-        """Bytes of the text before it was tokenised."""
-        return self.manifest.utf8_bytes
 
     @functools.cached_property
     def document_offsets_M(self) -> np.ndarray:
@@ -184,14 +170,9 @@ class TokenStore(TokenSource):
         """Returns tokens start to stop - 1 of each range, int32, not tied to the file.
 
         Raises:
-          IndexError: Not inside the store.
+          IndexError: not inside the store.
         """
-        for start, stop in ranges:
-            if not 0 <= start <= stop <= self.num_tokens:
-                raise IndexError(f"tokens {start}:{stop} of {self.name}, which has {self.num_tokens}")
-        size = self._dtype.itemsize
-        found = self._tokens.read_many([(start * size, stop * size) for start, stop in ranges])
-        return [np.frombuffer(content, self._dtype).astype(np.int32) for content in found]
+        return [tokens_N.astype(np.int32) for tokens_N in self._tokens.read_arrays(ranges, self._dtype)]
 
     def locate(self, position: int) -> str:
         document = int(np.searchsorted(self.document_offsets_M, position, "right")) - 1
@@ -203,78 +184,65 @@ class TokenStore(TokenSource):
         """Reads everything: checksums, document boundaries, separators, range of the ids.
 
         Args:
-          progress: Called with a number of bytes each time that these have been read, of `manifest.file_sizes` in all.
+          progress: called with a number of bytes each time that these have been read, of `manifest.file_sizes` in all.
 
         Raises:
-          SpiralError: Names the file that is damaged; file, document and offset of an id outside the vocabulary.
+          SpiralError: names the file that is damaged; file, document and offset of an id outside the vocabulary.
         """
-        found = hashlib.sha256()
-        for content in _blocks(self._documents):
-            found.update(content)
-            progress(len(content))
-        _check_sha256(self._documents, found.hexdigest(), self.manifest.documents_sha256)
+        for _ in _verified(self._documents, self.manifest.documents_sha256, progress):
+            pass
         offsets_M = self.document_offsets_M.astype(np.int64)
         if offsets_M[0] != 0 or offsets_M[-1] != self.num_tokens or np.any(np.diff(offsets_M) < 1):
-            raise SpiralError(f"{self._documents.name}: offsets do not rise from 0 to {self.num_tokens}")
-        largest, begin, ends_M, found, wrong = -1, 0, offsets_M[1:] - 1, hashlib.sha256(), ""
-        for content in _blocks(self._tokens):
-            found.update(content)
+            raise SpiralError(f"{self._documents.name} is damaged (offsets do not rise from 0 to {self.num_tokens})")
+        largest, begin, ends_M, wrong = -1, 0, offsets_M[1:] - 1, ""
+        for content in _verified(self._tokens, self.manifest.tokens_sha256, progress):
             tokens_N = np.frombuffer(content, self._dtype)
             largest = max(largest, int(tokens_N.max()))
             first, last = np.searchsorted(ends_M, [begin, begin + len(tokens_N)])
             separators_M = tokens_N[ends_M[first:last] - begin]
             if largest >= self.manifest.vocab_size and not wrong:
                 position = int((tokens_N >= self.manifest.vocab_size).argmax())
-                wrong = f"{self.locate(begin + position)}: id {tokens_N[position]}"
+                wrong = f"{self.locate(begin + position)} is id {tokens_N[position]}"
                 wrong += f"; allowed: 0 to {self.manifest.vocab_size - 1}"
             if np.any(separators_M != self.manifest.separator_id) and not wrong:
                 document = int(first + (separators_M != self.manifest.separator_id).argmax())
-                wrong = f"{self._documents.name}: document {document} does not end with the separator"
+                wrong = f"{self._documents.name} is damaged (document {document} does not end with the separator)"
             begin += len(tokens_N)
-            progress(len(content))
-        _check_sha256(self._tokens, found.hexdigest(), self.manifest.tokens_sha256)
         # The file is what was written; wrong content means that the writer was wrong.
         if wrong:
             raise SpiralError(wrong)
-        if largest != self.manifest.max_token_id:
-            raise SpiralError(
-                f"{self._tokens.name}: largest id is {largest}, {MANIFEST} says {self.manifest.max_token_id}"
-            )
+        allowed = f"{self.manifest.max_token_id}, as {MANIFEST} says"
+        require(largest == self.manifest.max_token_id, f"{self._tokens.name}: largest id", largest, allowed)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Checks that a tokenizer is the one that wrote the store.
 
         Raises:
-          SpiralError: It is another one.
+          SpiralError: it is another one.
         """
         if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
             raise SpiralError(
-                f"data.tokenizer: fingerprint {tokenizer.fingerprint}, but {self.name} was written with "
-                f"{self.manifest.tokenizer_fingerprint}; allowed: the tokenizer that wrote the store"
+                f"data.tokenizer has fingerprint {tokenizer.fingerprint}; allowed: the tokenizer that wrote "
+                f"{self.name}, with fingerprint {self.manifest.tokenizer_fingerprint}"
             )
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Checks that a model has an embedding for every id.
-
-        Args:
-          vocab_size: The model's.
+        """Checks that a model of this vocabulary has an embedding for every id.
 
         Raises:
-          SpiralError: The model's vocabulary is too small.
+          SpiralError: the model's vocabulary is too small.
         """
-        if vocab_size < self.manifest.vocab_size:
-            raise SpiralError(
-                f"model.vocab_size: found {vocab_size}, but the tokenizer of {self.name} has "
-                f"{self.manifest.vocab_size} ids (largest id used: {self.manifest.max_token_id}); "
-                f"allowed: at least {self.manifest.vocab_size}"
-            )
+        needed, largest = self.manifest.vocab_size, self.manifest.max_token_id
+        allowed = f"{needed} or more, the ids of the tokenizer of {self.name} (largest id used: {largest})"
+        require(vocab_size >= needed, "model.vocab_size", vocab_size, allowed)
 
 
-def _check_sha256(blob: Blob, found: str, expected: str) -> None:
-    if found != expected:
-        raise SpiralError(f"{blob.name}: SHA-256 is {found}, {MANIFEST} says {expected}")
-
-
-def _blocks(blob: Blob, size: int = 2**25) -> Iterator[bytes | memoryview]:
-    for start in range(0, blob.size, size):
-        yield blob.read(start, min(start + size, blob.size))
+def _verified(blob: Blob, sha256: str, progress: Callable[[int], None]) -> Iterator[bytes | memoryview]:
+    """Yields all content, then raises a SpiralError if its checksum is another one."""
+    digest = hashlib.sha256()
+    for start, stop in chunks(blob.size, _READ_AT_ONCE):
+        content = blob.read(start, stop)
+        digest.update(content)
+        yield content
+        progress(len(content))
+    require(digest.hexdigest() == sha256, f"{blob.name}: SHA-256", digest.hexdigest(), f"{sha256}, as {MANIFEST} says")

@@ -12,7 +12,7 @@ import tokenizers
 
 from spiral_jax.data import atomic
 from spiral_jax.data.storage import LOCAL, Storage, join
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,8 +29,8 @@ class Tokenizer(abc.ABC):
     """Turns text into ids and back. Nothing is added to a text: no separator, no special token.
 
     Attributes:
-      vocab_size: Number of ids, the separator included; all ids are below it.
-      separator_id: Id that follows each document. No text encodes to it where the tokenizer can avoid it.
+      vocab_size: number of ids, the separator included; all ids are below it.
+      separator_id: id that follows each document. No text encodes to it where the tokenizer can avoid it.
       fingerprint: SHA-256 (hex) of what determines the ids.
     """
 
@@ -95,12 +95,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """Builds the tokenizer.
 
         Args:
-          json_text: Content of a `tokenizer.json`.
-          separator: Text of the separator token; "" looks for <|endoftext|>, then </s>.
-          name: What to call the tokenizer in errors: its path.
+          json_text: content of a `tokenizer.json`.
+          separator: text of the separator token; "" looks for <|endoftext|>, then </s>.
+          name: what to call the tokenizer in errors: its path.
 
         Raises:
-          SpiralError: Not a tokenizer.json, or no separator token in it.
+          SpiralError: not a tokenizer.json, or no separator token in it.
         """
         try:
             spec = json.loads(json_text)
@@ -109,11 +109,12 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception
             reason = " ".join(str(error).split())
-            raise SpiralError(f"{name}: not a Hugging Face tokenizer.json ({reason})") from error
+            raise SpiralError(f"{name} is damaged ({reason}); allowed: a Hugging Face tokenizer.json") from error
         candidates = [separator] if separator else [END_OF_TEXT, "</s>"]
-        separator = next((text for text in candidates if self._tokenizer.token_to_id(text) is not None), "")
-        if not separator:
-            raise SpiralError(f"{name}: has no token {' or '.join(candidates)}; set data.separator to one that it has")
+        ids = {text: found for text in candidates if (found := self._tokenizer.token_to_id(text)) is not None}
+        if not ids:
+            raise SpiralError(f"{name} has no token {' or '.join(candidates)}; allowed: data.separator=TOKEN, its own")
+        separator, self.separator_id = next(iter(ids.items()))
         for token in spec.get("added_tokens") or []:
             if token["content"] == separator and not token["special"]:
                 token["special"] = True  # what `encode_special_tokens` spares
@@ -123,7 +124,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._json_text = json_text
         self._separator = separator
-        self.separator_id = self._tokenizer.token_to_id(separator)
         # Not the number of entries: ids may have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         decisive = {part: spec.get(part) for part in _PARTS_THAT_DECIDE_IDS} | {"separator": separator}
@@ -131,17 +131,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, *, separator: str = "") -> "HuggingFaceTokenizer":
-        """Reads a `tokenizer.json`.
-
-        Args:
-          path: The file.
-          separator: Text of the separator token; "" looks for <|endoftext|>, then </s>.
-
-        Returns:
-          The tokenizer.
+        """Reads a `tokenizer.json`; `separator` as in `__init__`.
 
         Raises:
-          SpiralError: The file is missing or is not a tokenizer.json, or has no separator token.
+          SpiralError: the file is missing or is not a tokenizer.json, or has no separator token.
         """
         return cls(_read_file(path), separator=separator, name=str(path))
 
@@ -178,11 +171,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     """Trains a byte-level BPE; the same texts give the same tokenizer. Every text survives encode and decode exactly.
 
     Args:
-      texts: What to train on.
-      vocab_size: Number of entries wanted, the separator (id 0) and the 256 bytes included. Little text gives fewer.
-
-    Returns:
-      The tokenizer.
+      texts: what to train on.
+      vocab_size: number of entries wanted, the separator (id 0) and the 256 bytes included. Little text gives fewer.
     """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -208,15 +198,12 @@ def load_tokenizer(folder: str | os.PathLike, storage: Storage = LOCAL, *, separ
     """Loads what `Tokenizer.save` wrote, or the `tokenizer.json` of a plain Hugging Face folder.
 
     Args:
-      folder: Where the tokenizer's files are, a path or URL.
-      storage: How to open files.
-      separator: Of a plain `tokenizer.json`, text of the separator token; "" looks for <|endoftext|>, then </s>.
-
-    Returns:
-      The tokenizer.
+      folder: where the tokenizer's files are, a path or URL.
+      storage: how to open files.
+      separator: of a plain `tokenizer.json`, text of the separator token; "" looks for <|endoftext|>, then </s>.
 
     Raises:
-      SpiralError: The files are missing, damaged, or were changed since they were saved.
+      SpiralError: the files are missing, damaged, or were changed since they were saved.
     """
     info_path, json_path = join(folder, _INFO_FILE), join(folder, _HUGGING_FACE_FILE)
 
@@ -231,21 +218,12 @@ def load_tokenizer(folder: str | os.PathLike, storage: Storage = LOCAL, *, separ
             raise ValueError(f"{info['format']} version {info['version']}")
         kind, saved_fingerprint = info["kind"], info["fingerprint"]
         separator = info["separator"] if kind == "huggingface" else ""
-    except SpiralError:
-        raise
     except (ValueError, TypeError, KeyError) as error:
-        raise SpiralError(f"{info_path}: not a {_FORMAT} file of version {_VERSION} ({error})") from error
-    if kind == "bytes":
-        tokenizer = ByteTokenizer()
-    elif kind == "huggingface":
-        tokenizer = hugging_face(separator)
-    else:
-        raise SpiralError(f"{info_path}: kind {kind!r}, allowed: bytes, huggingface")
-    if tokenizer.fingerprint != saved_fingerprint:
-        raise SpiralError(
-            f"{folder}: the tokenizer has fingerprint {tokenizer.fingerprint}, but {saved_fingerprint} was saved: "
-            "its files were changed"
-        )
+        raise SpiralError(f"{info_path} is damaged ({error}); allowed: {_FORMAT}, version {_VERSION}") from error
+    require(kind in ("bytes", "huggingface"), f"{info_path}: kind", kind, "bytes, huggingface")
+    tokenizer = ByteTokenizer() if kind == "bytes" else hugging_face(separator)
+    allowed = f"{saved_fingerprint!r}, as saved: its files were changed"
+    require(tokenizer.fingerprint == saved_fingerprint, f"{folder}: fingerprint", tokenizer.fingerprint, allowed)
     return tokenizer
 
 
@@ -254,14 +232,14 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = text[error.start]
-        raise SpiralError(f"text: character {error.start} is {found!r}, allowed: text that has a UTF-8 form") from error
+        raise SpiralError(f"text: character {error.start} is {found!r}; allowed: text that has a UTF-8 form") from error
 
 
 def _read_file(place: str | os.PathLike, storage: Storage = LOCAL) -> str:
     try:
         return storage.read_file(place).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SpiralError(f"{place}: not a tokenizer file (byte {error.start} is not UTF-8)") from error
+        raise SpiralError(f"{place} is damaged (byte {error.start} is not UTF-8); allowed: a tokenizer file") from error
 
 
 def _write_info(folder: Path, info: dict) -> None:

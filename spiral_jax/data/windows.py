@@ -1,21 +1,21 @@
 """Training windows: how a stream of tokens is cut into sequences."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 
 class TokenSource(abc.ABC):
     """All that training asks of data: a named stream of tokens with random access from many threads.
 
     Attributes:
-      name: What to call the source in messages: its folder or URL.
-      num_tokens: Length of the stream.
-      fingerprint: Changes when the tokens do; what a checkpoint records.
-      sequence_tokens: Where the stream is nothing but sequences of one length that do not continue each other, that
+      name: what to call the source in messages: its folder or URL.
+      num_tokens: length of the stream.
+      fingerprint: changes when the tokens do; what a checkpoint records.
+      sequence_tokens: where the stream is nothing but sequences of one length that do not continue each other, that
         length; None otherwise.
     """
 
@@ -53,45 +53,34 @@ class TokensInMemory(TokenSource):
 
 
 def num_windows(source: TokenSource, sequence_length: int) -> int:
-    """Counts the windows of a source.
+    """Counts the windows of a source, 1 or more, for `sequence_length` predictions per window.
 
     Windows have `sequence_length + 1` tokens and start every `sequence_length` tokens. Neighbours thus share one
     token, and each token but the very first is predicted in exactly one window (a rest too short for a window
     is left out). Only where the source is made of sequences of just `sequence_length + 1` tokens (the preshuffled
     Pile has 2049), each of them is a window.
 
-    Args:
-      source: The tokens.
-      sequence_length: Predictions per window.
-
-    Returns:
-      Number of windows, at least 1.
-
     Raises:
-      SpiralError: Not even one window fits.
+      SpiralError: not even one window fits.
     """
-    if sequence_length < 1:
-        raise SpiralError(f"train.sequence_length: found {sequence_length}, allowed: at least 1")
+    require(sequence_length >= 1, "train.sequence_length", sequence_length, "1 or more")
     stride = _stride(source, sequence_length)
     windows = (source.num_tokens - (sequence_length + 1)) // stride + 1
     if windows < 1:
         raise SpiralError(
-            f"train.sequence_length: {sequence_length} needs {sequence_length + 1} tokens for a window, "
-            f"but {source.name} has {source.num_tokens}; allowed: at most {max(source.num_tokens - 1, 0)}, or more text"
+            f"train.sequence_length is {sequence_length}, which takes {sequence_length + 1} tokens for a window, "
+            f"and {source.name} has {source.num_tokens}; allowed: up to {max(source.num_tokens - 1, 0)}, or more text"
         )
     return windows
 
 
-def read_windows(source: TokenSource, indices_B: Sequence[int], sequence_length: int) -> np.ndarray:
-    """Reads windows, all of them at once.
+def read_windows(source: TokenSource, indices_B: Iterable[int], sequence_length: int) -> np.ndarray:
+    """Returns windows, read all at once, int32 [B, L + 1]: inputs are all but the last, targets all but the first.
 
     Args:
-      source: The tokens.
-      indices_B: Each from 0 to `num_windows(source, sequence_length) - 1`.
-      sequence_length: Predictions per window, L.
-
-    Returns:
-      Tokens, int32 [B, L + 1]: inputs are all but the last, targets all but the first.
+      source: the tokens.
+      indices_B: each from 0 to `num_windows(source, sequence_length) - 1`.
+      sequence_length: predictions per window, L.
     """
     starts = [window_start(source, index, sequence_length) for index in indices_B]
     return np.stack(source.read_many([(start, start + sequence_length + 1) for start in starts]))

@@ -10,14 +10,15 @@ one token (one, under half-chunk offsets).
 """
 
 import itertools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.decoding.entry import open_after, run_coarse, run_entry
-from spiral_jax.decoding.loop import iterations, layers_of, run_layers
+from spiral_jax.decoding.entry import iterations, layers_of, open_after, run_coarse, run_entry, run_layers
 from spiral_jax.decoding.state import DecodeState, IterationState, Work, put, put_front, slots_after, take
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
 from spiral_jax.model.neox import layer_norm, rotary_tables
 from spiral_jax.model.spiralformer import Embedding, SpiralFormer, unembed
@@ -37,43 +38,45 @@ def prefill(
 
     Returns:
       Logits [B, V] at the last token of each row, and the state after it.
+
+    Raises:
+      SpiralError: the prompts do not fit the state.
     """
     config = model.config
     B, P = tokens_BxP.shape
-    if state.position_B.shape[0] != B or not 1 <= P <= state.capacity:
-        raise SpiralError(
-            f"prompts of {B} rows and {P} tokens do not fit a decoding state of {state.position_B.shape[0]} rows and "
-            f"{state.capacity} tokens"
-        )
+    rows, capacity = state.position_B.shape[0], state.capacity
+    allowed = f"{rows} rows and 1 to {capacity} tokens, as the decoding state has"
+    require(rows == B and 1 <= P <= capacity, "shape of the prompts", tokens_BxP.shape, allowed)
 
-    def run(layers, h_BxLxD):
+    def run(layers, h_BxLxD, cache):
+        """All entries through layers, and the cache with them in front."""
         rotary = rotary_tables(h_BxLxD.shape[1], config)
-        return run_layers(model, layers, h_BxLxD, rotary, lambda q, k, v, _: model.backend.attention(q, k, v))
+        h_BxLxD, new = run_layers(model, layers, h_BxLxD, rotary, lambda q, k, v, _: model.backend.attention(q, k, v))
+        return h_BxLxD, put_front(cache, new)
 
-    h_emb_BxPxD = Embedding(config, model.backend).apply({"params": params["embed"]}, tokens_BxP)
-    h_BxPxD, new = run(layers_of(params, "prelude"), h_emb_BxPxD)
-    prelude = put_front(state.prelude, new)
+    h_emb_BxPxD = _apply(Embedding(config, model.backend), params["embed"], tokens_BxP)
+    h_BxPxD, prelude = run(layers_of(params, "prelude"), h_emb_BxPxD, state.prelude)
 
     (states, _), after = enter(config, params.get("entry", {}), h_emb_BxPxD, h_BxPxD), []
     for iteration, old in zip(iterations(config, params), state.iterations, strict=True):
         level, arrays = iteration.level, iteration.arrays
         h_BxPxD = core_input(config, level, arrays, states)
         if level.chunk == 1:
-            e_BxPxD, new = run(iteration.layers, h_BxPxD)
-            after.append(old._replace(cache=put_front(old.cache, new)))
+            e_BxPxD, cache = run(iteration.layers, h_BxPxD, old.cache)
+            after.append(old._replace(cache=cache))
         else:
             cache, e_BxPxD, slots_BxRxD = old.cache, jnp.zeros_like(h_BxPxD), jnp.zeros_like(old.zhat_BxRxD)
             if level.num_chunks(P):
-                zhat_BxNxD, new = run(iteration.layers, down_scale(config, level, arrays, h_BxPxD))
-                cache, slots_BxRxD = put_front(cache, new), slots_after(zhat_BxNxD, lengths_B, level)
+                zhat_BxNxD, cache = run(iteration.layers, down_scale(config, level, arrays, h_BxPxD), cache)
+                slots_BxRxD = slots_after(zhat_BxNxD, lengths_B, level)
                 e_BxPxD = up_scale(config, level, arrays, zhat_BxNxD, P)
             after.append(IterationState(cache, open_after(config, iteration, h_BxPxD, lengths_B), slots_BxRxD))
         states, _ = advance(config, level, arrays, states, e_BxPxD)
 
-    h_BxPxD, new = run(layers_of(params, "coda"), states.h_BxLxD)
+    h_BxPxD, coda = run(layers_of(params, "coda"), states.h_BxLxD, state.coda)
     work = jax.tree.map(jnp.zeros_like, state.work)
-    state = DecodeState(lengths_B.astype(jnp.int32), prelude, tuple(after), put_front(state.coda, new), work)
-    return logits(model, params, take(h_BxPxD, lengths_B[:, None] - 1)), state
+    state = DecodeState(lengths_B.astype(jnp.int32), prelude, tuple(after), coda, work)
+    return _logits(model, params, take(h_BxPxD, lengths_B[:, None] - 1)), state
 
 
 def step(
@@ -94,53 +97,51 @@ def step(
     """
     config, position_B = model.config, state.position_B
     active_B = jnp.ones_like(position_B, bool) if active_B is None else active_B
-    h_emb_Bx1xD = Embedding(config, model.backend).apply({"params": params["embed"]}, token_B[:, None])
-    h_Bx1xD, new = run_entry(
-        model, layers_of(params, "prelude"), h_emb_Bx1xD, position_B, state.capacity, [state.prelude], [position_B]
-    )
-    prelude = put(state.prelude, new, position_B)
+
+    def run(layers, h_Bx1xD, cache):
+        """One token of each row through layers, and the cache with it."""
+        h_Bx1xD, new = run_entry(model, layers, h_Bx1xD, position_B, state.capacity, [cache], [position_B])
+        return h_Bx1xD, put(cache, new, position_B)
+
+    h_emb_Bx1xD = _apply(Embedding(config, model.backend), params["embed"], token_B[:, None])
+    h_Bx1xD, prelude = run(layers_of(params, "prelude"), h_emb_Bx1xD, state.prelude)
 
     (states, _), after = enter(config, params.get("entry", {}), h_emb_Bx1xD, h_Bx1xD), []
-    core_calls, runs = state.work.core_calls, []
+    core_calls, runs = state.work.core_calls, [jnp.zeros(0, jnp.int32)]
     every = zip(iterations(config, params), state.iterations, strict=True)
     for is_fine, group in itertools.groupby(every, key=lambda pair: pair[0].level.chunk == 1):
-        group = list(group)
         if is_fine:
             for iteration, old in group:
                 level, arrays = iteration.level, iteration.arrays
-                h_Bx1xD = core_input(config, level, arrays, states)
-                e_Bx1xD, new = run_entry(
-                    model, iteration.layers, h_Bx1xD, position_B, state.capacity, [old.cache], [position_B]
-                )
-                after.append(old._replace(cache=put(old.cache, new, position_B)))
+                e_Bx1xD, cache = run(iteration.layers, core_input(config, level, arrays, states), old.cache)
+                after.append(old._replace(cache=cache))
                 states, _ = advance(config, level, arrays, states, e_Bx1xD)
                 core_calls += 1
                 runs.append(jnp.sum(active_B, dtype=jnp.int32)[None])
             continue
         # Rows that differ in what is due share one pass through a core; a core of its own shares nothing.
         together = position_B.shape[0] > 1 and config.shared_core
-        for part in [group] if together else [[pair] for pair in group]:
-            olds = [old for _, old in part]
-            states, new, work = run_coarse(
-                model, [iteration for iteration, _ in part], states, position_B, active_B, state.capacity, olds
-            )
-            after += new
+        for part in [list(group)] if together else [[pair] for pair in group]:
+            coarse, olds = [iteration for iteration, _ in part], [old for _, old in part]
+            states, news, work = run_coarse(model, coarse, states, position_B, active_B, state.capacity, olds)
+            after += news
             core_calls += work.core_calls
             runs.append(work.runs_T)
 
-    h_Bx1xD, new = run_entry(
-        model, layers_of(params, "coda"), states.h_BxLxD, position_B, state.capacity, [state.coda], [position_B]
-    )
-    work = Work(core_calls, state.work.runs_T + jnp.concatenate([jnp.zeros(0, jnp.int32), *runs]))
-    state = DecodeState(
-        position_B + active_B.astype(jnp.int32), prelude, tuple(after), put(state.coda, new, position_B), work
-    )
-    return logits(model, params, h_Bx1xD), state
+    h_Bx1xD, coda = run(layers_of(params, "coda"), states.h_BxLxD, state.coda)
+    work = Work(core_calls, state.work.runs_T + jnp.concatenate(runs))
+    state = DecodeState(position_B + active_B.astype(jnp.int32), prelude, tuple(after), coda, work)
+    return _logits(model, params, h_Bx1xD), state
 
 
-def logits(model: SpiralFormer, params, h_Bx1xD: jax.Array) -> jax.Array:
+def _apply(module: nn.Module, params, x: jax.Array) -> Any:
+    """What a module of the model makes of x with parameters of its own."""
+    return module.apply({"params": params}, x)
+
+
+def _logits(model: SpiralFormer, params, h_Bx1xD: jax.Array) -> jax.Array:
     """Logits [B, V] of the coda's output at one token of each row."""
     constrain = model.backend.constrain
     kernel_DxV = constrain(params["head"]["kernel"], "activation_embed", "vocab")
-    h_Bx1xD = layer_norm(model.config).apply({"params": params["final_norm"]}, h_Bx1xD)
+    h_Bx1xD = _apply(layer_norm(model.config), params["final_norm"], h_Bx1xD)
     return constrain(unembed(h_Bx1xD, kernel_DxV), "batch", "length", "vocab")[:, 0]

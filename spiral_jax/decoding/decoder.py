@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.decoding import cached
-from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.decoding.sampling import Sampling, SamplingSettings, next_tokens
-from spiral_jax.decoding.state import DecodeState, empty_state, put_rows, state_shardings
+from spiral_jax.decoding.state import DecodeState, bucket_of, empty_state, put_rows, state_shardings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
@@ -97,6 +97,21 @@ def bytes_per_row(config: ModelConfig, capacity: int) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(work=())))
 
 
+def has_stop(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> bool:
+    """Whether one of the texts `stops` is among these tokens; an empty one never is."""
+    text = tokenizer.decode(ids)
+    return any(stop in text for stop in stops if stop)
+
+
+def text_before_stop(tokenizer: Tokenizer, ids: list[int], stops: Sequence[str] = ()) -> str:
+    """The text of these tokens up to a separator or one of `stops`."""
+    end = ids.index(tokenizer.separator_id) if tokenizer.separator_id in ids else len(ids)
+    text = tokenizer.decode(ids[:end])
+    for stop in filter(None, stops):
+        text = text.split(stop)[0]
+    return text
+
+
 class Decoder:
     """Continues texts with the parameters of one model on its mesh."""
 
@@ -132,15 +147,13 @@ class Decoder:
         self._by_row = batch_sharding(mesh)
         stop_S = np.array(sorted(set(stop_ids)), np.int32)
         make = functools.partial(_no_rows, model.config, self.rows, capacity)
-        place = _shardings(jax.eval_shape(make), mesh)
-        everywhere = replicated(mesh)
+        shapes = jax.eval_shape(make)
+        by_row = jax.tree.map(lambda _: self._by_row, shapes)
+        place = by_row._replace(state=state_shardings(shapes.state, mesh))
+        compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=(place, replicated(mesh)))
         self._make = jax.jit(make, out_shardings=place)
-        self._admit = jax.jit(
-            functools.partial(_admit, model, num_ids, stop_S), donate_argnums=1, out_shardings=(place, everywhere)
-        )
-        self._step = jax.jit(
-            functools.partial(_step, model, num_ids, stop_S), donate_argnums=1, out_shardings=(place, everywhere)
-        )
+        self._admit = compiled(functools.partial(_admit, model, num_ids, stop_S))
+        self._step = compiled(functools.partial(_step, model, num_ids, stop_S))
         self._counted = Counts(0, 0, 0, (0,) * model.config.num_iterations)
 
     def run(self, params: Any, requests: Sequence[Request]) -> Iterator[Token]:
@@ -166,16 +179,16 @@ class Decoder:
 
     def _check(self, number: int, request: Request) -> None:
         length, new = len(request.prompt), request.max_new_tokens
-        require(length > 0, f"prompt {number + 1}", "no tokens", "at least one")
+        if not length:
+            raise SpiralError(f"prompt {number + 1} has no tokens; allowed: 1 or more")
         require(new >= 1, "max_new_tokens", new, "1 or more")
         if length + new > self.capacity:
-            raise SpiralError(
-                f"prompt {number + 1}: found {length} tokens, and max_new_tokens {new} more; allowed: "
-                f"{self.capacity} together (max_length)"
-            )
+            allowed = f"{self.capacity} together (max_length)"
+            raise SpiralError(f"prompt {number + 1} has {length} tokens and {new} to add; allowed: {allowed}")
         low, high = int(np.min(request.prompt)), int(np.max(request.prompt))
-        ok = low >= 0 and high < self._config.vocab_size
-        require(ok, f"prompt {number + 1}", f"ids from {low} to {high}", f"0 to {self._config.vocab_size - 1}")
+        if low < 0 or high >= self._config.vocab_size:
+            allowed = f"0 to {self._config.vocab_size - 1}"
+            raise SpiralError(f"prompt {number + 1} has ids from {low} to {high}; allowed: {allowed}")
 
     def _run(self, params: Any, requests: Sequence[Request]) -> Iterator[Token]:
         rows = self._make()
@@ -189,42 +202,43 @@ class Decoder:
 
         def read(members: list[tuple[int, int | None]], made: Any) -> Iterator[Token]:
             nonlocal tokens
-            ids_N, is_made_N = map(np.asarray, made)
-            for (row, number), id_, is_made in zip(members, ids_N.tolist(), is_made_N.tolist(), strict=False):
+            ids_N, said_N = (array.tolist() for array in map(np.asarray, made))
+            for (row, number), id_, said in zip(members, ids_N, said_N, strict=False):
                 # A text that had ended when this step began is not gone on with; one that we ended may have been.
-                if number is None or is_made < 0 or holder[row] != number:
+                if number is None or said == _RESTING or holder[row] != number:
                     continue
+                is_done = requests[number].is_done
                 tokens += len(new_ids[number]) > 0
                 new_ids[number].append(id_)
                 end = ""
-                if is_made == _STOPPED:
+                if said == _STOPPED:
                     end = "stop"
-                elif requests[number].is_done is not None and requests[number].is_done(new_ids[number]):
+                elif is_done is not None and is_done(new_ids[number]):
                     end = "stop"
                     ended_B[row] = True
-                elif is_made == _LAST:
+                elif said == _LAST:
                     end = "length"
                 if end:
                     holder[row] = None
                 yield Token(number, id_, end)
 
         def go_on() -> list[int]:
-            return [
-                number for number in holder if number is not None and asked[number] < requests[number].max_new_tokens
-            ]
+            held = (number for number in holder if number is not None)
+            return [number for number in held if asked[number] < requests[number].max_new_tokens]
 
         while True:
             free = [row for row, number in enumerate(holder) if number is None]
             while waiting and free:
                 # Many at once share one pass; a few would leave most of a wide one empty.
                 width = self.rows if 2 * min(len(free), len(waiting)) >= self.rows else self._narrow
-                chosen = [(free.pop(0), waiting.popleft()) for _ in range(min(width, len(free), len(waiting)))]
-                for row, number in chosen:
+                chosen = {free.pop(0): waiting.popleft() for _ in range(min(width, len(free), len(waiting)))}
+                for row, number in chosen.items():
                     holder[row], asked[number], ended_B[row] = number, 1, False
-                rows, made = self._admit(params, rows, *self._arrays(chosen, requests, width))
-                unread.append((chosen, made))
-            if members := go_on():
-                for number in members:
+                members = [requests[number] for number in chosen.values()]
+                rows, made = self._admit(params, rows, *self._arrays(members, list(chosen), width))
+                unread.append((list(chosen.items()), made))
+            if numbers := go_on():
+                for number in numbers:
                     asked[number] += 1
                 rows, made = self._step(params, rows, self._put(ended_B))
                 unread.append((list(enumerate(holder)), made))
@@ -237,18 +251,17 @@ class Decoder:
         work = rows.state.work
         self._counted = Counts(tokens, steps, int(work.core_calls), tuple(np.asarray(work.runs_T).tolist()))
 
-    def _arrays(self, chosen: list[tuple[int, int]], requests: Sequence[Request], width: int) -> tuple:
-        """What `_admit` wants of some (row, request number), filled up with rows that are put nowhere."""
-        members = [requests[number] for _, number in chosen]
-        P = bucket_of(max(len(request.prompt) for request in members), self.capacity)
+    def _arrays(self, requests: list[Request], rows: list[int], width: int) -> tuple:
+        """What `_admit` wants of some requests and the rows for them, filled up with rows that are put nowhere."""
+        P = bucket_of(max(len(request.prompt) for request in requests), self.capacity)
         tokens_WxP = np.zeros((width, P), np.int32)
         lengths_W, left_W = np.ones(width, np.int32), np.zeros(width, np.int32)
         rows_W = np.full(width, self.rows, np.int32)
-        for i, ((row, _), request) in enumerate(zip(chosen, members, strict=True)):
+        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
             tokens_WxP[i, : len(request.prompt)] = request.prompt
             lengths_W[i], left_W[i], rows_W[i] = len(request.prompt), request.max_new_tokens, row
-        padding = [SamplingSettings()] * (width - len(chosen))
-        sampling = Sampling.of([request.sampling for request in members] + padding)
+        padding = [SamplingSettings()] * (width - len(requests))
+        sampling = Sampling.of([request.sampling for request in requests] + padding)
         return jax.tree.map(self._put, (tokens_WxP, lengths_W, rows_W, left_W, sampling))
 
     def _put(self, array_W: np.ndarray) -> jax.Array:
@@ -262,13 +275,8 @@ _RESTING, _GOES_ON, _LAST, _STOPPED = np.arange(-1, 3, dtype=np.int32)
 
 def _no_rows(config: ModelConfig, rows: int, capacity: int) -> Rows:
     zeros_B = jnp.zeros(rows, jnp.int32)
-    sampling = Sampling(jnp.zeros(rows), zeros_B, jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
+    sampling = Sampling.of([SamplingSettings()] * rows)
     return Rows(empty_state(config, rows, capacity), zeros_B, jnp.zeros(rows, bool), zeros_B, sampling)
-
-
-def _shardings(rows: Rows, mesh: Mesh) -> Rows:
-    by_row = batch_sharding(mesh)
-    return Rows(state_shardings(rows.state, mesh), *jax.tree.map(lambda _: by_row, rows[1:]))
 
 
 def _admit(model: SpiralFormer, num_ids: int, stop_S, params, rows: Rows, tokens_WxP, lengths_W, rows_W, left_W, new):

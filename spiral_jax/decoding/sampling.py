@@ -42,10 +42,10 @@ class SamplingSettings:
 class Sampling(NamedTuple):
     """The settings of a batch's rows, each [B]."""
 
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
-    seed_B: jax.Array
+    temperature_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+    seed_B: jax.Array | np.ndarray
 
     @classmethod
     def of(cls, settings: Sequence[SamplingSettings]) -> "Sampling":

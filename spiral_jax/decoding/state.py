@@ -1,13 +1,15 @@
 """What decoding remembers between tokens (docs/spec.md section 4): of static shape, every row at its own place."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import require
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import partition_spec, replicated
@@ -40,7 +42,7 @@ class IterationState(NamedTuple):
 
     cache: KeyValues
     open: Any
-    zhat_BxRxD: jax.Array | None
+    zhat_BxRxD: Any
 
 
 class Work(NamedTuple):
@@ -78,6 +80,17 @@ class DecodeState(NamedTuple):
         return self.coda.keys.shape[2]
 
 
+def bucket_of(length: int, longest: int | None = None, *, shortest: int = 32, factor: int = 2) -> int:
+    """What a length is padded to: few sizes, as every one is a program to compile.
+
+    The smallest of `shortest`, `factor` times that, and so on that is at least `length`; at most `longest`.
+    """
+    bucket = shortest
+    while bucket < length:
+        bucket *= factor
+    return bucket if longest is None else min(bucket, longest)
+
+
 def num_slots(level: Level) -> int:
     """R, the chunks back from the last complete one that a token may still read."""
     return math.ceil((level.shift + 1) / level.chunk)
@@ -91,9 +104,12 @@ def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
       batch: B, rows.
       capacity: C, prompt and continuation of the longest row. Nothing can be refused inside a compiled program: the
         caller must not go on beyond it.
+
+    Raises:
+      SpiralError: no rows or no tokens.
     """
-    if batch < 1 or capacity < 1:
-        raise SpiralError(f"a decoding state of {batch} rows and {capacity} tokens; both must be at least 1")
+    require(batch >= 1, "rows of a decoding state", batch, "1 or more")
+    require(capacity >= 1, "tokens of a decoding state", capacity, "1 or more")
 
     def cache(layers: int, entries: int) -> KeyValues:
         shape = (layers, batch, entries, config.num_heads, config.head_width)
@@ -117,19 +133,9 @@ def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
 
 def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Where each array lies: rows over the axes that share the batch, heads over `tensor`, as in training."""
-
-    def place(*axes: str) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(axes))
-
-    entries = place("layers", "batch", "length", "heads", "head_width")
-    cache = KeyValues(entries, entries)
-
-    def iteration(old: IterationState) -> IterationState:
-        rest = jax.tree.map(lambda _: place("batch"), old[1:])
-        return IterationState(cache, *rest)
-
-    iterations = tuple(iteration(old) for old in state.iterations)
-    return DecodeState(place("batch"), cache, iterations, cache, Work(replicated(mesh), replicated(mesh)))
+    entries = NamedSharding(mesh, partition_spec(("layers", "batch", "length", "heads", "head_width")))
+    by_row, everywhere = NamedSharding(mesh, partition_spec(("batch",))), replicated(mesh)
+    return _map_by_kind(lambda _: entries, lambda _: by_row, lambda _: everywhere, state)
 
 
 def put_rows(state: DecodeState, new: DecodeState, rows_W: jax.Array) -> DecodeState:
@@ -138,52 +144,41 @@ def put_rows(state: DecodeState, new: DecodeState, rows_W: jax.Array) -> DecodeS
     A row number behind the end writes nothing. The work counted stays that of `state`.
     """
 
-    def cache(old: KeyValues, new: KeyValues) -> KeyValues:
-        def put(old, new):
-            # What stands behind the new entries is of the row's last use, and is written before it is read.
-            return old.at[:, rows_W, : new.shape[2]].set(new, mode="drop")
+    def put_cache(old, new):
+        # What stands behind the new entries is of the row's last use, and is written before it is read.
+        return old.at[:, rows_W, : new.shape[2]].set(new, mode="drop")
 
-        return KeyValues(*map(put, old, new))
+    def put_row(old, new):
+        return old.at[rows_W].set(new, mode="drop")
 
-    def iteration(old: IterationState, new: IterationState) -> IterationState:
-        rest = jax.tree.map(lambda x, y: x.at[rows_W].set(y, mode="drop"), old[1:], new[1:])
-        return IterationState(cache(old.cache, new.cache), *rest)
-
-    return DecodeState(
-        state.position_B.at[rows_W].set(new.position_B, mode="drop"),
-        cache(state.prelude, new.prelude),
-        tuple(map(iteration, state.iterations, new.iterations)),
-        cache(state.coda, new.coda),
-        state.work,
-    )
+    return _map_by_kind(put_cache, put_row, lambda old, _: old, state, new)
 
 
 def repeat_rows(state: DecodeState, times: int) -> DecodeState:
     """Every row `times` times, one beside the other."""
+    repeat = functools.partial(jnp.repeat, repeats=times)
+    return _map_by_kind(functools.partial(repeat, axis=1), functools.partial(repeat, axis=0), lambda x: x, state)
 
-    def repeat(axis: int, tree):
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=axis), tree)
 
-    return DecodeState(
-        repeat(0, state.position_B),
-        repeat(1, state.prelude),
-        tuple(IterationState(repeat(1, old.cache), *repeat(0, old[1:])) for old in state.iterations),
-        repeat(1, state.coda),
-        state.work,
-    )
+def _map_by_kind(of_cache: Callable, of_rows: Callable, of_work: Callable, *states: DecodeState) -> Any:
+    """States of equal structure to one: what is done to arrays of caches, to those that begin with rows, to counts."""
+
+    def map_part(part, *others):
+        of_each = of_cache if isinstance(part, KeyValues) else of_work if isinstance(part, Work) else of_rows
+        return jax.tree.map(of_each, part, *others)
+
+    return jax.tree.map(map_part, *states, is_leaf=lambda part: isinstance(part, KeyValues | Work))
 
 
 def put(cache: KeyValues, new: KeyValues, index_B: jax.Array) -> KeyValues:
     """One entry per row, `new` of [layers, B, 1, H, K], at `index_B`; an index behind the end writes nothing."""
     rows_B = jnp.arange(index_B.shape[0])
-    return KeyValues(
-        *(old.at[:, rows_B, index_B].set(x[:, :, 0], mode="drop") for old, x in zip(cache, new, strict=True))
-    )
+    return jax.tree.map(lambda old, x: old.at[:, rows_B, index_B].set(x[:, :, 0], mode="drop"), cache, new)
 
 
 def put_front(cache: KeyValues, new: KeyValues) -> KeyValues:
     """The first M entries of every row, `new` of [layers, B, M, H, K]."""
-    return KeyValues(*(old.at[:, :, : x.shape[2]].set(x) for old, x in zip(cache, new, strict=True)))
+    return jax.tree.map(lambda old, x: old.at[:, :, : x.shape[2]].set(x), cache, new)
 
 
 def slots_after(zhat_BxNxD: jax.Array, lengths_B: jax.Array, level: Level) -> jax.Array:

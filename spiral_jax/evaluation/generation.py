@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.decoding.buckets import bucket_of
 from spiral_jax.decoding.decoder import Decoder, IsDone, Request
+from spiral_jax.decoding.state import bucket_of
 from spiral_jax.parallel.placed import PlacedModel
 from spiral_jax.progress import Progress
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spiral_jax.data.tokenizers import Tokenizer
-from spiral_jax.decoding.decoder import IsDone
-from spiral_jax.decoding.stops import has_stop, text_before_stop
+from spiral_jax.decoding.decoder import IsDone, has_stop, text_before_stop
 from spiral_jax.errors import SpiralError
 
 # The harness's names for the most tokens to generate, and its default; the first one that is set counts.

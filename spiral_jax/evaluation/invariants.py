@@ -7,7 +7,7 @@ Each check compares two ways to the same numbers, in float32 with weights at uni
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -39,10 +39,10 @@ class Finding:
     """What a check has found.
 
     Attributes:
-      name: of the check.
+      name: the name of the check.
       compared: what was compared, in a few words.
-      difference: the largest, relative to the scale of the numbers; None if there was nothing to compare.
-      where: where it is.
+      difference: the largest difference, relative to the scale of the numbers; None if there was nothing to compare.
+      where: where the largest difference is.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        # Written so that a difference that is no number fails.
+        # Written so that NaN fails.
         return self.difference is None or self.difference < TOLERANCE
 
 
@@ -76,12 +76,12 @@ def check(config: StepConfig) -> Iterator[Finding]:
 def small(model: ModelConfig) -> ModelConfig:
     """A small model with the operators, schedule and parts of a given one."""
     parts = {part: min(getattr(model, part), 1) for part in ("prelude_layers", "core_layers", "coda_layers")}
-    sizes = dict(vocab_size=64, d_model=64, num_heads=4, rotary_fraction=0.25)
+    sizes: dict[str, Any] = dict(vocab_size=64, d_model=64, num_heads=4, rotary_fraction=0.25)
     return dataclasses.replace(model, **sizes, **parts, dtype="float32", remat="keep_all", unroll=False)
 
 
 def causality(model: ModelConfig) -> Finding:
-    """Tokens from each position on are replaced by others: nothing before it may change. At several offsets."""
+    """Replaces the tokens from each position on: nothing before it may change, at several offsets."""
     worst, where, L = 0.0, "", window(model)
     tokens_1xL = _tokens(1, L)
     other_1xL = (tokens_1xL + 1 + np.arange(L) % 62) % 64
@@ -102,27 +102,25 @@ def causality(model: ModelConfig) -> Finding:
 
 
 def lengths(model: ModelConfig) -> Finding:
-    """The input cut short: what comes before the cut may not change."""
+    """Cuts the input short: what comes before the cut may not change."""
     G, L = max(model.chunks, default=1), window(model)
     tried = sorted({1, 2, max(G - 1, 1), G, G + 1, 2 * G + 1} & set(range(L)))
     tokens_1xL = _tokens(1, L)
     logits_BxLxV = forward(model, tokens_1xL)
-    differences = {n: difference(forward(model, tokens_1xL[:, :n]), logits_BxLxV[:, :n]) for n in tried}
-    n = max(differences, key=lambda n: differences[n])
-    return Finding("lengths", f"the first {', '.join(map(str, tried))} of {L} tokens", differences[n], f"at length {n}")
+    found = {f"at length {n}": difference(forward(model, tokens_1xL[:, :n]), logits_BxLxV[:, :n]) for n in tried}
+    return _largest("lengths", f"the first {', '.join(map(str, tried))} of {L} tokens", found)
 
 
 def rows(model: ModelConfig) -> Finding:
-    """Rows of a batch beside others: first and last."""
+    """Replaces the middle row of a batch: the first and the last may not change."""
     tokens_4xL = _tokens(4, window(model))
-    alone = [forward(model, tokens_4xL[row]) for row in ([0, 1, 3], [0, 2, 3])]
-    found = {f"the {name} row": difference(alone[0][i], alone[1][i]) for name, i in (("first", 0), ("last", 2))}
-    worst = max(found, key=lambda name: found[name])
-    return Finding("rows", "rows of a batch beside another one", found[worst], worst)
+    one_3xLxV, other_3xLxV = (forward(model, tokens_4xL[rows]) for rows in ([0, 1, 3], [0, 2, 3]))
+    found = {f"the {name} row": difference(one_3xLxV[i], other_3xLxV[i]) for name, i in (("first", 0), ("last", 2))}
+    return _largest("rows", "rows of a batch beside another one", found)
 
 
 def scanned(model: ModelConfig) -> Finding:
-    """Neighbouring iterations of one level as a scan, and written out and recomputed: logits and gradients."""
+    """Logits and gradients: neighbouring iterations of one level as a scan, against written out and recomputed."""
     twice = tuple(itertools.chain(*((level, level) for level in dict.fromkeys(model.schedule))))
     chunks, offsets, shifts = zip(*twice, strict=True) if twice else ((), (), ())
     model = dataclasses.replace(model, chunks=chunks, offsets=offsets, shifts=shifts, scan_iterations_from=2)
@@ -142,23 +140,20 @@ def scanned(model: ModelConfig) -> Finding:
     other = dataclasses.replace(model, unroll=True, remat="keep_inputs")
     plain_grads, plain_logits_BxLxV = logits_and_gradients(other)
     found = {"logits": difference(logits_BxLxV, plain_logits_BxLxV)} | _by_path(grads, plain_grads)
-    worst = max(found, key=lambda name: found[name])
-    return Finding("scanned", f"logits and gradients of levels {chunks}, scanned and written out", found[worst], worst)
+    return _largest("scanned", f"logits and gradients of levels {chunks}, scanned and written out", found)
 
 
 def decoded(model: ModelConfig) -> Finding:
-    """A prefill and then one token at a time with caches, against the pass over all positions."""
+    """Logits: a prefill and then one token at a time with caches, against the pass over all positions."""
     G, L = max(model.chunks, default=1), window(model)
     starts_B = np.array(sorted({1, 2, max(G - 1, 1), G + 1}))
     tokens_BxL = _tokens(len(starts_B), L)
-    full_BxLxV, params = forward(model, tokens_BxL), random_params(model)
-    longest = int(starts_B.max())
+    full_BxLxV, params, longest = forward(model, tokens_BxL), random_params(model), int(starts_B.max())
 
     def run(params, tokens_BxL, starts_B):
         module, B = SpiralFormer(model), tokens_BxL.shape[0]
-        first_BxV, state = cached.prefill(
-            module, params, tokens_BxL[:, :longest], starts_B, empty_state(model, B, L + 1)
-        )
+        empty = empty_state(model, B, L + 1)
+        first_BxV, state = cached.prefill(module, params, tokens_BxL[:, :longest], starts_B, empty)
 
         def step(state, m):
             token_B = jnp.take_along_axis(tokens_BxL, (starts_B + m)[:, None], axis=1)[:, 0]
@@ -169,16 +164,15 @@ def decoded(model: ModelConfig) -> Finding:
         return jnp.concatenate([first_BxV[None], rest_MxBxV]).swapaxes(0, 1)
 
     run = jax.jit(run, compiler_options=QUICK)
-    worst, where = -1.0, ""
+    found: dict[str, float] = {}
     # A row alone runs a program of its own.
     for rows in (slice(None), slice(1)):
         found_BxMxV = np.asarray(run(params, jnp.asarray(tokens_BxL[rows]), jnp.asarray(starts_B[rows])))
         for row, start, full in zip(found_BxMxV, starts_B[rows], full_BxLxV[rows], strict=True):
             for m, (logits_V, wanted_V) in enumerate(zip(row, full[start - 1 :], strict=False)):
-                found = difference(logits_V, wanted_V)
-                if found > worst:
-                    worst, where = found, f"after {start} tokens read at once and {m} by one"
-    return Finding("decoded", f"{L} tokens one at a time, after {', '.join(map(str, starts_B))} at once", worst, where)
+                where = f"after {start} tokens read at once and {m} by one"
+                found[where] = max(found.get(where, 0.0), difference(logits_V, wanted_V))
+    return _largest("decoded", f"{L} tokens one at a time, after {', '.join(map(str, starts_B))} at once", found)
 
 
 def sharded(config: StepConfig) -> Finding:
@@ -214,8 +208,7 @@ def sharded(config: StepConfig) -> Finding:
     ):
         is_known = np.abs(grad) > 1e-3 * np.abs(grad).max()
         found[f"parameter {_name(path)}"] = relative(x[is_known], plain[is_known])
-    worst = max(found, key=lambda name: found[name])
-    return Finding("sharded", "a train step on data 2 x fsdp 2 x tensor 2 and on one device", found[worst], worst)
+    return _largest("sharded", "a train step on data 2 x fsdp 2 x tensor 2 and on one device", found)
 
 
 def window(model: ModelConfig) -> int:
@@ -224,39 +217,27 @@ def window(model: ModelConfig) -> int:
 
 
 def offsets(model: ModelConfig) -> list[tuple[int, ...]]:
-    """Choices of offsets: the model's own, none, and the largest."""
+    """Choices of offsets to try: the model's own, zeros, and the largest."""
     own = tuple(level.offset for level in model.schedule)
     return list(dict.fromkeys([own, tuple(0 for _ in own), tuple(g - 1 for g in model.chunks)]))
 
 
 def forward(model: ModelConfig, tokens_BxL: np.ndarray) -> np.ndarray:
-    """Logits [B, L, V]."""
-    return np.asarray(_compiled(model, _classes(model))(random_params(model), tokens_BxL))
-
-
-def _classes(model: ModelConfig) -> tuple[type, ...]:
-    """Of its operators: a name may be registered anew."""
-    return tuple(map(type, model.operators))
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(model: ModelConfig, classes: tuple[type, ...]) -> Callable:
-    del classes
-    return jax.jit(lambda params, tokens: SpiralFormer(model).apply({"params": params}, tokens), compiler_options=QUICK)
+    """Logits [B, L, V] with `random_params`."""
+    return np.asarray(_programs(model, tuple(map(type, model.operators)))[0](random_params(model), tokens_BxL))
 
 
 def random_params(model: ModelConfig) -> Any:
     """Parameters at unit scale, none of them at its initial zero or one: an error anywhere shows."""
-    return _random_params(model, _classes(model))
+    return _programs(model, tuple(map(type, model.operators)))[1]
 
 
 @functools.lru_cache(maxsize=16)
-def _random_params(model: ModelConfig, classes: tuple[type, ...]) -> Any:
-    del classes
-    tokens_1x1 = np.zeros((1, 1), np.int32)
-    init = jax.jit(SpiralFormer(model).init, compiler_options=QUICK)
-    params = nn.unbox(init(jax.random.key(0), tokens_1x1)["params"])
-    rng = np.random.default_rng(1)
+def _programs(model: ModelConfig, classes: tuple[type, ...]) -> tuple[Callable, Any]:
+    """The compiled forward pass and the parameters."""
+    del classes  # of the operators: a name may be registered anew
+    module, rng = SpiralFormer(model), np.random.default_rng(1)
+    fresh = jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), np.zeros((1, 1), np.int32))
 
     def draw(x):
         x, noise = np.asarray(x), rng.standard_normal(x.shape).astype(np.float32)
@@ -264,11 +245,18 @@ def _random_params(model: ModelConfig, classes: tuple[type, ...]) -> Any:
             return x + 0.3 * noise  # scales of LayerNorms
         return np.where(x, 2 * x, (0.3 if x.ndim < 2 else 2 / x.shape[0] ** 0.5) * noise)
 
-    return jax.tree.map(draw, params)
+    apply = jax.jit(lambda params, tokens_BxL: module.apply({"params": params}, tokens_BxL), compiler_options=QUICK)
+    return apply, jax.tree.map(draw, nn.unbox(fresh["params"]))
+
+
+def _largest(name: str, compared: str, found: Mapping[str, float]) -> Finding:
+    """The finding of a check that compared several things: the largest difference, and where it is."""
+    where = max(found, key=lambda where: found[where])
+    return Finding(name, compared, found[where], where)
 
 
 def difference(found: Any, wanted: Any) -> float:
-    """The largest, relative to the scale of `wanted`; what is no number is infinitely different."""
+    """The largest difference relative to the scale of `wanted`; infinite where something is NaN."""
     found, wanted = np.asarray(found), np.asarray(wanted)
     return float(np.nan_to_num(np.abs(found - wanted).max() / _scale(wanted), nan=np.inf))
 
@@ -276,12 +264,12 @@ def difference(found: Any, wanted: Any) -> float:
 def relative(found: Any, wanted: Any, floor: float = 0.0) -> float:
     """Norm of the difference over the norm of `wanted`, or over `floor` if that is larger."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    size = max(np.linalg.norm(wanted), floor, 1e-30)
+    size = max(float(np.linalg.norm(wanted)), floor, 1e-30)
     return float(np.nan_to_num(np.linalg.norm(found - wanted) / size, nan=np.inf))
 
 
 def _by_path(found: Any, wanted: Any) -> dict[str, float]:
-    # What is small because large terms cancel is rounding to that part.
+    # A gradient that is small because large terms cancel is compared with the scale of those.
     floor = 1e-3 * float(optax.tree.norm(wanted))
     leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True)
     return {f"gradient of {_name(path)}": relative(x, y, floor) for (path, x), y in leaves}

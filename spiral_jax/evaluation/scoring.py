@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spiral_jax.decoding.buckets import bucket_of
+from spiral_jax.decoding.state import bucket_of
 from spiral_jax.evaluation.shared_prompts import Choices, Shape, arrays_of, choices_of, score_choices
 from spiral_jax.parallel.mesh import rounded_to_mesh
 from spiral_jax.parallel.placed import PlacedModel

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiral_jax.decoding import cached
-from spiral_jax.decoding.buckets import bucket_of
-from spiral_jax.decoding.state import empty_state, repeat_rows
+from spiral_jax.decoding.state import bucket_of, empty_state, repeat_rows
 from spiral_jax.model.spiralformer import SpiralFormer
 
 # A token read by a step is taken to cost as much as so many tokens of a full pass: a guess, which decides only how the

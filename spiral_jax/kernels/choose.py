@@ -41,11 +41,10 @@ def attention_for(
         f"{model.head_width}",
     )
     name = kernels[0] if choice == "auto" else choice
-    if name == "splash":
-        return per_device(mesh, functools.partial(splash.causal_attention, device_kind=device.device_kind), manual)
-    if name == "cudnn":
-        return per_device(mesh, cudnn.causal_attention, manual)
-    return plain.causal_attention
+    if name == "xla":
+        return plain.causal_attention
+    on_tpu = functools.partial(splash.causal_attention, device_kind=device.device_kind)
+    return per_device(mesh, on_tpu if name == "splash" else cudnn.causal_attention, manual)
 
 
 def kernels_of(device: jax.Device, model: ModelConfig) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import itertools
 import math
 from typing import Literal, NamedTuple, get_args
 
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import require
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.neox import layer_parameters, layer_weights
 from spiral_jax.model.operators import Linear
@@ -17,7 +17,7 @@ UpdateScale = Literal["sqrt", "linear", "none"]
 Remat = Literal["keep_all", "keep_products", "keep_attention", "keep_inputs"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
-# Fields of `ModelConfig` that choose among programs of one function.
+# Fields of `ModelConfig` that change the compiled program and not the function that it computes.
 PROGRAM = ("remat", "unroll", "scan_iterations_from")
 
 
@@ -85,58 +85,34 @@ class ModelConfig:
     scan_iterations_from: int = 4
 
     def __post_init__(self):
+        def check(field: str, ok: bool, allowed: str) -> None:
+            require(ok, f"model.{field}", getattr(self, field), allowed)
+
         for field in ("vocab_size", "d_model", "num_heads"):
-            if getattr(self, field) < 1:
-                raise SpiralError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
+            check(field, getattr(self, field) >= 1, "1 or more")
         for field in ("prelude_layers", "core_layers", "coda_layers"):
-            if getattr(self, field) < 0:
-                raise SpiralError(f"model.{field} is {getattr(self, field)}; it must be 0 or more")
-        for field, allowed in (
-            ("update_scale", get_args(UpdateScale)),
-            ("dtype", get_args(Dtype)),
-            ("remat", get_args(Remat)),
-        ):
-            if getattr(self, field) not in allowed:
-                raise SpiralError(f"model.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+            check(field, getattr(self, field) >= 0, "0 or more")
+        for field, options in (("update_scale", UpdateScale), ("dtype", Dtype), ("remat", Remat)):
+            check(field, getattr(self, field) in get_args(options), ", ".join(get_args(options)))
         for registry, name in ((topologies, self.topology), (poolings, self.pooling), (spreadings, self.allocation)):
             registry.check(name)
-        if self.d_model % self.num_heads:
-            raise SpiralError(
-                f"model.num_heads is {self.num_heads}, which does not divide model.d_model {self.d_model}"
-            )
-        if not 0 <= self.rotary_fraction <= 1:
-            raise SpiralError(f"model.rotary_fraction is {self.rotary_fraction}; it must lie in [0, 1]")
-        if self.rotary_dims % 2:
-            raise SpiralError(
-                f"model.rotary_fraction {self.rotary_fraction} of the head width {self.head_width} rotates "
-                f"{self.rotary_dims} dimensions; the number must be even"
-            )
+        check("num_heads", self.d_model % self.num_heads == 0, f"a divisor of model.d_model, {self.d_model}")
+        check("rotary_fraction", 0 <= self.rotary_fraction <= 1, "0 to 1")
+        even = f"a part of the head width {self.head_width} that is an even number of dimensions"
+        check("rotary_fraction", self.rotary_dims % 2 == 0, even)
         for field in ("rotary_base", "layer_norm_epsilon"):
-            value = getattr(self, field)
-            require(0 < value < math.inf, f"model.{field}", value, "a positive number")
-        if self.memory_slots is not None and self.memory_slots < 1:
-            raise SpiralError(f"model.memory_slots is {self.memory_slots}; it must be at least 1")
-        require(self.scan_iterations_from >= 2, "model.scan_iterations_from", self.scan_iterations_from, "2 or more")
-        self._check_schedule()
-
-    def _check_schedule(self):
+            check(field, 0 < getattr(self, field) < math.inf, "a positive number")
+        check("memory_slots", self.memory_slots is None or self.memory_slots >= 1, "1 or more, or None")
+        check("scan_iterations_from", self.scan_iterations_from >= 2, "2 or more")
         for field in ("offsets", "shifts"):
-            values = getattr(self, field)
-            if values is not None and len(values) != len(self.chunks):
-                raise SpiralError(
-                    f"model.{field} has {len(values)} entries, but model.chunks has {len(self.chunks)} iterations"
-                )
-        if any(g < 1 for g in self.chunks):
-            raise SpiralError(f"model.chunks is {self.chunks}; every chunk size must be at least 1")
+            has_all = getattr(self, field) is None or len(getattr(self, field)) == self.num_iterations
+            check(field, has_all, f"{self.num_iterations} entries, one for each of model.chunks")
+        check("chunks", all(g >= 1 for g in self.chunks), "chunk sizes of 1 or more")
         for t, (g, w, s) in enumerate(self.schedule):
-            if not 0 <= w < g:
-                raise SpiralError(f"model.offsets[{t}] is {w}; with chunk size {g} it must lie in 0..{g - 1}")
-            if s < g - 1:
-                raise SpiralError(
-                    f"model.shifts[{t}] is {s}, which leaks the future; with chunk size {g} it must be at least {g - 1}"
-                )
-            if g == 1 and s != 0:
-                raise SpiralError(f"model.shifts[{t}] is {s}; a full-resolution iteration (chunk size 1) has shift 0")
+            require(0 <= w < g, f"model.offsets[{t}]", w, f"0 to {g - 1}, as the chunk size is {g}")
+            least = f"{g - 1} or more, as the chunk size is {g} and less leaks the future"
+            require(s >= g - 1, f"model.shifts[{t}]", s, least)
+            require(g > 1 or s == 0, f"model.shifts[{t}]", s, "0, as the chunk size is 1 (full resolution)")
 
     @property
     def schedule(self) -> tuple[Level, ...]:
@@ -204,11 +180,9 @@ class ModelConfig:
         resolutions = ",".join("1" if g == 1 else f"1/{g}" for g in self.chunks)
         return f"{self.prelude_layers}+{self.core_layers}x{{{resolutions}}}+{self.coda_layers}"
 
-    # What the operators declare.
-
     @property
     def operators(self) -> "Operators":
-        """The operators that the fields name."""
+        """The operators that `topology`, `pooling` and `allocation` name."""
         return Operators(
             topologies[self.topology](self), poolings[self.pooling](self), spreadings[self.allocation](self)
         )
@@ -217,12 +191,12 @@ class ModelConfig:
 
     @property
     def router_parameters(self) -> int:
-        """Of the topology: in `mesh` T + 1 pairs of routers d -> S with bias."""
+        """Parameters of the topology: of `mesh` 2 S (T + 1)(d + 1), its T + 1 pairs of routers d -> S with bias."""
         return sum(found.linear.parameters for found in self.operators.declared() if found.field == "topology")
 
     @property
     def scaler_parameters(self) -> int:
-        """Of pooling and allocation, in iterations with g > 1: scorers (d -> 1, no bias), allocators (d -> g)."""
+        """Parameters of pooling and allocation where g > 1: scorers d -> 1 (no bias), allocators d -> g (bias)."""
         return sum(found.linear.parameters for found in self.operators.declared() if found.field != "topology")
 
     @property
@@ -240,8 +214,8 @@ class ModelConfig:
 
     def executed_layers(self, length: int) -> tuple[tuple[int, int], ...]:
         """Layers run on an input of `length` tokens, as (layers, length they run at)."""
-        outer = ((self.prelude_layers, length), (self.coda_layers, length))
-        return (outer[0], *((self.core_layers, level.num_chunks(length)) for level in self.schedule), outer[1])
+        core = [(self.core_layers, level.num_chunks(length)) for level in self.schedule]
+        return ((self.prelude_layers, length), *core, (self.coda_layers, length))
 
     def layer_flops(self, length: int) -> int:
         """FLOPs of the layers' matrix products in one forward pass over `length` tokens."""
@@ -249,13 +223,13 @@ class ModelConfig:
 
     def operator_flops(self, length: int) -> int:
         """FLOPs of the matrix products that operators declare, in one forward pass over `length` tokens."""
-        chunks = [level.num_chunks(length) for level in self.schedule]
-        # What a spreading looks at are chunks; all others look at tokens.
-        return sum(
-            2 * (chunks[found.t] if found.field == "allocation" else length) * found.linear.weights
-            for found in self.operators.declared()
-            if found.linear.is_matrix
-        )
+
+        def vectors(found: Declared) -> int:
+            # A spreading looks at chunks, everything else at tokens.
+            return self.schedule[found.t].num_chunks(length) if found.field == "allocation" else length
+
+        matrices = [found for found in self.operators.declared() if found.linear.is_matrix]
+        return sum(2 * vectors(found) * found.linear.weights for found in matrices)
 
     def attention_flops(self, length: int, *, causal: bool) -> int:
         """FLOPs of the layers' scores and weighted sums in one forward pass: all, or those below the diagonal."""
@@ -287,11 +261,11 @@ class Declared(NamedTuple):
     """A Linear that an operator of a model declares.
 
     Attributes:
-      field: of ModelConfig that names the operator.
-      group: of the parameter tree: `steps_{t}`, or `entry`.
+      field: the field of ModelConfig that names the operator.
+      group: the group of the parameter tree that it is in, `steps_{t}` or `entry`.
       t: the iteration; -1 for the entry.
-      name: within the group.
-      linear: sizes and axes.
+      name: its name within the group.
+      linear: its sizes and axes.
     """
 
     field: str
@@ -302,7 +276,7 @@ class Declared(NamedTuple):
 
 
 class Operators(NamedTuple):
-    """The operators of a model."""
+    """The operators of a model, one for each of the fields `topology`, `pooling` and `allocation`."""
 
     topology: Topology
     pooling: Pooling

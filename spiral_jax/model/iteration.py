@@ -1,7 +1,7 @@
-"""What an iteration does besides running its core, and what its operators declare (docs/spec.md sections 2 and 3).
+"""The steps of an iteration beside its core (docs/spec.md sections 2 and 3), by the operators that the model names.
 
 Pure functions of arrays and of the model's configuration, for the pass over all positions and for one token at a time.
-An iteration's arrays are `{name: {"kernel", "bias"}}` for the Linears that its operators declare.
+`arrays` are those of the Linears that the iteration's operators declare.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from spiral_jax.errors import require
 from spiral_jax.model.chunks import Level, to_chunks, to_tokens
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.operators import bind
+from spiral_jax.model.operators import Arrays, bind
 from spiral_jax.model.topology import States, Update
-
-Arrays = Mapping[str, Mapping[str, jax.Array]]
 
 
 def enter(
@@ -30,27 +28,27 @@ def enter(
 
 
 def core_input(config: ModelConfig, level: Level, arrays: Arrays, states: States) -> jax.Array:
-    """What the iteration starts from, at token level."""
+    """What iteration t starts from at token level, h_BxLxD: h(t) unless the topology says otherwise."""
     topology = config.operators.topology
     h_BxLxD = topology.core_input(states, bind(topology.linears(level), arrays))
     return h_BxLxD.astype(states.h_BxLxD.dtype)
 
 
 def down_scale(config: ModelConfig, level: Level, arrays: Arrays, h_BxLxD: jax.Array) -> jax.Array:
-    """One vector per complete chunk, z_BxNxD; there must be one."""
+    """z_BxNxD, one vector per complete chunk; there must be one."""
     pooling = config.operators.pooling
-    z_BxNxD = pooling.pool(*to_chunks(h_BxLxD, level), level, bind(pooling.linears(level), arrays))
+    h_BxNxGxD, is_token_NxG = to_chunks(h_BxLxD, level)
+    z_BxNxD = pooling.pool(h_BxNxGxD, is_token_NxG, level, bind(pooling.linears(level), arrays))
     return z_BxNxD.astype(h_BxLxD.dtype)
 
 
 def up_scale(config: ModelConfig, level: Level, arrays: Arrays, zhat_BxNxD: jax.Array, length: int) -> jax.Array:
-    """The update e(t) of `length` tokens: each chunk's vector spread over its tokens, then shifted right."""
-    u_BxNxGxD = spread(config, level, arrays, zhat_BxNxD)
-    return to_tokens(u_BxNxGxD, level, length)
+    """e_BxLxD, the update e(t) of `length` tokens: each chunk's vector spread over its places, then shifted right."""
+    return to_tokens(spread(config, level, arrays, zhat_BxNxD), level, length)
 
 
 def spread(config: ModelConfig, level: Level, arrays: Arrays, zhat_BxNxD: jax.Array) -> jax.Array:
-    """Each chunk's vector spread over its places, u_BxNxGxD."""
+    """u_BxNxGxD, each chunk's vector spread over its places."""
     spreading = config.operators.spreading
     u_BxNxGxD = spreading.spread(zhat_BxNxD, level, bind(spreading.linears(level), arrays))
     return u_BxNxGxD.astype(zhat_BxNxD.dtype)
@@ -79,18 +77,24 @@ def _kind(x: Any) -> str:
 
 
 def add_member(
-    config: ModelConfig, level: Level, arrays: Arrays, chunk: Any, place_B: jax.Array, is_first_B, h_BxD: jax.Array
+    config: ModelConfig,
+    level: Level,
+    arrays: Arrays,
+    chunk: Any,
+    place_B: jax.Array,
+    is_first_B: jax.Array,
+    h_BxD: jax.Array,
 ) -> Any:
     """The open chunk of each row with one more member.
 
     Args:
-      config: the model's.
-      level: the iteration's.
+      config: the model's configuration.
+      level: the iteration's resolution.
       arrays: the iteration's.
       chunk: the members so far, as the pooling keeps them.
-      place_B: the new member's place.
-      is_first_B: whether it opens a chunk, and what `chunk` holds is of the one before.
-      h_BxD: its state.
+      place_B: the place of the new member.
+      is_first_B: whether the new member opens a chunk, so that `chunk` is of the one before and is forgotten.
+      h_BxD: the state of the new member.
     """
     pooling = config.operators.pooling
     chunk = where_rows(is_first_B, pooling.open(level, h_BxD.shape[0]), chunk)

@@ -1,7 +1,7 @@
 """The GPT-NeoX layer of Pythia, and a stack of them under one scan (docs/spec.md section 1)."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,24 +16,18 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("batch", "length", "activation_embed")
 
 
-def _anywhere(x: jax.Array, *axes: str) -> jax.Array:
-    """Leaves an activation where the compiler puts it."""
-    del axes
-    return x
-
-
 class Backend(NamedTuple):
     """What a model needs to know of the machine, handed in by whoever has a mesh.
 
     Attributes:
       attention: (q, k, v) of [B, L, H, K] to [B, L, H, K], causal.
       constrain: (x, *logical axis names) to x, pinned to the mesh; by default it does nothing.
-      gather: one layer's variables as they are stored to those it computes with, called anew by the backward pass;
-        None where they are the same.
+      gather: one layer's variables as they are stored to those that it computes with; the backward pass calls it again.
+        None if they are the same.
     """
 
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = causal_attention
-    constrain: Callable[..., jax.Array] = _anywhere
+    constrain: Callable[..., jax.Array] = lambda x, *names: x
     gather: Callable[[dict], dict] | None = None
 
 
@@ -44,6 +38,11 @@ def small_init(config: "ModelConfig", divide_by: float = 1.0) -> nn.initializers
 
 def param_dtype(config: "ModelConfig") -> jnp.dtype:
     return at_least_float32(config.dtype)
+
+
+def named_axes(init: Callable[..., jax.Array], *names: str | None) -> Callable[..., Any]:
+    """`init` whose parameter carries the logical names of its axes, which `parallel.mesh.RULES` maps to the mesh."""
+    return nn.with_logical_partitioning(init, names)
 
 
 def rotary_tables(length: int, config: "ModelConfig") -> tuple[jax.Array, jax.Array]:
@@ -64,7 +63,7 @@ def apply_rotary(x_BxLxHxK: jax.Array, cos_LxF: jax.Array, sin_LxF: jax.Array) -
     F, K = cos_LxF.shape[-1], x_BxLxHxK.shape[-1]
 
     def wide(first_LxF, second_LxF, beyond: float):
-        """[L, 1, K]: of the first and second F dimensions of every head, and of those beyond."""
+        """A table [L, 1, K] for whole heads: first F dimensions, second F dimensions, and those beyond."""
         table = jnp.concatenate([first_LxF, second_LxF], axis=-1)
         return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, K - 2 * F)], constant_values=beyond)[..., None, :]
 
@@ -83,7 +82,7 @@ def _apply_rotary_forward(x_BxLxHxK, cos_LxF, sin_LxF):
 
 
 def _apply_rotary_backward(tables, gradient_BxLxHxK):
-    # Rotated back. Angles are constants.
+    # The gradient is rotated back; the angles are constants.
     cos_LxF, sin_LxF = tables
     return apply_rotary(gradient_BxLxHxK, cos_LxF, -sin_LxF), jnp.zeros_like(cos_LxF), jnp.zeros_like(sin_LxF)
 
@@ -98,22 +97,20 @@ def layer_norm(config: "ModelConfig", name: str | None = None) -> nn.LayerNorm:
         dtype=config.dtype,
         param_dtype=param_dtype(config),
         use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        scale_init=named_axes(nn.initializers.ones, "embed"),
+        bias_init=named_axes(nn.initializers.zeros, "embed"),
         name=name,
     )
 
 
 def layer_linears(config: "ModelConfig") -> dict[str, Linear]:
     """The four Linears of a layer, of which parameters, counts, FLOPs, sharding and exported shapes are made."""
-    d, F = config.d_model, config.d_ff
-    heads, inner = (config.num_heads, config.head_width), small_init(config)
-    output = small_init(config, divide_by=max(2 * config.unrolled_layers, 1) ** 0.5)
+    d, F, H, K = config.d_model, config.d_ff, config.num_heads, config.head_width
+    inner, output = small_init(config), small_init(config, divide_by=max(2 * config.unrolled_layers, 1) ** 0.5)
     # Axis order [heads, q|k|v, width] is the exported row order, and lets the heads be sharded.
-    H, K = heads
     return {
         "qkv": Linear(d, (H, 3, K), ("embed",), ("heads", "qkv", "head_width"), init=inner, is_matrix=True),
-        "out": Linear(heads, d, ("heads", "head_width"), ("embed",), init=output, is_matrix=True),
+        "out": Linear((H, K), d, ("heads", "head_width"), ("embed",), init=output, is_matrix=True),
         "mlp_up": Linear(d, F, ("embed",), ("mlp",), init=inner, is_matrix=True),
         "mlp_down": Linear(F, d, ("mlp",), ("embed",), init=output, is_matrix=True),
     }
@@ -143,8 +140,8 @@ class Layer(nn.Module):
             use_bias=linear.bias,
             dtype=self.config.dtype,
             param_dtype=param_dtype(self.config),
-            kernel_init=nn.with_logical_partitioning(linear.init, linear.in_axes + linear.out_axes),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, linear.out_axes),
+            kernel_init=named_axes(linear.init, *linear.in_axes, *linear.out_axes),
+            bias_init=named_axes(nn.initializers.zeros, *linear.out_axes),
             name=name,
         )
 
@@ -184,7 +181,7 @@ class Stack(nn.Module):
         if self.backend.gather is not None:
             layer = nn.map_variables(Layer, "params", trans_in_fn=self.backend.gather)
         if self.config.remat != "keep_all" or self.backend.gather is not None:
-            # prevent_cse guards against what a scan cannot do anyway, and costs fusions. A scan of one layer is none.
+            # prevent_cse guards against what a scan cannot do anyway, and costs fusions. One layer is not scanned.
             is_loop = self.num_layers > 1 and not self.config.unroll
             layer = nn.remat(layer, policy=remat_policy(self.config.remat), prevent_cse=not is_loop)
         scan = nn.scan(
@@ -203,7 +200,7 @@ class Stack(nn.Module):
 
 
 def remat_policy(remat: "Remat") -> Callable:
-    """What `jax.checkpoint` may keep of a layer beside its input under a remat setting; gathered parameters never."""
+    """What `jax.checkpoint` may keep of a layer beside its input under a remat setting; never gathered parameters."""
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(ATTENTION)
     return {
@@ -218,6 +215,4 @@ def _gathers(primitive, params: dict) -> bool:
     """Whether an operation is `all_gather`, or a function with a gradient of its own or a `shard_map` that calls it."""
     inner = params.get("call_jaxpr", params.get("jaxpr"))
     called = [] if inner is None else inner.eqns
-    return primitive is jax.lax.all_gather_p or any(
-        _gathers(equation.primitive, equation.params) for equation in called
-    )
+    return primitive is jax.lax.all_gather_p or any(_gathers(eqn.primitive, eqn.params) for eqn in called)

@@ -20,42 +20,56 @@ if TYPE_CHECKING:
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
+# Arrays of declared Linears: `{name: {"kernel", "bias"}}`.
+Arrays = Mapping[str, Mapping[str, jax.Array]]
+# Declared Linears with their arrays, by name: functions of [..., *inputs].
+Bound = Mapping[str, Callable[[jax.Array], jax.Array]]
+
 
 def at_least_float32(dtype) -> jnp.dtype:
-    """In which docs/spec.md section 5 wants sums, softmax and routers: float32, or float64 when computing in it."""
+    """The dtype of sums, softmax and routers (docs/spec.md section 5): float32, or float64 when computing in it."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Linear:
     """A Linear that a layer or an operator declares: x of [..., *inputs] to [..., *outputs].
 
     Attributes:
-      inputs: sizes of the axes that are summed over; a number for one axis.
-      outputs: sizes of the axes that come of it; a number for one axis.
+      inputs: sizes of the axes that are summed over; given as a number for one axis.
+      outputs: sizes of the axes that come of it; given as a number for one axis.
       in_axes: logical names of the inputs' axes, which `parallel.mesh.RULES` maps to the mesh.
       out_axes: those of the outputs' axes.
       bias: whether there is one; it starts at zero.
       init: (key, shape, dtype) to the fresh kernel of shape [*inputs, *outputs].
-      is_matrix: a matrix product as layers have them: computed in the compute dtype and counted in FLOPs. Otherwise it
-        gives a few numbers per vector, is computed in at least float32 and not counted.
+      is_matrix: whether it is a matrix product as layers have them: computed in the compute dtype and counted in FLOPs.
+        Otherwise it gives a few numbers per vector, is computed in at least float32 and not counted.
     """
 
-    inputs: int | tuple[int, ...]
-    outputs: int | tuple[int, ...]
-    in_axes: tuple[str | None, ...] = ("embed",)
-    out_axes: tuple[str | None, ...] = ("features",)
-    bias: bool = True
-    init: Callable[..., jax.Array] = jax.nn.initializers.zeros
-    is_matrix: bool = False
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    in_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
+    bias: bool
+    init: Callable[..., jax.Array]
+    is_matrix: bool
 
-    def __post_init__(self):
-        for field in ("inputs", "outputs"):
-            if isinstance(getattr(self, field), int):
-                object.__setattr__(self, field, (getattr(self, field),))
-        for axes, sizes in (("in_axes", self.inputs), ("out_axes", self.outputs)):
-            names = getattr(self, axes)
-            require(len(names) == len(sizes), f"Linear.{axes}", names, f"a name for each axis of {sizes}")
+    def __init__(
+        self,
+        inputs: int | tuple[int, ...],
+        outputs: int | tuple[int, ...],
+        in_axes: tuple[str | None, ...] = ("embed",),
+        out_axes: tuple[str | None, ...] = ("features",),
+        bias: bool = True,
+        init: Callable[..., jax.Array] = jax.nn.initializers.zeros,
+        is_matrix: bool = False,
+    ):
+        in_sizes, out_sizes = ((sizes,) if isinstance(sizes, int) else sizes for sizes in (inputs, outputs))
+        for field, names, sizes in (("in_axes", in_axes, in_sizes), ("out_axes", out_axes, out_sizes)):
+            require(len(names) == len(sizes), f"Linear.{field}", names, f"a name for each axis of {sizes}")
+        values = (in_sizes, out_sizes, in_axes, out_axes, bias, init, is_matrix)
+        for declared, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, declared.name, value)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -89,16 +103,12 @@ class Linear:
         return y.astype(dtype)
 
 
-# Linears of one iteration or of the entry, with their arrays, by name.
-Bound = Mapping[str, Callable[[jax.Array], jax.Array]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Operator:
     """A way of doing one part of an iteration. Stateless: the configuration is all it holds.
 
     Attributes:
-      config: of the model it is part of.
+      config: the configuration of the model that it is part of.
     """
 
     config: "ModelConfig"
@@ -109,13 +119,8 @@ class Operator:
         return {}
 
 
-def bind(declared: Mapping[str, Linear], arrays: Mapping[str, Mapping[str, jax.Array]]) -> Bound:
-    """Declared Linears as functions of their inputs.
-
-    Args:
-      declared: by name.
-      arrays: for each name `{"kernel", "bias"}`; further names are passed over.
-    """
+def bind(declared: Mapping[str, Linear], arrays: Arrays) -> Bound:
+    """Declared Linears as functions of their inputs; `arrays` may have those of others as well."""
 
     def function(name: str, linear: Linear):
         return lambda x: linear(arrays[name], x)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import HIGHEST, Bound, Linear, Operator, at_least_float32
@@ -11,7 +12,7 @@ from spiral_jax.model.registry import Registry
 
 
 class RunningSum(NamedTuple):
-    """The members so far of the chunk that each row is in, as a weighted sum on its way; at least float32.
+    """The weighted sum over the members so far of the chunk that each row is in; at least float32.
 
     Attributes:
       top_B: the largest score, so that members weigh exp(score - top) and nothing overflows.
@@ -31,7 +32,9 @@ class Pooling(Operator):
     last one has come. A pooling that can do with less (a running sum) replaces `open`, `add` and `close`.
     """
 
-    def pool(self, h_BxNxGxD: jax.Array, is_token_NxG: jax.Array, level: Level, linears: Bound) -> jax.Array:
+    def pool(
+        self, h_BxNxGxD: jax.Array, is_token_NxG: jax.Array | np.ndarray, level: Level, linears: Bound
+    ) -> jax.Array:
         """z_BxNxD, each chunk's from its own members.
 
         Args:
@@ -52,7 +55,7 @@ class Pooling(Operator):
         return chunk.at[jnp.arange(h_BxD.shape[0]), place_B].set(h_BxD)
 
     def close(self, chunk: Any, is_token_BxG: jax.Array, level: Level, linears: Bound) -> jax.Array:
-        """z_BxD of a chunk that is complete (of one that is not, anything)."""
+        """z_BxD of a complete chunk; what it gives for an incomplete one is never used."""
         return self.pool(chunk[:, None], is_token_BxG[:, None], level, linears)[:, 0]
 
 

@@ -1,7 +1,8 @@
 """Named choices that a file of the user's own can add to: topologies, poolings, allocations, optimizers, schedules.
 
-A registry is filled when the modules that register are imported, and is read when a configuration is checked. What the
-package did not register itself is somebody's own file: its hash is kept with the run.
+A registry is filled when the modules that register are imported, and read when a configuration is checked. What the
+package did not register itself is code of the user's own: the hash of its file is kept with the run, and whatever it
+raises is reported in one line that names the file.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -26,9 +27,9 @@ class Code:
     """Where a registered thing was defined.
 
     Attributes:
-      file: absolute path; of a notebook's cell whatever Python calls it.
-      line: of the registration.
-      sha256: of the file, in hexadecimal; empty where it is no file, or is the package's own.
+      file: the absolute path of the file; for a cell of a notebook what Python calls it.
+      line: the line of the registration.
+      sha256: the file's, in hexadecimal; empty where there is no file, and for files of the package.
     """
 
     file: str
@@ -42,10 +43,15 @@ class Code:
 
 
 class Registry(Generic[T]):
-    """The things that one field of the configuration can name."""
+    """The things that one field of the configuration can name, in the order in which they were registered."""
 
     def __init__(self, field: str, base: type | None = None):
-        """`field` is named in errors; registered classes are subclasses of `base`, or with None anything callable."""
+        """An empty registry.
+
+        Args:
+          field: the field of the configuration, `room.field`, as errors name it.
+          base: what registered classes are subclasses of; None for anything callable.
+        """
         self.field = field
         self._base = base
         self._entries: dict[str, tuple[T, Code]] = {}
@@ -59,8 +65,8 @@ class Registry(Generic[T]):
         Raises:
           SpiralError: something else has the name, or what is registered is not of the kind.
         """
-        if not isinstance(name, str) or not name:
-            raise SpiralError(f'{self.field}: register is given {name!r}; allowed: a name, as in @register("mine")')
+        is_name = isinstance(name, str) and name != ""
+        require(is_name, f"{self.field}: the name to register", name, 'a name, as in @register("mine")')
         caller = sys._getframe(1)
         code = _code_of(caller.f_code.co_filename, caller.f_lineno)
 
@@ -68,8 +74,7 @@ class Registry(Generic[T]):
             where = f"{self.field}: {name!r}, registered in {code.file}:{code.line},"
             if self._base is not None and not (isinstance(value, type) and issubclass(value, self._base)):
                 raise SpiralError(f"{where} is no {self._base.__name__}; allowed: its subclasses")
-            if not callable(value):
-                raise SpiralError(f"{where} is {value!r}; allowed: a function")
+            require(callable(value), where, value, "a function")
             before = self._entries.get(name)
             if before is not None and not _is_same_file_again(before[1], code):
                 raise SpiralError(
@@ -81,11 +86,7 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """What is registered under a name.
-
-        Raises:
-          SpiralError: nothing is.
-        """
+        """What is registered under a name; raises SpiralError if nothing is."""
         self.check(name)
         return self._entries[name][0]
 
@@ -93,7 +94,7 @@ class Registry(Generic[T]):
         return iter(self._entries)
 
     def check(self, name: str) -> None:
-        """Raises SpiralError if nothing is registered under `name`."""
+        """Raises SpiralError if nothing is registered under a name."""
         if name not in self._entries:
             near = difflib.get_close_matches(str(name), self._entries, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -103,26 +104,26 @@ class Registry(Generic[T]):
             )
 
     def chosen(self, config: Mapping[str, Any]) -> Any:
-        """What a run's configuration, as nested mappings, has in the field; None if it lacks it."""
+        """What the field holds in a run's configuration, given as nested mappings; None if it is missing."""
         room, field = self.field.split(".")
         return (config.get(room) or {}).get(field)
 
     def code(self, name: str) -> Code:
-        """Where `name` was registered."""
+        """Where what has a name was registered; raises SpiralError if nothing is."""
         self.check(name)
         return self._entries[name][1]
 
 
 @contextlib.contextmanager
 def guarded(where: str, file: str) -> Iterator[None]:
-    """Whatever somebody's own code raises becomes one line: what it is for, the last line of its file, the reason.
+    """Makes one line of whatever code of the user's own raises in the block.
 
     Args:
-      where: how errors begin.
-      file: its code's.
+      where: how the line begins.
+      file: the real path of the file with the code.
 
     Raises:
-      SpiralError: the block raised something.
+      SpiralError: the block raised something; a SpiralError is passed on as it is.
     """
     try:
         yield
@@ -133,7 +134,7 @@ def guarded(where: str, file: str) -> Iterator[None]:
 
 
 def blamed(error: Exception, where: str, file: str) -> SpiralError:
-    """The line that `guarded` makes of what somebody's own code raised."""
+    """The one line of `guarded`: what the code is for, the last line of the file that was reached, and the reason."""
     lines = lines_in(error, file)
     place = f", line {lines[-1]}" if lines else ""
     return SpiralError(f"{where}{place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -142,11 +143,11 @@ def blamed(error: Exception, where: str, file: str) -> SpiralError:
 def lines_in(error: Exception, file: str) -> list[int]:
     """Lines of a file (its real path) that an exception came through, the outermost first."""
     frames = traceback.extract_tb(error.__traceback__)
-    return [frame.lineno for frame in frames if os.path.realpath(frame.filename) == file]
+    return [frame.lineno for frame in frames if frame.lineno and os.path.realpath(frame.filename) == file]
 
 
 def _is_same_file_again(before: Code, now: Code) -> bool:
-    """Whether a registration is one of before, executed again, perhaps changed or as a copy; notebooks' always are."""
+    """Whether `now` is `before` executed again, perhaps changed or as a copy; in notebooks it always is."""
     if not now.sha256 and not before.sha256 and not before.is_ours:
         return True
     if before.sha256 == now.sha256:

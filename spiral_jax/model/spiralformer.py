@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.iteration import Arrays, advance, core_input, down_scale, enter, up_scale
-from spiral_jax.model.neox import ACTIVATIONS, Backend, Stack, layer_norm, param_dtype, small_init
-from spiral_jax.model.operators import Linear, at_least_float32
+from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
+from spiral_jax.model.neox import ACTIVATIONS, Backend, Stack, layer_norm, named_axes, param_dtype, small_init
+from spiral_jax.model.operators import Arrays, Linear, at_least_float32
 from spiral_jax.model.topology import States
 
 
@@ -22,7 +22,7 @@ class Linears(nn.Module):
 
     Attributes:
       config: the architecture.
-      group: which, as in `Declared.group`.
+      group: `entry` or `steps_{t}`, as in `Declared.group`.
     """
 
     config: ModelConfig
@@ -44,10 +44,10 @@ class LinearArrays(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         linear, dtype = self.linear, param_dtype(self.config)
-        kernel_init = nn.with_logical_partitioning(linear.init, linear.axes(self.config.d_model))
+        kernel_init = named_axes(linear.init, *linear.axes(self.config.d_model))
         arrays = {"kernel": self.param("kernel", kernel_init, linear.kernel_shape, dtype)}
         if linear.bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, linear.out_axes)
+            bias_init = named_axes(nn.initializers.zeros, *linear.out_axes)
             arrays["bias"] = self.param("bias", bias_init, linear.outputs, dtype)
         return arrays
 
@@ -78,7 +78,7 @@ class SpiralFormer(nn.Module):
         self.final_norm = layer_norm(c)
         self.head = Head(c)
 
-        # Each iteration's own, so that weights can move between schedules; a scan stacks those that it runs.
+        # Every iteration has its own, so that weights can move between schedules; a scan stacks those that it runs.
         self.entry = Linears(c, "entry")
         self.steps = [Linears(c, f"steps_{t}") for t in range(c.num_iterations)]
 
@@ -91,9 +91,9 @@ class SpiralFormer(nn.Module):
         """Everything before the head.
 
         Returns:
-          h_BxLxD, the final LayerNorm's output, and what the topology records, each with the axis of entry (if it
-          records something there) and iterations in front: for `mesh` `router_entropy` [T + 1, 2], the mean entropy in
-          nats of the write and read routers of the transition and each iteration.
+          h_BxLxD, the final LayerNorm's output, and what the topology records. Its arrays have an axis in front for
+          the entry (if something is recorded there) and the iterations: for `mesh`, `router_entropy` [T + 1, 2] is the
+          mean entropy in nats of the write and read routers of the transition and of each iteration.
         """
         c = self.config
         h_emb_BxLxD = self._pin(self.embed(tokens_BxL))
@@ -119,7 +119,7 @@ class SpiralFormer(nn.Module):
         return h_BxLxD, {name: jnp.concatenate([m[name] for m in recorded if name in m]) for name in names}
 
     def _iterate(self, core: Callable, level: Level, arrays: Arrays, states: States):
-        """One iteration: the states before it to those after it, and what its topology records."""
+        """One iteration: from h(t) to h(t+1), and what the topology records."""
         h_BxLxD = self._light(functools.partial(core_input, self.config, level))(arrays, states)
         e_BxLxD = self._refine(core, level, arrays, h_BxLxD)
         states, metrics = self._light(functools.partial(advance, self.config, level))(arrays, states, e_BxLxD)
@@ -132,7 +132,7 @@ class SpiralFormer(nn.Module):
         length = h_BxLxD.shape[1]
         if level.num_chunks(length) == 0:
             if self.is_initializing():
-                core(h_BxLxD)  # its parameters exist whatever the length
+                core(h_BxLxD)  # so that its parameters exist whatever the length
             return jnp.zeros_like(h_BxLxD)
         down = self._light(functools.partial(down_scale, self.config, level))
         up = self._light(functools.partial(up_scale, self.config, level, length=length))
@@ -140,9 +140,9 @@ class SpiralFormer(nn.Module):
         return self._pin(up(arrays, core(z_BxNxD)))
 
     def _scan(self, level: Level, steps: list[Arrays], states: States):
-        """Iterations of one level under one scan: the core broadcast, what is each iteration's own scanned."""
-        # The scan's carry cannot grow: what iterations keep goes to places reserved for it. What was kept before is a
-        # constant of the scan, so that it is not stored again for every iteration.
+        """Neighbouring iterations of one level as one scan over their own arrays, with the core's broadcast."""
+        # The carry of a scan cannot grow: what iterations keep goes to places reserved for it. What was kept before is
+        # a constant of the scan, so that it is not stored again for every iteration.
         count, before = len(steps), states.kept
         own = jax.eval_shape(functools.partial(advance, self.config, level), steps[0], states, states.h_BxLxD)
         kept = own[0].kept[len(before) :]
@@ -167,19 +167,21 @@ class SpiralFormer(nn.Module):
         return self.backend.constrain(h_BxLxD, *ACTIVATIONS)
 
     def _light(self, function: Callable) -> Callable:
-        """Cheap elementwise work in float32: under remat it is recomputed rather than kept."""
+        """Marks cheap elementwise work in float32, which is computed again under remat rather than kept."""
         return function if self.config.remat == "keep_all" else jax.checkpoint(function)
 
 
 class Embedding(nn.Module):
+    """The token embeddings, times sqrt(d): h_emb."""
+
     config: ModelConfig
     backend: Backend
 
     @nn.compact
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
-        """Embeddings times sqrt(d), [B, L, D] in the compute dtype."""
+        """h_emb_BxLxD in the compute dtype."""
         c = self.config
-        init = nn.with_logical_partitioning(small_init(c), ("vocab", "embed"))
+        init = named_axes(small_init(c), "vocab", "embed")
         embedding_VxD = self.param("embedding", init, (c.vocab_size, c.d_model), param_dtype(c))
         # Looked up in a table sharded over its width, rows would come out in pieces, and the compiler would replicate
         # the whole batch to put them together.
@@ -188,24 +190,26 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
+    """The output projection, untied and without bias."""
+
     config: ModelConfig
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        """The output projection's kernel [D, V]: whoever wants logits decides for how many positions at a time."""
+        """kernel_DxV: whoever wants logits decides for how many positions at a time."""
         c = self.config
-        init = nn.with_logical_partitioning(small_init(c), ("embed", "vocab"))
+        init = named_axes(small_init(c), "embed", "vocab")
         return self.param("kernel", init, (c.d_model, c.vocab_size), param_dtype(c))
 
 
 def unembed(h_BxLxD: jax.Array, kernel_DxV: jax.Array) -> jax.Array:
-    """Logits [B, L, V]: inputs in the compute dtype, sums and result at least float32."""
+    """Logits [B, L, V]: a product in the compute dtype, with sums and result at least float32."""
     kernel_DxV, dtype = kernel_DxV.astype(h_BxLxD.dtype), at_least_float32(h_BxLxD.dtype)
     return jnp.einsum("bld,dv->blv", h_BxLxD, kernel_DxV, preferred_element_type=dtype)
 
 
 def _with_axis(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What one iteration recorded, as of a run of one."""
+    """What one iteration recorded, with an axis of iterations in front."""
     return {name: value[None] for name, value in metrics.items()}
 
 

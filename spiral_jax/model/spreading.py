@@ -1,4 +1,4 @@
-"""How a chunk's update is allocated to its tokens (docs/spec.md section 3, step 3)."""
+"""How what the core made of a chunk is spread over the chunk's tokens (docs/spec.md section 3, step 3)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ class Spreading(Operator):
     """Base of all spreadings; a subclass gives `shares` (or `spread` itself), and with parameters `linears`."""
 
     def shares(self, zhat_BxNxD: jax.Array, level: Level, linears: Bound) -> jax.Array:
-        """beta_BxNxG: the share of each of a chunk's places; broadcasts."""
+        """beta_BxNxG: the share of each place of each chunk; anything that broadcasts to that shape will do."""
         raise NotImplementedError
 
     def spread(self, zhat_BxNxD: jax.Array, level: Level, linears: Bound) -> jax.Array:

@@ -3,7 +3,7 @@
 A topology never sees chunks: the down-scale, the core, the up-scale and the right shift are done when it runs, and
 every array is [B, L, D]. Its one rule: the state at token i may use arrays at token i only. Everything that mixes
 tokens is in the core and in the chunk operators, where the right shift keeps it causal. So the pass of one token at a
-time is the same function, and nothing of a topology outlives a token's pass.
+time is the same function, and decoding has nothing of a topology to remember.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,6 @@ from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import Bound, Linear, Operator, at_least_float32
 from spiral_jax.model.registry import Registry
 
-# Names of a row's values that are not a topology's.
-RESERVED = ("step", "loss", "learning_rate", "gradient_norm", "step_time", "input_wait", "tokens", "epoch")
-
 
 class States(NamedTuple):
     """The token-level states on their way through the loop.
@@ -26,7 +23,7 @@ class States(NamedTuple):
     Attributes:
       h_BxLxD: h(t).
       h0_BxLxD: h(0), what the loop starts from.
-      h_emb_BxLxD: the scaled embeddings.
+      h_emb_BxLxD: h_emb, the scaled embeddings.
       kept: what the topology has kept so far, one pytree after the other.
     """
 
@@ -42,7 +39,8 @@ class Update(NamedTuple):
     Attributes:
       h_BxLxD: the next state.
       kept: pytrees to add to `States.kept`, as many of the same structure from every iteration.
-      metrics: small arrays to record, at least float32; of every iteration the same names and shapes, none of RESERVED.
+      metrics: small arrays to record, at least float32, of every iteration the same names and shapes. The names are
+        none that a row of metrics.jsonl has already.
     """
 
     h_BxLxD: jax.Array
@@ -56,9 +54,9 @@ class Topology(Operator):
     Results may have any dtype: they are cast to that of the states.
 
     Attributes:
-      fields: fields of ModelConfig that only this topology reads; exported with it.
-      scans: whether neighbouring iterations of one level may be one scan. `States.kept` then has room for what they
-        will keep, zeros until it is there; False where such zeros would count.
+      fields: the fields of ModelConfig that only this topology reads; they are exported with it.
+      scans: whether neighbouring iterations of one level may be one scan. In a scan `States.kept` has zeros in place of
+        what its later iterations will keep, so a topology for which such zeros count must say False.
     """
 
     fields: ClassVar[tuple[str, ...]] = ()
@@ -79,34 +77,30 @@ class Topology(Operator):
         return Update(self.next_state(states, e_BxLxD, linears))
 
     def core_input(self, states: States, linears: Bound) -> jax.Array:
-        """What iteration t starts from, at token level, before the down-scale: h(t)."""
+        """What iteration t starts from, at token level, before the down-scale; by default h(t)."""
         del linears
         return states.h_BxLxD
 
     def entry_linears(self) -> dict[str, Linear]:
-        """The Linears of `enter`, by name."""
+        """The Linears of `enter`, by name; none by default."""
         return {}
 
     def enter(self, states: States, linears: Bound) -> Update:
-        """h(0) from the prelude's output, which `states.h_BxLxD` is; by default the same."""
+        """h(0), by default the prelude's output; `states.h_BxLxD` is that output."""
         del linears
         return Update(states.h_BxLxD)
 
     @property
     def enters(self) -> bool:
-        """Whether h(0) is something else than the prelude's output: a model without iterations is then not vanilla."""
+        """Whether h(0) is not simply the prelude's output, so that a model without iterations is not vanilla."""
         return type(self).enter is not Topology.enter
 
     def exported(self, t: int, name: str) -> str:
-        """Exported name of a Linear of iteration t (docs/spec.md section 7)."""
-        return f"steps.{t}.{name}"
-
-    def exported_entry(self, name: str) -> str:
-        """Exported name of a Linear of the entry."""
-        return f"entry.{name}"
+        """Exported name of a Linear of iteration t, or with t = -1 of the entry (docs/spec.md section 7)."""
+        return f"steps.{t}.{name}" if t >= 0 else f"entry.{name}"
 
     def kept_vectors(self) -> int:
-        """Vectors of width d per token that the backward pass needs beside the layers': for memory's closed form."""
+        """Vectors of width d per token that the backward pass needs beside those of layers (`training/costs.py`)."""
         return 0
 
 
@@ -194,7 +188,7 @@ class Write(NamedTuple):
 
     Attributes:
       value_BxLxD: what was written.
-      share_BxLxS: the part of it that each slot took, at least float32.
+      share_BxLxS: w, the part of it that each slot took, at least float32.
     """
 
     value_BxLxD: jax.Array
@@ -203,10 +197,10 @@ class Write(NamedTuple):
 
 @topologies.register("mesh")
 class MeSH(Topology):
-    """A memory of S slots, written and read by routers (arXiv 2510.07739).
+    """A memory of S slots m_b, written and read by routers (arXiv 2510.07739); at first m_0 = h_emb, the others 0.
 
-    w = softmax(write(state)), r = softmax(read(state)); m_b += w_b new for every b; then sum_b r_b m_b is read.
-    h(0) is read after the prelude's output v was written, routed by v; h(t+1) after e(t), routed by h(t).
+    route(state, new): w = softmax(write(state)), r = softmax(read(state)); m_b += w_b new for every b; return sum_b r_b
+    m_b. With the prelude's output v, h(0) = route(v, v); then h(t+1) = route(h(t), e(t)).
 
     Slots are kept as what was written rather than as S arrays of width D: slot b holds m_b = sum_j w_j[b] v_j over the
     writes so far, so a read is sum_b r_b m_b = sum_j (r . w_j) v_j, of the T + 2 vectors that the backward pass needs
@@ -226,7 +220,7 @@ class MeSH(Topology):
 
     def enter(self, states, linears):
         S, dtype = self.config.num_slots, at_least_float32(states.h_BxLxD.dtype)
-        slot_S = jax.nn.one_hot(0, S, dtype=dtype)  # m_0 = h_emb, the other slots 0
+        slot_S = jax.nn.one_hot(0, S, dtype=dtype)
         first = Write(states.h_emb_BxLxD, jnp.broadcast_to(slot_S, (*states.h_BxLxD.shape[:2], S)))
         update = self.update(states._replace(kept=(first,)), states.h_BxLxD, linears)
         return update._replace(kept=(first, *update.kept))
@@ -244,14 +238,11 @@ class MeSH(Topology):
     def exported(self, t: int, name: str) -> str:
         return f"memory.{t + 1}.{name}"
 
-    def exported_entry(self, name: str) -> str:
-        return f"memory.0.{name}"
-
     def kept_vectors(self) -> int:
-        # What was written (embeddings, prelude, T updates), and h(t) of coarse iterations, which their routers look at.
+        # What was written (embeddings, prelude, T updates), and h(t) of coarse iterations, for their routers.
         return 2 + self.config.num_iterations + sum(level.chunk > 1 for level in self.config.schedule)
 
 
 def _mean_entropy(p_BxLxS: jax.Array) -> jax.Array:
-    """In nats; not differentiated."""
+    """The mean entropy in nats, a scalar; not differentiated."""
     return jax.lax.stop_gradient(-jnp.mean(jnp.sum(p_BxLxS * jnp.log(jnp.maximum(p_BxLxS, 1e-30)), axis=-1)))

@@ -1,4 +1,4 @@
-"""Compiling for TPU devices that need not be there, and the text of what the compiler made."""
+"""What the TPU compiler makes of a program for devices that need not be there, as text."""
 
 import tempfile
 from pathlib import Path
@@ -22,4 +22,4 @@ def compile_described(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
     with no_compilation_cache(), tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         (path,) = Path(folder).glob("*.after_optimizations.txt")
-        return compiled, path.read_text()
+        return compiled, path.read_text(encoding="utf-8")

@@ -1,6 +1,8 @@
-"""What a fused computation reads of its parameters, writes of its results, and overwrites in place."""
+"""How much a fused computation reads of its parameters and writes of its results, and what it overwrites in place."""
 
-from spiral_jax.roofline.hlo import Array, Computation, Instruction, Module
+import itertools
+
+from spiral_jax.roofline.hlo import Array, Computation, Instruction
 
 # Views of the same elements.
 VIEWS = ("bitcast", "reshape", "get-tuple-element", "bitcast-convert")
@@ -13,129 +15,88 @@ ELEMENTWISE = {
     "round-nearest-even", "rsqrt", "select", "shift-left", "shift-right-arithmetic", "shift-right-logical", "sign",
     "sine", "sqrt", "stochastic-convert", "subtract", "tan", "tanh", "transpose", "xor",
 }  # fmt: skip
+# Of an operand at most as many elements as of the result.
+NO_MORE = {"slice", "dynamic-slice", "gather", "pad", "broadcast", "concatenate"} | ELEMENTWISE
 
 
-def results(computation: Computation) -> list[Instruction]:
-    """The instructions whose values a computation returns, in the order of its result's arrays."""
-    root = computation.root
-    if root.opcode != "tuple":
-        return [root]
-    return [computation.by_name[name] for name in root.operands]
-
-
-def seen_through(computation: Computation, instruction: Instruction) -> Instruction:
-    """The instruction whose elements a chain of bitcasts and the like shows."""
-    while instruction.opcode in VIEWS and instruction.operands:
-        instruction = computation.operand(instruction, 0)
-    return instruction
-
-
-def overwritten(module: Module, computation: Computation) -> list[int | None]:
+def overwritten(computation: Computation) -> list[int | None]:
     """For every result, the parameter that a dynamic-update-slice (perhaps in an inner fusion) updates in place."""
-    found = []
-    for result in results(computation):
-        source = seen_through(computation, result)
-        while source.opcode in ("dynamic-update-slice", "fusion"):
-            place = 0
-            if source.opcode == "fusion":
-                place = _inner(module, source, overwritten)
-                if place is None:
-                    break
-            source = seen_through(computation, computation.operand(source, place))
-        found.append(int(source.operands[0]) if source.opcode == "parameter" else None)
-    return found
+    starts = [_updates(result)[-1] for result in computation.results]
+    return [int(start.literal) if start.opcode == "parameter" else None for start in starts]
 
 
-def written(module: Module, computation: Computation) -> list[int]:
+def written(computation: Computation) -> list[int]:
     """Elements written of every result: all, or those of a dynamic-update-slice's update; none of a parameter."""
     found = []
-    for result, parameter in zip(results(computation), overwritten(module, computation), strict=True):
-        source = seen_through(computation, result)
-        if source.opcode == "parameter":
-            found.append(0)
-        elif parameter is None:
-            found.append(sum(array.size for array in result.arrays))
-        elif source.opcode == "fusion":
-            found.append(_inner(module, source, written))
-        else:
-            found.append(_updated(module, computation, source))
+    for result in computation.results:
+        *updates, start = _updates(result)
+        total = result.size if start.opcode != "parameter" else 0
+        for update in updates if start.opcode == "parameter" else ():
+            if update.opcode == "fusion":
+                total += written(update.fused)[0]
+                break
+            total += update.operands[1].size
+        found.append(total)
     return found
 
 
-def _updated(module: Module, computation: Computation, source: Instruction) -> int:
-    """Elements that a chain of dynamic-update-slices writes."""
-    total = 0
-    while source.opcode == "dynamic-update-slice":
-        total += sum(array.size for array in computation.operand(source, 1).arrays)
-        source = seen_through(computation, computation.operand(source, 0))
-    return total + (_inner(module, source, written) if source.opcode == "fusion" else 0)
-
-
-def _inner(module: Module, fusion: Instruction, question):
-    """The answer for an inner fusion with one result; None for several."""
-    answers = question(module, module.computations[fusion.called["calls"][0]])
-    return answers[0] if len(answers) == 1 else None
-
-
-def read(module: Module, computation: Computation, wanted: list[float] | None = None) -> list[float]:
+def read(computation: Computation, wanted: list[float] | None = None) -> list[float]:
     """Elements read of every parameter.
 
     Goes backwards from the results: an elementwise operation needs of its operands what is needed of its result, a
     slice what it returns, products and reductions everything. Several users add up, to the whole array at most.
 
     Args:
-      module: the program.
       computation: a fused one.
       wanted: elements needed of every result; all if None.
     """
-    need = dict.fromkeys(computation.by_name, 0.0)
-    in_place = overwritten(module, computation)
-    for index, (result, parameter) in enumerate(zip(results(computation), in_place, strict=True)):
-        size = float(sum(array.size for array in result.arrays))
+    need = dict.fromkeys(computation.instructions, 0.0)
+    for index, result in enumerate(computation.results):
+        *updates, start = _updates(result)
         # A parameter that is only passed on is not read.
-        if seen_through(computation, result).opcode != "parameter":
-            need[result.name] = max(need[result.name], size if wanted is None else min(size, wanted[index]))
-        if parameter is not None:
-            _mark_buffers(computation, result, need)
+        if updates or start.opcode != "parameter":
+            size = float(result.size)
+            need[result] = max(need[result], size if wanted is None else min(size, wanted[index]))
+        if start.opcode == "parameter":
+            # A need below zero: keeps what it does not update where it is.
+            for update in itertools.takewhile(lambda x: x.opcode == "dynamic-update-slice", updates):
+                need[update] = -1.0
     for instruction in reversed(computation.instructions):
-        _spread(module, computation, instruction, need)
-    return [
-        min(need[parameter.name], sum(array.size for array in parameter.arrays))
-        for _, parameter in sorted(computation.parameters.items())
-    ]
+        if need[instruction] and instruction.opcode not in ("parameter", "constant", "iota"):
+            shares = _shares(instruction, need[instruction])
+            for operand, share in zip(instruction.operands, shares, strict=True):
+                if need[operand] >= 0:
+                    need[operand] = min(need[operand] + share, float(operand.size))
+    return [min(need[parameter], parameter.size) for parameter in computation.parameters]
 
 
-def _mark_buffers(computation: Computation, result: Instruction, need: dict[str, float]) -> None:
-    """Notes, as a need below zero, the dynamic-update-slices that keep what they do not update where it is."""
-    source = seen_through(computation, result)
-    while source.opcode == "dynamic-update-slice":
-        need[source.name] = -1.0
-        source = seen_through(computation, computation.operand(source, 0))
+def _seen_through(instruction: Instruction) -> Instruction:
+    """The instruction whose elements a chain of bitcasts and the like shows."""
+    while instruction.opcode in VIEWS and instruction.operands:
+        instruction = instruction.operands[0]
+    return instruction
 
 
-def _spread(module: Module, computation: Computation, instruction: Instruction, need: dict[str, float]) -> None:
-    """Adds to the operands' needs what the instruction needs of them."""
-    opcode, wanted = instruction.opcode, need[instruction.name]
-    if wanted == 0 or opcode in ("parameter", "constant", "iota"):
-        return
-    operands = [computation.by_name[name] for name in instruction.operands]
-    sizes = [sum(array.size for array in operand.arrays) for operand in operands]
+def _updates(result: Instruction) -> list[Instruction]:
+    """What updates a result in place, the last update first, and at the end what the first one updates."""
+    found = [_seen_through(result)]
+    while found[-1].opcode in ("dynamic-update-slice", "fusion"):
+        places = overwritten(found[-1].fused) if found[-1].opcode == "fusion" else [0]
+        if len(places) != 1 or places[0] is None:
+            break
+        found.append(_seen_through(found[-1].operands[places[0]]))
+    return found
+
+
+def _shares(instruction: Instruction, wanted: float) -> list[float]:
+    """Elements of every operand that the instruction needs for as many of its result."""
+    opcode, sizes = instruction.opcode, [float(operand.size) for operand in instruction.operands]
     if opcode == "dynamic-update-slice":
-        shares = [0.0 if wanted < 0 else min(wanted, sizes[0]), sizes[1] if wanted < 0 else min(wanted, sizes[1])]
-        shares += sizes[2:]
-    elif opcode == "fusion":
-        inner = module.computations[instruction.called["calls"][0]]
-        if isinstance(instruction.shape, Array) and len(results(inner)) == 1:
-            shares = read(module, inner, [abs(wanted) if wanted > 0 else sizes[0]])
-        else:
-            shares = read(module, inner)
-    elif opcode in ELEMENTWISE or opcode in ("slice", "dynamic-slice", "gather", "pad", "broadcast", "concatenate"):
-        shares = [min(wanted, size) for size in sizes]
-    elif opcode in ("tuple", "get-tuple-element"):
-        # Results were given their needs one by one; a value of several arrays counts whole.
-        shares = [0.0] * len(sizes) if instruction is computation.root else sizes
-    else:
-        shares = sizes
-    for operand, share in zip(operands, shares, strict=True):
-        if need[operand.name] >= 0:
-            need[operand.name] = min(need[operand.name] + share, float(sum(a.size for a in operand.arrays)))
+        changed = [0.0, sizes[1]] if wanted < 0 else [min(wanted, size) for size in sizes[:2]]
+        return changed + sizes[2:]
+    if opcode == "fusion":
+        return read(instruction.fused, [wanted] if isinstance(instruction.shape, Array) else None)
+    if opcode in NO_MORE:
+        return [min(wanted, size) for size in sizes]
+    # Products, reductions, the arrays of a tuple: everything.
+    return sizes

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective, in the three spellings of `replica_groups`."""
+"""Which devices take part in a collective, from the three spellings of `replica_groups`."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spiral_jax.roofline.hlo import UnreadableProgram
+from spiral_jax.roofline.hlo import UnreadableProgram, integers
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -24,13 +24,12 @@ def parse_groups(text: str, num_devices: int) -> Groups:
       UnreadableProgram: another spelling.
     """
     text = text.strip()
-    if text.startswith("mesh"):
-        return _mesh(text)
-    if "<=" in text:
-        shape, _, devices = text.partition("<=")
-        return _groups(_iota(devices).reshape(_ints(shape)))
+    if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? *\{([^}]*)\}", text):
+        return _groups(_mesh(mesh[1], mesh[2], mesh[3]))
+    if iota := re.fullmatch(r"\[([\d,]+)\]<=(.*)", text):
+        return _groups(_iota(iota[2]).reshape(integers(iota[1])))
     if text.startswith("{"):
-        groups = tuple(_ints(group) for group in re.findall(r"\{([\d, ]+)\}", text))
+        groups = tuple(integers(group) for group in re.findall(r"\{([\d, ]+)\}", text))
         return groups or (tuple(range(num_devices)),)
     raise UnreadableProgram(f"replica_groups {text[:200]!r} is of unknown form")
 
@@ -40,46 +39,40 @@ def cross(groups: Groups, part_of: Sequence[int]) -> bool:
     return any(len({part_of[device] for device in group}) > 1 for group in groups)
 
 
-def _mesh(text: str) -> Groups:
-    found = re.fullmatch(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? *\{([^}]*)\}", text)
-    if not found:
-        raise UnreadableProgram(f"replica_groups {text[:200]!r} is of unknown form")
-    sizes = {name.strip("'\" "): int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", found[1])}
-    if not found[2]:
+def _mesh(axes: str, device_ids: str | None, grouped_axes: str) -> np.ndarray:
+    """The devices of a mesh [groups, members]."""
+    sizes = {name.strip("'\" "): int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", axes)}
+    if not device_ids:
         devices = np.arange(math.prod(sizes.values()))
     else:
-        devices = _iota(found[2]) if "[" in found[2] else np.array(_ints(found[2]))
+        devices = _iota(device_ids) if "[" in device_ids else np.array(integers(device_ids))
     # Parts of axes become axes: every axis is cut where one of its parts begins or ends.
-    axes = [re.fullmatch(r"\s*(.*?)(?::\((\d+)\)(\d+))?\s*", axis) for axis in found[3].split(",") if axis.strip()]
-    wanted = [(a[1].strip("'\" "), int(a[2] or 1), int(a[3] or sizes[a[1].strip("'\" ")])) for a in axes]
-    shape, grouped = [], {}
+    wanted = [
+        (name, int(before or 1), int(extent or sizes[name]))
+        for name, before, extent in re.findall(r"([^'\":,() ]+)['\"]?(?::\((\d+)\)(\d+))?", grouped_axes)
+    ]
+    shape: list[int] = []
+    grouped: dict[int, tuple[int, int]] = {}
     for name, size in sizes.items():
-        cuts = {1, size}
-        for axis, before, extent in wanted:
-            if axis == name:
-                cuts |= {before, before * extent}
-        cuts = sorted(cuts)
+        parts = [(place, before, extent) for place, (axis, before, extent) in enumerate(wanted) if axis == name]
+        cuts = sorted({1, size, *(cut for _, before, extent in parts for cut in (before, before * extent))})
         for low, high in zip(cuts, cuts[1:], strict=False):
-            for place, (axis, before, extent) in enumerate(wanted):
-                if axis == name and before <= low < before * extent:
+            for place, before, extent in parts:
+                if before <= low < before * extent:
                     grouped[len(shape)] = (place, low)
             shape.append(high // low)
-    inner = sorted(grouped, key=grouped.get)
+    inner = sorted(grouped, key=lambda axis: grouped[axis])
     outer = [axis for axis in range(len(shape)) if axis not in grouped]
     members = math.prod(shape[axis] for axis in inner)
-    return _groups(devices.reshape(shape).transpose(outer + inner).reshape(-1, members))
+    return devices.reshape(shape).transpose(outer + inner).reshape(-1, members)
 
 
 def _iota(text: str) -> np.ndarray:
     """`[8,2]T(1,0)`: 0, 1, ... in that shape, transposed, flattened."""
     shape, _, order = text.partition("T")
-    devices = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
-    return (devices.transpose(_ints(order)) if order else devices).reshape(-1)
+    devices = np.arange(math.prod(integers(shape))).reshape(integers(shape))
+    return (devices.transpose(integers(order)) if order else devices).reshape(-1)
 
 
 def _groups(devices: np.ndarray) -> Groups:
-    return tuple(tuple(int(device) for device in group) for group in devices.reshape(-1, devices.shape[-1]))
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text))
+    return tuple(map(tuple, devices.reshape(-1, devices.shape[-1]).tolist()))

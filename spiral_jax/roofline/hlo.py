@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO), as computations of instructions.
+"""Which instructions a compiled program consists of, from its text (HLO).
 
 Knows the grammar and nothing of what operations cost. `compiled.as_text()` of TPU and CPU programs both read; what is
 not understood raises `UnreadableProgram` instead of being left out.
@@ -13,24 +13,21 @@ from typing import NamedTuple
 
 HBM = 0
 
-BITS = {
-    **{"pred": 8, "token": 0, "opaque": 0, "bf16": 16},
-    **{f"{kind}{bits}": bits for kind in "su" for bits in (1, 2, 4, 8, 16, 32, 64)},
-    **{f"f{bits}": bits for bits in (16, 32, 64)},
-    **{f"c{bits}": bits for bits in (64, 128)},
-}
+# f8e4m3fn and its kin carry their width in their name, as all but these do.
+_NAMED_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_BITS = re.compile(r"(?:s|u|c|f|bf)(\d+)(?:e\w+)?")
 _SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]*)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
-_START = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_START = re.compile(r"[ \t]+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+# Attributes of kernels have line breaks in them: an instruction goes on until the next begins.
+_NEXT = re.compile(rf"\n(?={_START.pattern})")
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{[ \t]*\n(.*?)^\}(?:[ \t]*$|, execution_thread)", re.MULTILINE | re.DOTALL
+)
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\],]')
 _COMMENT = re.compile(r"/\*.*?\*/")
-CALLS = (
-    *("calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation"),
-    "called_computations",
-)
 
 
 class UnreadableProgram(Exception):
@@ -60,7 +57,12 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        return self.size * _bits(self.dtype) / 8
+        return self.size * self._bits / 8
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Bytes if it lies in HBM, else 0."""
+        return self.bytes if self.space == HBM else 0.0
 
     @property
     def stored_bytes(self) -> float:
@@ -69,7 +71,19 @@ class Array(NamedTuple):
         stored += [1] * (len(self.tile) - len(stored))
         for place, extent in enumerate(reversed(self.tile)):
             stored[place] = -(-stored[place] // extent) * extent
-        return math.prod(stored) * _bits(self.dtype) / 8
+        return math.prod(stored) * self._bits / 8
+
+    @property
+    def _bits(self) -> int:
+        if self.dtype in _NAMED_BITS:
+            return _NAMED_BITS[self.dtype]
+        found = _BITS.fullmatch(self.dtype)
+        if not found:
+            raise UnreadableProgram(f"arrays of {self.dtype} have an unknown width")
+        return int(found[1])
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
 # An array, or a tuple of shapes.
@@ -85,7 +99,8 @@ def leaves(shape: Shape, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int
             yield from leaves(part, (*path, index))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# Not by value, and no repr: a program is a graph.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Instruction:
     """One line of a computation.
 
@@ -93,23 +108,46 @@ class Instruction:
       name: unique in the program, without `%`.
       shape: of the result.
       opcode: fusion, while, all-gather-start ...
-      operands: names of instructions of the same computation; of a constant or parameter, the text in the parentheses.
+      operands: instructions of the same computation.
+      literal: of a constant its value, of a parameter its number, as written; else empty.
       rest: the attributes as they are written.
+      computations: all of the program, by name.
+      users: instructions of the same computation that have it as an operand.
     """
 
     name: str
     shape: Shape
     opcode: str
-    operands: tuple[str, ...]
+    operands: tuple["Instruction", ...]
+    literal: str
     rest: str
+    computations: dict[str, "Computation"]
+    users: list["Instruction"] = dataclasses.field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def arrays(self) -> list[Array]:
         return [array for _, array in leaves(self.shape)]
 
+    @property
+    def array(self) -> Array:
+        """The result.
+
+        Raises:
+          UnreadableProgram: it is a tuple.
+        """
+        if isinstance(self.shape, Array):
+            return self.shape
+        raise UnreadableProgram(f"{self.opcode} {self.name} has a tuple where an array is expected")
+
+    @property
+    def size(self) -> int:
+        """Elements of the result, of all arrays together."""
+        return sum(array.size for array in self.arrays)
+
     @functools.cached_property
     def attributes(self) -> dict[str, str]:
-        found, last = {}, None
+        found: dict[str, str] = {}
+        last = ""
         for part in split(self.rest):
             key, equals, value = part.partition("=")
             if last == "replica_groups" and key == "device_ids":
@@ -119,14 +157,15 @@ class Instruction:
                 found[key], last = value, key
         return found
 
-    @functools.cached_property
-    def called(self) -> dict[str, tuple[str, ...]]:
-        """Names of the computations that each attribute of CALLS names."""
-        return {
-            key: tuple(name.strip().lstrip("%") for name in self.attributes[key].strip("{}").split(","))
-            for key in CALLS
-            if key in self.attributes
-        }
+    def called(self, *keys: str) -> list["Computation"]:
+        """The computations that those of the attributes name that are there: `calls`, `body` ..."""
+        found = (self.attributes[key].strip("{}").split(",") for key in keys if key in self.attributes)
+        return [self.computations[name.strip().lstrip("%")] for names in found for name in names]
+
+    @property
+    def fused(self) -> "Computation":
+        """What a fusion computes."""
+        return self.called("calls")[0]
 
     @functools.cached_property
     def source(self) -> str:
@@ -141,10 +180,10 @@ class Instruction:
 
     def numbers(self, key: str) -> tuple[int, ...]:
         """An attribute such as `dimensions={0,1}`, empty if it is absent."""
-        return tuple(int(number) for number in re.findall(r"-?\d+", self.attributes.get(key, "")))
+        return integers(self.attributes.get(key, ""))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Computation:
     """Instructions in the order of the schedule (or, in fusions, of the data flow)."""
 
@@ -152,19 +191,17 @@ class Computation:
     instructions: tuple[Instruction, ...]
     root: Instruction
 
-    @functools.cached_property
-    def by_name(self) -> dict[str, Instruction]:
-        return {instruction.name: instruction for instruction in self.instructions}
+    @property
+    def results(self) -> tuple[Instruction, ...]:
+        """The instructions whose values it returns, in the order of its result's arrays."""
+        return self.root.operands if self.root.opcode == "tuple" else (self.root,)
 
     @functools.cached_property
-    def parameters(self) -> dict[int, Instruction]:
-        return {int(x.operands[0]): x for x in self.instructions if x.opcode == "parameter"}
-
-    def operand(self, instruction: Instruction, index: int) -> Instruction:
-        return self.by_name[instruction.operands[index]]
+    def parameters(self) -> list[Instruction]:
+        return sorted((x for x in self.instructions if x.opcode == "parameter"), key=lambda x: int(x.literal))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Module:
     """A program.
 
@@ -180,6 +217,12 @@ class Module:
     num_devices: int
     donated: dict[tuple[int, ...], int]
 
+    @functools.cached_property
+    def fused(self) -> set[Computation]:
+        """What its fusions compute, whose values lie in no memory."""
+        every = (x for computation in self.computations.values() for x in computation.instructions)
+        return {x.fused for x in every if x.opcode == "fusion"}
+
 
 def parse(text: str) -> Module:
     """Reads `compiled.as_text()`.
@@ -187,24 +230,15 @@ def parse(text: str) -> Module:
     Raises:
       UnreadableProgram: no entry computation, or an instruction of unknown form.
     """
-    computations, entry, header = {}, None, ""
-    name, is_entry, lines = None, False, []
-    for line in text.splitlines():
-        if line.startswith("HloModule"):
-            header = line
-        elif name is None:
-            if not line.startswith(("HloModule", " ")) and (found := _HEADER.match(line)):
-                is_entry, name, lines = bool(found[1]), found[2], []
-        elif line.rstrip() == "}" or line.startswith("}, execution_thread"):
-            computations[name] = _computation(name, lines)
-            entry, name = (computations[name] if is_entry else entry), None
-        elif _START.match(line) or not lines:
-            lines.append(line)
-        else:
-            # Attributes of kernels have line breaks in them.
-            lines[-1] += "\n" + line
+    computations: dict[str, Computation] = {}
+    entry = None
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        computations[name] = _computation(name, body, computations)
+        entry = computations[name] if is_entry else entry
     if entry is None:
         raise UnreadableProgram(f"no ENTRY computation in a text of {len(text)} characters")
+    found = re.search(r"^HloModule.*", text, re.MULTILINE)
+    header = found[0] if found else ""
     counts = [re.search(rf"\b{key}=(\d+)", header) for key in ("num_partitions", "replica_count")]
     return Module(computations, entry, math.prod(int(found[1]) for found in counts if found), _donated(header))
 
@@ -237,40 +271,53 @@ def parse_shape(text: str) -> Shape:
     tile, space = _TILE.search(rest), _SPACE.search(rest)
     return Array(
         found[1],
-        _ints(found[2].replace("<=", "")),
+        integers(found[2].replace("<=", "")),
         int(space[1]) if space else HBM,
-        _ints(order),
-        _ints(tile[1]) if tile else (),
+        integers(order),
+        integers(tile[1]) if tile else (),
     )
 
 
-def _computation(name: str, lines: list[str]) -> Computation:
-    instructions, root = [], None
-    for line in lines:
+def integers(text: str) -> tuple[int, ...]:
+    """All numbers in a text, none below zero."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+def _computation(name: str, body: str, computations: dict[str, Computation]) -> Computation:
+    instructions: dict[str, Instruction] = {}
+    root = None
+    begins = [0, *(found.end() for found in _NEXT.finditer(body)), len(body)]
+    for line in (body[begin:end].rstrip() for begin, end in zip(begins, begins[1:], strict=False)):
         found = _START.match(line)
         if not found:
             raise UnreadableProgram(f"computation {name}: a line of unknown form: {line[:200]!r}")
-        instructions.append(_instruction(found[2], line[found.end() :]))
-        root = instructions[-1] if found[1] else root
+        one = _instruction(found[2], line[found.end() :], instructions, computations)
+        for operand in one.operands:
+            operand.users.append(one)
+        instructions[one.name] = one
+        root = one if found[1] else root
     if root is None:
         raise UnreadableProgram(f"computation {name} has no ROOT")
-    return Computation(name, tuple(instructions), root)
+    return Computation(name, tuple(instructions.values()), root)
 
 
-def _instruction(name: str, text: str) -> Instruction:
+def _instruction(
+    name: str, text: str, before: dict[str, Instruction], computations: dict[str, Computation]
+) -> Instruction:
     end = _closing(text, 0) if text.startswith("(") else text.find(" ")
     found = _OPCODE.match(text, end) if end > 0 else None
     if not found:
         raise UnreadableProgram(f"instruction {name} is of unknown form: {text[:200]!r}")
     close = _closing(text, found.end() - 1)
-    inside = text[found.end() : close - 1]
-    if found[1] in ("constant", "parameter"):
-        operands = (inside,)
-    else:
+    literal, operands = text[found.end() : close - 1], []
+    if found[1] not in ("constant", "parameter"):
         # Some printers put the operand's shape before its name.
-        operands = tuple(part.split()[-1].lstrip("%") for part in split(_COMMENT.sub("", inside)))
-    shape = parse_shape(_COMMENT.sub("", text[:end]))
-    return Instruction(name, shape, found[1], operands, text[close:].lstrip(", "))
+        operands = [part.split()[-1].lstrip("%") for part in split(_COMMENT.sub("", literal))]
+        literal = ""
+    if unknown := [operand for operand in operands if operand not in before]:
+        raise UnreadableProgram(f"instruction {name} has an operand {unknown[0]} that no line before it makes")
+    shape, rest = parse_shape(_COMMENT.sub("", text[:end])), text[close:].lstrip(", ")
+    return Instruction(name, shape, found[1], tuple(before[x] for x in operands), literal, rest, computations)
 
 
 def _closing(text: str, begin: int) -> int:
@@ -288,16 +335,4 @@ def _donated(header: str) -> dict[tuple[int, ...], int]:
     if begin < 0:
         return {}
     table = header[begin : _closing(header, header.index("{", begin))]
-    return {_ints(out): int(number) for out, number in re.findall(r"\{([\d, ]*)\}: \((\d+), \{\}", table)}
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text))
-
-
-def _bits(dtype: str) -> int:
-    # f8e4m3fn and its kin carry their width in their name.
-    found = BITS.get(dtype) if dtype in BITS else re.match(r"f(\d)e", dtype)
-    if found is None:
-        raise UnreadableProgram(f"arrays of {dtype} have an unknown width")
-    return found if isinstance(found, int) else int(found[1])
+    return {integers(out): int(number) for out, number in re.findall(r"\{([\d, ]*)\}: \((\d+), \{\}", table)}

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
-from spiral_jax.roofline.hlo import Computation, Instruction, Module, UnreadableProgram
+from spiral_jax.roofline.hlo import Computation, Instruction, UnreadableProgram
 
 SWAPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 # Operations whose result is the operand's number.
@@ -20,39 +21,57 @@ class Scope:
 
     Attributes:
       computation: that runs.
-      parent: where its caller stands; None for the program's entry.
-      call: the instruction that calls it.
+      call: the instruction that calls it, and where that stands; None for the program's entry.
     """
 
     computation: Computation
-    parent: "Scope | None" = None
-    call: Instruction | None = None
+    call: "tuple[Instruction, Scope] | None" = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Number:
-    """An integer, or what a loop carries at `index` when an iteration begins, plus `offset`."""
+class _Carried(NamedTuple):
+    """What a loop, which stands in `scope`, carries at `place` when an iteration begins."""
+
+    loop: Instruction
+    scope: Scope
+    place: int
+
+    def before(self) -> "_Value":
+        """What it is when the loop begins."""
+        return _value(self.scope, self.loop.operands[0], (self.place,))
+
+    def after(self) -> "_Value":
+        """What it is when an iteration ends."""
+        (body,) = self.loop.called("body")
+        return _value(Scope(body, (self.loop, self.scope)), body.root, (self.place,))
+
+    def changes(self) -> bool:
+        return self.after() != _Number(0, self)
+
+
+class _Number(NamedTuple):
+    """An integer, or what a loop carries plus an integer."""
 
     offset: int
-    scope: Scope | None = None
-    index: int = -1
+    carried: _Carried | None = None
 
-    def is_carried(self, loop: Instruction) -> bool:
-        return self.scope is not None and self.scope.call is loop
+    def plus(self, offset: int) -> "_Number":
+        return _Number(self.offset + offset, self.carried)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Comparison:
+class _Comparison(NamedTuple):
     direction: str
     left: _Number
     right: _Number
 
 
-def trip_count(module: Module, loop: Instruction, scope: Scope) -> int:
+# None is what is not known.
+_Value = _Number | _Comparison | None
+
+
+def trip_count(loop: Instruction, scope: Scope) -> int:
     """Iterations of a while loop, from the compiler's note or by reading counter, bound and step.
 
     Args:
-      module: the program.
       loop: a `while` instruction.
       scope: where it stands.
 
@@ -62,26 +81,23 @@ def trip_count(module: Module, loop: Instruction, scope: Scope) -> int:
     found = re.search(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.attributes.get("backend_config", ""))
     if found:
         return int(found[1])
-    (condition,), (body,) = loop.called["condition"], loop.called["body"]
+    (condition,) = loop.called("condition")
     where = f"loop {loop.name} ({loop.source or 'no source'})"
-    test_scope = Scope(module.computations[condition], scope, loop)
-    test = _value(module, test_scope, test_scope.computation.root.name, ())
+    test = _value(Scope(condition, (loop, scope)), condition.root, ())
     if not isinstance(test, _Comparison):
-        raise UnknownTripCount(f"{where}: its condition {condition} is not a comparison of numbers")
-    body_scope = Scope(module.computations[body], scope, loop)
-    direction, counter, bound = test.direction, test.left, test.right
-    if not _changes(module, counter, loop, body_scope):
+        raise UnknownTripCount(f"{where}: its condition {condition.name} is not a comparison of numbers")
+    direction, counter, bound = test
+    if counter.carried is None or counter.carried.loop is not loop or not counter.carried.changes():
         direction, counter, bound = SWAPPED[direction], bound, counter
-    if not counter.is_carried(loop):
-        raise UnknownTripCount(f"{where}: its condition {condition} compares nothing that the loop changes")
-    after = _value(module, body_scope, body_scope.computation.root.name, (counter.index,))
-    first = _settled(module, _value(module, scope, loop.operands[0], (counter.index,)))
-    last = _settled(module, bound)
-    if not isinstance(after, _Number) or not after.is_carried(loop) or after.index != counter.index:
-        raise UnknownTripCount(f"{where}: element {counter.index}, the counter, does not grow by a constant")
+    if counter.carried is None or counter.carried.loop is not loop:
+        raise UnknownTripCount(f"{where}: its condition {condition.name} compares nothing that the loop changes")
+    where += f": element {counter.carried.place}, the counter,"
+    after = counter.carried.after()
+    if not isinstance(after, _Number) or after.carried != counter.carried:
+        raise UnknownTripCount(f"{where} does not grow by a constant")
+    first, last = _settled(counter.carried.before()), _settled(bound)
     if first is None or last is None:
-        what = "initial value" if first is None else "bound"
-        raise UnknownTripCount(f"{where}: the {what} of element {counter.index}, the counter, is not a constant")
+        raise UnknownTripCount(f"{where} has no constant {'initial value' if first is None else 'bound'}")
     return _iterations(first + counter.offset, last, after.offset, direction, where)
 
 
@@ -93,83 +109,69 @@ def _iterations(first: int, last: int, step: int, direction: str, where: str) ->
         return distance // step
     if direction in ("LT", "LE") and step > 0:
         return max(0, -(-(distance + (direction == "LE")) // step))
-    raise UnknownTripCount(f"{where}: from {first} by {step} while {direction} {last} has no known end")
+    raise UnknownTripCount(f"{where} from {first} by {step} while {direction} {last}, has no known end")
 
 
-def _changes(module: Module, number: _Number, loop: Instruction, body: Scope) -> bool:
-    if not number.is_carried(loop):
-        return False
-    after = _value(module, body, body.computation.root.name, (number.index,))
-    return after != dataclasses.replace(number, offset=0, scope=body)
-
-
-def _settled(module: Module, value) -> int | None:
+def _settled(value: _Value) -> int | None:
     """The integer, following what loops carry without changing it to where it comes from."""
     while isinstance(value, _Number):
-        if value.scope is None:
+        if value.carried is None:
             return value.offset
-        loop, parent = value.scope.call, value.scope.parent
-        body = Scope(module.computations[loop.called["body"][0]], parent, loop)
-        if _changes(module, value, loop, body):
-            return None
-        before = _value(module, parent, loop.operands[0], (value.index,))
-        value = _plus(before, value.offset) if isinstance(before, _Number) else None
+        before = None if value.carried.changes() else value.carried.before()
+        value = before.plus(value.offset) if isinstance(before, _Number) else None
     return None
 
 
-def _plus(number: _Number, offset: int) -> _Number:
-    return dataclasses.replace(number, offset=number.offset + offset)
-
-
-def _value(module: Module, scope: Scope, name: str, path: tuple[int, ...]):
-    """What an instruction (the element at `path` of its tuple) is: _Number, _Comparison, or None if not known."""
-    instruction = scope.computation.by_name[name]
+def _value(scope: Scope, instruction: Instruction, path: tuple[int, ...]) -> _Value:
+    """What an instruction is, or the element at `path` of its tuple."""
     opcode, operands = instruction.opcode, instruction.operands
-
-    def operand(index, path=path):
-        return _value(module, scope, operands[index], path)
-
     if opcode == "constant":
-        found = re.fullmatch(r"\{?(-?\d+)\}?", operands[0].strip())
+        found = re.fullmatch(r"\{?(-?\d+)\}?", instruction.literal.strip())
         return _Number(int(found[1])) if found else None
     if opcode == "parameter":
-        return _parameter(module, scope, int(operands[0]), path)
+        return _parameter(scope, int(instruction.literal), path)
     if opcode == "get-tuple-element":
-        return operand(0, (int(instruction.attributes["index"]), *path))
+        return _value(scope, operands[0], (int(instruction.attributes["index"]), *path))
     if opcode == "tuple":
-        return operand(path[0], path[1:]) if path else None
+        return _value(scope, operands[path[0]], path[1:]) if path else None
     if opcode in SAME:
         # The result of `copy-start` is a tuple of destination, source and semaphore.
-        return operand(0, path[1:] if opcode == "copy-start" else path) if len(operands) == 1 else None
+        inner = path[1:] if opcode == "copy-start" else path
+        return _value(scope, operands[0], inner) if len(operands) == 1 else None
     if opcode in ("fusion", "call"):
-        (name,) = instruction.called.get("calls") or instruction.called["to_apply"]
-        inner = Scope(module.computations[name], scope, instruction)
-        return _value(module, inner, inner.computation.root.name, path)
-    if opcode == "while" and path:
-        body = Scope(module.computations[instruction.called["body"][0]], scope, instruction)
-        carried = _Number(0, body, path[0])
-        return None if path[1:] or _changes(module, carried, instruction, body) else operand(0)
+        (computation,) = instruction.called("calls", "to_apply")
+        return _value(Scope(computation, (instruction, scope)), computation.root, path)
+    if opcode == "while" and len(path) == 1:
+        carried = _Carried(instruction, scope, path[0])
+        return None if carried.changes() else carried.before()
     if opcode in ("add", "subtract", "multiply", "compare"):
-        left, right = operand(0), operand(1)
-        if not isinstance(left, _Number) or not isinstance(right, _Number):
-            return None
-        if opcode == "compare":
-            return _Comparison(instruction.attributes["direction"], left, right)
-        if opcode == "add" and left.scope is None:
-            left, right = right, left
-        if right.scope is not None or (opcode == "multiply" and left.scope is not None):
-            return None
-        if opcode == "multiply":
-            return _Number(left.offset * right.offset)
-        return _plus(left, right.offset if opcode == "add" else -right.offset)
+        left, right = (_value(scope, operand, path) for operand in operands)
+        return _combined(instruction, left, right)
     return None
 
 
-def _parameter(module: Module, scope: Scope, number: int, path: tuple[int, ...]):
+def _combined(instruction: Instruction, left: _Value, right: _Value) -> _Value:
+    """What a comparison or arithmetic makes of two numbers."""
+    opcode = instruction.opcode
+    if not isinstance(left, _Number) or not isinstance(right, _Number):
+        return None
+    if opcode == "compare":
+        return _Comparison(instruction.attributes["direction"], left, right)
+    if opcode == "add" and left.carried is None:
+        left, right = right, left
+    if right.carried is not None or (opcode == "multiply" and left.carried is not None):
+        return None
+    if opcode == "multiply":
+        return _Number(left.offset * right.offset)
+    return left.plus(right.offset if opcode == "add" else -right.offset)
+
+
+def _parameter(scope: Scope, number: int, path: tuple[int, ...]) -> _Value:
     if scope.call is None:
         return None
-    if scope.call.opcode in ("fusion", "call"):
-        return _value(module, scope.parent, scope.call.operands[number], path)
-    if scope.call.opcode == "while" and len(path) == 1:
-        return _Number(0, scope, path[0])
+    caller, outside = scope.call
+    if caller.opcode in ("fusion", "call"):
+        return _value(outside, caller.operands[number], path)
+    if caller.opcode == "while" and len(path) == 1:
+        return _Number(0, _Carried(caller, outside, path[0]))
     return None

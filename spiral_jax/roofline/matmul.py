@@ -1,4 +1,4 @@
-"""Multiply-adds of `dot` and `convolution` instructions."""
+"""Which matrix product a `dot` or `convolution` instruction is, and so how many multiply-adds."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spiral_jax.roofline.hlo import Array, Computation, Instruction, UnreadableProgram
+from spiral_jax.roofline.hlo import Array, Instruction, UnreadableProgram
 
 
 class Matmul(NamedTuple):
@@ -31,13 +31,13 @@ class Matmul(NamedTuple):
         return self.batch * self.m * self.n * self.k
 
 
-def matmul(computation: Computation, instruction: Instruction) -> Matmul:
+def matmul(instruction: Instruction) -> Matmul:
     """Reads a `dot` or `convolution`.
 
     Raises:
       UnreadableProgram: a convolution whose dimension labels are of unknown form.
     """
-    left, right = (computation.operand(instruction, index).shape for index in (0, 1))
+    left, right = (operand.array for operand in instruction.operands)
     if instruction.opcode == "convolution":
         return _convolution(instruction, left, right)
     batch = instruction.numbers("lhs_batch_dims")
@@ -55,13 +55,12 @@ def matmul(computation: Computation, instruction: Instruction) -> Matmul:
 def _convolution(instruction: Instruction, left: Array, right: Array) -> Matmul:
     """Products as the TPU compiler writes them: heads and the like become padded, reversed or dilated windows."""
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attributes.get("dim_labels", ""))
-    if not labels or not isinstance(instruction.shape, Array):
+    if not labels:
         raise UnreadableProgram(f"convolution {instruction.name} has dimension labels of unknown form")
-    extents = [
+    lhs, rhs, out = (
         dict(zip(part, array.dims, strict=True))
-        for part, array in zip(labels.groups(), (left, right, instruction.shape), strict=True)
-    ]
-    lhs, rhs, out = extents
+        for part, array in zip(labels.groups(), (left, right, instruction.array), strict=True)
+    )
     groups = int(instruction.attributes.get("feature_group_count", 1))
     groups *= int(instruction.attributes.get("batch_group_count", 1))
     m, n, k, batch = out["b"], out["f"] // groups, rhs["i"], groups

@@ -83,26 +83,19 @@ class Prediction(NamedTuple):
 
     Attributes:
       step_seconds: all of it.
-      compute_seconds: matrix products outside kernels, by themselves; so with the next four.
-      attention_seconds: kernels.
-      hbm_seconds: memory traffic.
-      ici_seconds: communication within slices.
-      dcn_seconds: communication between slices.
+      alone: what each part of the hardware would take by itself: compute (matrix products outside kernels), attention,
+        hbm, ici and dcn.
       limits: step_seconds by what limits them: compute, attention, hbm, and of communication only what is not hidden.
     """
 
     step_seconds: float
-    compute_seconds: float
-    attention_seconds: float
-    hbm_seconds: float
-    ici_seconds: float
-    dcn_seconds: float
+    alone: dict[str, float]
     limits: dict[str, float]
 
     @property
     def bound(self) -> str:
-        """What limits most of the step: compute, attention, hbm, ici or dcn."""
-        return max(self.limits, key=self.limits.get)
+        """What limits most of the step."""
+        return max(self.limits, key=lambda what: self.limits[what])
 
 
 def predict(
@@ -134,31 +127,24 @@ def total(costs: Iterable[Cost], constants: Constants) -> Prediction:
     alone = dict.fromkeys(("compute", "attention", "hbm", "ici", "dcn"), 0.0)
     limits = dict(alone)
     for one in costs:
-        seconds = seconds_of(one, constants)
-        for what, time in seconds.items():
-            alone[what] += one.times * time
-        if seconds["hbm"] > seconds["compute"] + seconds["attention"]:
-            limits["hbm"] += one.times * seconds["hbm"]
-        else:
-            limits["compute"] += one.times * seconds["compute"]
-            limits["attention"] += one.times * seconds["attention"]
+        seconds = {
+            "compute": one.matmul / constants.mxu_efficiency,
+            "attention": one.attention / constants.attention_efficiency,
+            "hbm": one.hbm / constants.hbm_efficiency,
+            "ici": one.ici / constants.ici_efficiency,
+            "dcn": one.dcn,
+        }
+        is_memory_bound = seconds["hbm"] > seconds["compute"] + seconds["attention"]
+        for what in alone:
+            alone[what] += one.times * seconds[what]
+        for what in ("hbm",) if is_memory_bound else ("compute", "attention"):
+            limits[what] += one.times * seconds[what]
     busy = sum(limits.values())
     communication = alone["ici"] + alone["dcn"]
     exposed = max(0.0, communication - constants.hidden_share * busy)
     if exposed:
         limits |= {what: exposed * alone[what] / communication for what in ("ici", "dcn")}
-    return Prediction(busy + exposed, *alone.values(), limits)
-
-
-def seconds_of(one: Cost, constants: Constants) -> dict[str, float]:
-    """Of one execution, each part of the hardware by itself."""
-    return {
-        "compute": one.matmul / constants.mxu_efficiency,
-        "attention": one.attention / constants.attention_efficiency,
-        "hbm": one.hbm / constants.hbm_efficiency,
-        "ici": one.ici / constants.ici_efficiency,
-        "dcn": one.dcn,
-    }
+    return Prediction(busy + exposed, alone, limits)
 
 
 def cost(operation: Operation, chips: Slice, places: Sequence[Place]) -> Cost:

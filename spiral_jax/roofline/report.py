@@ -46,13 +46,13 @@ class CompiledStep:
 
     Attributes:
       program: what was compiled.
-      compiled: the executable, which only its devices could run.
+      memory: what the compiler says that it needs.
       text: of the compiled program.
       seconds: that compiling took.
     """
 
     program: Program
-    compiled: jax.stages.Compiled
+    memory: Any
     text: str
     seconds: float
 
@@ -82,10 +82,10 @@ def compile_step(config: StepConfig, chips: Slice, num_slices: int, say: Report)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(_needed(str(error)), usable, " ".join(str(error).split())[:200]) from None
-    peak = compiled.memory_analysis().peak_memory_in_bytes
-    if peak > usable:
-        raise DoesNotFit(peak, usable)
-    return CompiledStep(program, compiled, text, time.perf_counter() - started)
+    needed: Any = compiled.memory_analysis()
+    if needed.peak_memory_in_bytes > usable:
+        raise DoesNotFit(needed.peak_memory_in_bytes, usable)
+    return CompiledStep(program, needed, text, time.perf_counter() - started)
 
 
 def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep) -> dict[str, Any]:
@@ -102,11 +102,6 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
     traffic = work.collectives(operations)
     # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
     rows = [place // step.program.placed.mesh.shape["tensor"] for place in range(num_devices)]
-    slice_of = [place.slice_index for place in places]
-    moved = collections.Counter()
-    for operation in operations:
-        if _crosses(operation, rows):
-            moved[_purpose(operation)] += operation.collective.bytes * operation.times
     peak_flops = chips.peak_flops * num_devices
     return {
         "slice": {
@@ -139,14 +134,12 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "attention_model_causal": form.attention_causal,
         },
         "communication_per_device": {
-            "collectives": {kind: of_kind._asdict() for kind, of_kind in sorted(traffic.items())},
-            "gathered_bytes": moved["gathered"],
-            "summed_bytes": moved["summed"],
+            "collectives": {kind: dataclasses.asdict(one) for kind, one in sorted(traffic.items())},
+            "gathered_bytes": _sent(operations, rows, "gathered"),
+            "summed_bytes": _sent(operations, rows, "summed"),
             "closed_form": costs.communication(config, num_devices, state)._asdict(),
         },
-        "bytes_between_slices": sum(
-            operation.collective.bytes * operation.times for operation in operations if _crosses(operation, slice_of)
-        ),
+        "bytes_between_slices": _sent(operations, [place.slice_index for place in places]),
         "prediction": {
             "is": "a prediction by a roofline; no step of this program has run on a TPU",
             "step_seconds": found.step_seconds,
@@ -155,13 +148,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "mfu_full_attention": (form.dense + form.attention) / found.step_seconds / peak_flops,
             "bound": found.bound,
             "seconds_by_limit": found.limits,
-            "seconds_alone": {
-                "matrix_products": found.compute_seconds,
-                "attention": found.attention_seconds,
-                "hbm": found.hbm_seconds,
-                "ici": found.ici_seconds,
-                "dcn": found.dcn_seconds,
-            },
+            "seconds_alone": {{"compute": "matrix_products"}.get(what, what): s for what, s in found.alone.items()},
             "hbm_bytes_per_device": work.hbm_bytes(operations),
             "constants": dataclasses.asdict(FITTED),
         },
@@ -170,7 +157,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
 
 def _memory(module: hlo.Module, step: CompiledStep, chips: Slice) -> dict[str, Any]:
     """The peak by the compiler's account, and what holds it by ours."""
-    analysis, simulated = step.compiled.memory_analysis(), memory.peak(module)
+    analysis, simulated = step.memory, memory.peak(module)
     arguments = (step.program.abstract_state, step.program.abstract_batch)
     names = [_argument_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(arguments)]
     usable = chips.generation.hbm_bytes
@@ -185,7 +172,7 @@ def _memory(module: hlo.Module, step: CompiledStep, chips: Slice) -> dict[str, A
         "largest": [
             {
                 "bytes": buffer.bytes,
-                "array": f"{buffer.dtype}[{','.join(map(str, buffer.dims))}]",
+                "array": str(hlo.Array(buffer.dtype, buffer.dims)),
                 "of": buffer.source if buffer.argument is None else names[buffer.argument],
             }
             for buffer in simulated.buffers[:LARGEST]
@@ -195,7 +182,7 @@ def _memory(module: hlo.Module, step: CompiledStep, chips: Slice) -> dict[str, A
 
 def _kernels(operations: list[work.Operation]) -> dict[str, int]:
     """Attention kernels that a device runs in a step, by kind."""
-    found = collections.Counter()
+    found: dict[str, int] = collections.Counter()
     for operation in operations:
         if operation.kernel:
             found[operation.kernel.kind] += operation.times
@@ -207,17 +194,28 @@ def _argument_name(path) -> str:
     return {"params": "parameters", "opt_state": "optimizer state"}.get(name, name)
 
 
-def _purpose(operation: work.Operation) -> str:
-    """`gathered` or `summed`, by what the function asked for: the compiler may gather by summing shards and zeros."""
-    if operation.collective.kind == "all-gather" or "all_gather" in operation.source:
+def _sent(operations: list[work.Operation], part_of: list[int], purpose: str = "") -> float:
+    """Bytes that a step sends from one part of the mesh to another; the network is between slices.
+
+    Args:
+      operations: of the step.
+      part_of: the part that each place of the mesh is in.
+      purpose: only what the function asked to be `gathered` or `summed`; the compiler may gather by summing shards and
+        zeros.
+    """
+    sent = [(operation, operation.collective) for operation in operations if operation.collective]
+    return sum(
+        collective.bytes * operation.times
+        for operation, collective in sent
+        if (collective.kind == "dcn" or cross(collective.groups, part_of))
+        and purpose in ("", _purpose(collective.kind, operation.source))
+    )
+
+
+def _purpose(kind: str, source: str) -> str:
+    if kind == "all-gather" or "all_gather" in source:
         return "gathered"
-    return "summed" if operation.collective.kind in ("all-reduce", "reduce-scatter") else operation.collective.kind
-
-
-def _crosses(operation: work.Operation, part_of: list[int]) -> bool:
-    """Whether an operation sends something from one part of the mesh to another; the network is between slices."""
-    sent = operation.collective
-    return sent is not None and (sent.kind == "dcn" or cross(sent.groups, part_of))
+    return "summed" if kind in ("all-reduce", "reduce-scatter") else kind
 
 
 def _needed(message: str) -> float | None:

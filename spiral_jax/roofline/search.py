@@ -83,23 +83,25 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
     every = [one for one in layouts(config, num_devices) if one.mesh.data % num_slices == 0]
     if not every:
         raise SpiralError(
-            f"train.batch_size is {config.train.batch_size}; with model.d_model {config.model.d_model} no mesh in "
-            f"powers of two divides it over {num_devices} devices"
+            f"train.batch_size is {config.train.batch_size}; allowed: what a mesh in powers of two divides over "
+            f"{num_devices} devices, with model.d_model {config.model.d_model}"
         )
     state_on = functools.cache(lambda mesh: costs.state_on(dataclasses.replace(config, mesh=mesh), num_devices))
     usable = chips.generation.hbm_bytes
     least = [_least_bytes(one, num_devices, state_on(one.mesh)) for one in every]
     if min(least) >= usable:
         raise SpiralError(
-            f"--topology is {str(chips)!r}: no layout can fit; the smallest needs at least "
+            f"--topology is {str(chips)!r}, where no layout can fit: the smallest needs at least "
             f"{min(least) / GIB:.2f} GiB of {usable / GIB:.2f} GiB a device; allowed: a larger slice"
         )
     waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
     waiting.sort(key=lambda one: (_estimate(one, chips, num_devices, state_on(one.mesh)), one.train.accumulation))
-    best, best_config, tried = None, None, []
+    best: dict[str, Any] | None = None
+    best_config: StepConfig | None = None
+    tried: list[dict[str, Any]] = []
     while waiting and len(tried) < max_compilations:
         layout = waiting.pop(0)
-        entry = {"flags": flags_of(layout)}
+        entry: dict[str, Any] = {"flags": flags_of(layout)}
         tried.append(entry)
         say(f"{len(tried)} of at most {max_compilations}: {entry['flags']}")
         try:

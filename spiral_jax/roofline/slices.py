@@ -87,22 +87,19 @@ def parse_slice(text: str) -> Slice:
     generation = next((g for g in GENERATIONS if name in (g.name, *g.aliases)), None)
     if generation is None:
         known = ", ".join(g.name for g in GENERATIONS)
-        raise SpiralError(f"--topology is {text!r}; there is no generation {name!r}; allowed: {known}")
+        raise SpiralError(f"--topology is {text!r}, but there is no generation {name!r}; allowed: {known}")
     if found[2]:
-        shape = tuple(map(int, found[2].split("x")))
-        if shape in generation.shapes:
-            return Slice(generation, shape)
-        nearest = _nearest(generation, math.prod(shape))
-        raise SpiralError(
-            f"--topology is {text!r}; no {generation.name} slice has the shape {_times(shape)}; nearest: {nearest}"
-        )
-    count = int(found[4])
-    for shape in generation.shapes:
-        if math.prod(shape) * generation.counted_cores == count:
-            return Slice(generation, shape)
-    unit = "chips" if generation.counted_cores == 1 else "TensorCores, two a chip"
-    nearest = _nearest(generation, count / generation.counted_cores)
-    raise SpiralError(f"--topology is {text!r}; no {generation.name} slice has {count} ({unit}); nearest: {nearest}")
+        wanted = tuple(map(int, found[2].split("x")))
+        fitting = [shape for shape in generation.shapes if shape == wanted]
+        chips, size = float(math.prod(wanted)), f"the shape {found[2]}"
+    else:
+        chips = int(found[4]) / generation.counted_cores
+        fitting = [shape for shape in generation.shapes if math.prod(shape) == chips]
+        size = f"{found[4]} ({'chips' if generation.counted_cores == 1 else 'TensorCores, two a chip'})"
+    if fitting:
+        return Slice(generation, fitting[0])
+    why = f"but no {generation.name} slice has {size}"
+    raise SpiralError(f"--topology is {text!r}, {why}; allowed, the nearest: {_nearest(generation, chips)}")
 
 
 def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
@@ -118,7 +115,7 @@ def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
       SpiralError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise SpiralError("--topology needs libtpu, which is not installed: pip install 'spiral_jax[tpu]'")
+        raise SpiralError("--topology needs libtpu, which is not installed; allowed: pip install 'spiral_jax[tpu]'")
     from jax.experimental import topologies
 
     for name, value in {
@@ -130,7 +127,7 @@ def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
         "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():
         os.environ.setdefault(name, value)
-    options = {}
+    options: dict[str, str | int] = {}
     if chips.generation.name == "v4":
         options["chip_config_name"] = "megacore"
     if num_slices > 1:

@@ -1,6 +1,4 @@
-"""Arrays that no train step should have in memory: all scores of a level, logits of all positions."""
-
-from collections.abc import Iterator
+"""Which arrays does a step have in memory that it should not: all scores of a level, logits of all positions?"""
 
 from spiral_jax.roofline.hlo import Array, Module
 from spiral_jax.training.config import StepConfig
@@ -30,25 +28,11 @@ def unwanted(module: Module, config: StepConfig, num_devices: int) -> list[str]:
         logits = vocab in dims and array.size >= rows * train.sequence_length * vocab
         return scores or (logits and not is_table)
 
-    return sorted(
-        {
-            f"{array.dtype}[{','.join(map(str, array.dims))}] {name}"
-            for name, array in _stored(module)
-            if is_unwanted(array)
-        }
-    )
-
-
-def _stored(module: Module) -> Iterator[tuple[str, Array]]:
-    """Arrays of instructions outside fusions, each with its instruction's name."""
-    fused = {
-        name
+    stored = (
+        (instruction.name, array)
         for computation in module.computations.values()
+        if computation not in module.fused
         for instruction in computation.instructions
-        if instruction.opcode == "fusion"
-        for name in instruction.called["calls"]
-    }
-    for name, computation in module.computations.items():
-        if name not in fused:
-            for instruction in computation.instructions:
-                yield from ((instruction.name, array) for array in instruction.arrays)
+        for array in instruction.arrays
+    )
+    return sorted({f"{array} {name}" for name, array in stored if is_unwanted(array)})

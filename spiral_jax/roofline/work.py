@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from spiral_jax.roofline import fusions
 from spiral_jax.roofline.groups import Groups, parse_groups
-from spiral_jax.roofline.hlo import HBM, Array, Computation, Instruction, Module, Shape, UnreadableProgram, leaves
+from spiral_jax.roofline.hlo import HBM, Array, Computation, Instruction, Module, UnreadableProgram, leaves
 from spiral_jax.roofline.loops import Scope, trip_count
 from spiral_jax.roofline.matmul import Matmul, matmul
 
@@ -20,9 +20,6 @@ FREE = {
 # Custom calls that only name memory.
 FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveDone"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-START, DONE, UPDATE = "-start", "-done", "-update"
-# Chains of collectives (`_chain`) to the fused computations that stand for them.
-Starts = dict[tuple, frozenset[str]]
 
 
 class Kernel(NamedTuple):
@@ -49,14 +46,13 @@ class Collective(NamedTuple):
     Attributes:
       kind: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, or dcn (between slices).
       bytes: of the whole (gathered, unreduced) array on one device.
-      group_size: devices that take part together.
-      groups: their places in the program's mesh; `groups.cross` tells whether they lie in several slices.
+      groups: the devices that take part together, by their places in the program's mesh, or pairs of sender and
+        receiver; `groups.cross` tells whether they lie in several slices.
       dtype: of the elements.
     """
 
     kind: str
     bytes: float
-    group_size: int
     groups: Groups
     dtype: str
 
@@ -92,7 +88,7 @@ def operations(module: Module) -> list[Operation]:
     Raises:
       UnreadableProgram: a loop without a readable count (`UnknownTripCount`), a kernel that is not splash attention.
     """
-    return list(_walk(module, Scope(module.entry), 1, _starts(module)))
+    return list(_walk(Scope(module.entry), 1, module.num_devices, _repetitions(module)))
 
 
 def dense_flops(found: Iterable[Operation]) -> int:
@@ -105,7 +101,8 @@ def hbm_bytes(found: Iterable[Operation]) -> float:
     return sum(operation.hbm_bytes * operation.times for operation in found)
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
     """Collectives of one kind.
 
     Attributes:
@@ -119,83 +116,74 @@ class Traffic(NamedTuple):
 
 def collectives(found: Iterable[Operation]) -> dict[str, Traffic]:
     """Count and bytes of the collectives by kind."""
-    totals = collections.defaultdict(lambda: Traffic(0, 0.0))
+    totals: dict[str, Traffic] = {}
     for operation in found:
-        if operation.collective:
-            count, size = totals[operation.collective.kind]
-            moved = operation.collective.bytes * operation.times
-            totals[operation.collective.kind] = Traffic(count + operation.times, size + moved)
-    return dict(totals)
+        if sent := operation.collective:
+            before = totals.get(sent.kind, Traffic(0, 0.0))
+            moved = sent.bytes * operation.times
+            totals[sent.kind] = Traffic(before.count + operation.times, before.bytes + moved)
+    return totals
 
 
-def _walk(module: Module, scope: Scope, times: int, starts: Starts) -> Iterator[Operation]:
-    computation = scope.computation
-    for instruction in computation.instructions:
-        opcode = instruction.opcode
-
-        def inside(name, times=times, instruction=instruction):
-            return _walk(module, Scope(module.computations[name], scope, instruction), times, starts)
-
+def _walk(scope: Scope, times: int, num_devices: int, repeated: set[Instruction]) -> Iterator[Operation]:
+    for instruction in scope.computation.instructions:
+        opcode, runs = instruction.opcode, times
+        called: list[Computation] = []
         if opcode == "while":
-            yield from inside(instruction.called["body"][0], times * trip_count(module, instruction, scope))
+            called, runs = instruction.called("body"), times * trip_count(instruction, scope)
         elif opcode in ("call", "async-start", "call-start"):
-            yield from inside(*(instruction.called.get("calls") or instruction.called["to_apply"]))
+            called = instruction.called("calls", "to_apply")
         elif opcode == "conditional":
-            called = instruction.called
-            names = called.get("branch_computations") or called["true_computation"] + called["false_computation"]
-            branches = [list(inside(name)) for name in names]
-            yield from max(branches, key=lambda found: (dense_flops(found), hbm_bytes(found)))
-        elif opcode == "custom-call" and _communicates(module, instruction):
-            yield from inside(*instruction.called["called_computations"])
+            called = instruction.called("branch_computations", "true_computation", "false_computation")
+        elif opcode == "custom-call" and _communicates(instruction):
+            called = instruction.called("called_computations")
         elif not _is_free(instruction):
-            yield _operation(module, computation, instruction, times, starts)
+            yield _operation(instruction, times, num_devices, repeated)
+        inside = [list(_walk(Scope(one, (instruction, scope)), runs, num_devices, repeated)) for one in called]
+        # One of a conditional's branches; of the others there is but one.
+        yield from max(inside, key=lambda found: (dense_flops(found), hbm_bytes(found)), default=())
 
 
-def _communicates(module: Module, instruction: Instruction) -> bool:
+def _communicates(instruction: Instruction) -> bool:
     """Whether a custom call hands a collective to the sparse cores, as tpu7x does with all of some size."""
-    names = instruction.called.get("called_computations", ())
-    return any(_base(inner) in COLLECTIVES for name in names for inner in module.computations[name].instructions)
+    called = instruction.called("called_computations")
+    return any(_base(inner) in COLLECTIVES for computation in called for inner in computation.instructions)
 
 
 def _is_free(instruction: Instruction) -> bool:
     opcode = instruction.opcode
     if opcode == "custom-call":
         return instruction.target in FREE_TARGETS
-    return opcode in FREE or opcode.endswith((DONE, UPDATE))
+    return opcode in FREE or opcode.endswith(("-done", "-update"))
 
 
-def _operation(
-    module: Module, computation: Computation, instruction: Instruction, times: int, starts: Starts
-) -> Operation:
-    source = instruction.source
+def _operation(instruction: Instruction, times: int, num_devices: int, repeated: set[Instruction]) -> Operation:
+    parts = named = [instruction]
     if instruction.opcode == "fusion":
-        fused = module.computations[instruction.called["calls"][0]]
-        source = source or fused.root.source or next((x.source for x in fused.instructions if x.source), "")
-        parts = list(_inside(module, fused))
-    else:
-        parts = [(computation, instruction)]
+        fused = instruction.fused
+        parts, named = list(_inside(fused)), [instruction, fused.root, *fused.instructions]
     return Operation(
         name=instruction.name,
-        source=source,
+        source=next((x.source for x in named if x.source), ""),
         times=times,
-        matmuls=tuple(matmul(where, part) for where, part in parts if part.opcode in ("dot", "convolution")),
-        hbm_bytes=_traffic(module, computation, instruction, starts),
-        kernel=_kernel(computation, instruction),
-        collective=_collective(module, computation, instruction, parts, starts),
+        matmuls=tuple(matmul(part) for part in parts if part.opcode in ("dot", "convolution")),
+        hbm_bytes=_traffic(instruction, repeated),
+        kernel=_kernel(instruction),
+        collective=_collective(instruction, parts, num_devices, repeated),
     )
 
 
-def _inside(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
-    """Instructions of a fused computation and of the fusions in it, each with where it stands."""
+def _inside(computation: Computation) -> Iterator[Instruction]:
+    """Instructions of a fused computation and of the fusions in it."""
     for instruction in computation.instructions:
         if instruction.opcode == "fusion":
-            yield from _inside(module, module.computations[instruction.called["calls"][0]])
+            yield from _inside(instruction.fused)
         else:
-            yield computation, instruction
+            yield instruction
 
 
 def _base(instruction: Instruction) -> str:
-    return instruction.opcode.removesuffix(START)
+    return instruction.opcode.removesuffix("-start")
 
 
 def _chain(instruction: Instruction) -> tuple[str | None, str | None, str]:
@@ -204,140 +192,113 @@ def _chain(instruction: Instruction) -> tuple[str | None, str | None, str]:
     Not the channel alone: all collectives that shard_map wrote may share channel 1.
     """
     found = re.search(r'chain_id="?(\w+)', instruction.attributes.get("frontend_attributes", ""))
-    return instruction.attributes.get("channel_id"), found and found[1], instruction.opcode
+    return instruction.attributes.get("channel_id"), found[1] if found else None, instruction.opcode
 
 
-def _starts(module: Module) -> Starts:
-    """The fused computations that stand for each chain's collective.
+def _repetitions(module: Module) -> set[Instruction]:
+    """Collectives in fusions that another fusion stands for.
 
     The TPU compiler hides a collective behind other work by repeating it in the fusions that start it, keep it going
     and wait for it. Those that start one count; where none does, the fusions are collectives of their own.
     """
-    fused = {x.called["calls"][0] for c in module.computations.values() for x in c.instructions if x.opcode == "fusion"}
-    found: dict[tuple, list[str]] = collections.defaultdict(list)
-    for name, computation in module.computations.items():
-        if name in fused:
-            for instruction in computation.instructions:
-                if instruction.opcode in COLLECTIVES:
-                    found[_chain(instruction)].append(name)
-
-    def starts(name: str) -> bool:
-        return any(x.target == "AsyncCollectiveStart" for x in module.computations[name].instructions)
-
-    return {chain: frozenset(filter(starts, names)) or frozenset(names) for chain, names in found.items()}
-
-
-def _counts(where: Computation, instruction: Instruction, starts: Starts) -> bool:
-    """Whether a collective in a fused computation is not the repetition of another."""
-    return where.name in starts.get(_chain(instruction), {where.name})
+    starting: dict[tuple, list[Instruction]] = collections.defaultdict(list)
+    others: dict[tuple, list[Instruction]] = collections.defaultdict(list)
+    for computation in module.fused:
+        starts = any(x.target == "AsyncCollectiveStart" for x in computation.instructions)
+        for instruction in computation.instructions:
+            if instruction.opcode in COLLECTIVES:
+                (starting if starts else others)[_chain(instruction)].append(instruction)
+    return {instruction for chain in starting for instruction in others[chain]}
 
 
 def _collective(
-    module: Module,
-    computation: Computation,
-    instruction: Instruction,
-    parts: list[tuple[Computation, Instruction]],
-    starts: Starts,
+    instruction: Instruction, parts: list[Instruction], num_devices: int, repeated: set[Instruction]
 ) -> Collective | None:
     if instruction.opcode == "send":
         # A transfer is counted where it is sent; its recv is the same bytes. Megascale sends by way of the host.
         if instruction.attributes.get("is_host_transfer") == "true" and "megascale" not in instruction.rest:
             return None
-        arrays = computation.operand(instruction, 0).arrays
-        return Collective("dcn", sum(array.bytes for array in arrays), 2, (), arrays[0].dtype)
-    for where, part in parts:
-        if _base(part) in COLLECTIVES and (where is computation or _counts(where, part, starts)):
-            return _described(module, where, part)
-    return None
-
-
-def _described(module: Module, computation: Computation, instruction: Instruction) -> Collective:
-    kind = _base(instruction)
-    operands = [a for name in instruction.operands for a in computation.by_name[name].arrays]
-    arrays = [a for _, a in leaves(_result(instruction))] if kind == "all-gather" else operands
-    if kind == "all-reduce" and _is_scattered(computation, instruction):
-        kind = "reduce-scatter"
+        arrays = instruction.operands[0].arrays
+        return Collective("dcn", sum(array.bytes for array in arrays), (), arrays[0].dtype)
+    part = next((part for part in parts if _base(part) in COLLECTIVES and part not in repeated), None)
+    if part is None:
+        return None
+    kind = _base(part)
+    arrays = _results(part) if kind == "all-gather" else [array for x in part.operands for array in x.arrays]
     if kind == "collective-permute":
-        pairs = parse_groups(instruction.attributes["source_target_pairs"], 0)
-        return Collective(kind, sum(a.bytes for a in arrays), 2, pairs, arrays[0].dtype)
-    groups = parse_groups(instruction.attributes.get("replica_groups", "{}"), module.num_devices)
-    return Collective(kind, sum(a.bytes for a in arrays), len(groups[0]), groups, arrays[0].dtype)
+        groups = parse_groups(part.attributes["source_target_pairs"], 0)
+    else:
+        groups = parse_groups(part.attributes.get("replica_groups", "{}"), num_devices)
+    # Each device keeps only a slice, as in the fusions that the TPU compiler names all-reduce-scatter.
+    if kind == "all-reduce" and {user.opcode for user in _users(part)} == {"dynamic-slice"}:
+        kind = "reduce-scatter"
+    return Collective(kind, sum(array.bytes for array in arrays), groups, arrays[0].dtype)
 
 
-def _is_scattered(computation: Computation, reduced: Instruction) -> bool:
-    """Whether each device keeps only a slice, as in the fusions that the TPU compiler names all-reduce-scatter."""
-    names, uses = {reduced.name}, []
-    for instruction in computation.instructions:
-        if names & set(instruction.operands):
-            if instruction.opcode in fusions.VIEWS:
-                names.add(instruction.name)
-            else:
-                uses.append(instruction.opcode)
-    return bool(uses) and set(uses) == {"dynamic-slice"}
+def _users(instruction: Instruction) -> Iterator[Instruction]:
+    """What takes the instruction's elements, also by way of views of them."""
+    for user in instruction.users:
+        if user.opcode in fusions.VIEWS:
+            yield from _users(user)
+        else:
+            yield user
 
 
-def _result(instruction: Instruction) -> Shape:
-    """The shape of what the operation makes; the tuples of a start also hold its operands and semaphores."""
-    shape, base = instruction.shape, _base(instruction)
-    if not instruction.opcode.endswith(START) or isinstance(shape, Array) or base == "all-reduce":
-        return shape
-    return shape[0] if base == "copy" else shape[1]
+def _results(instruction: Instruction) -> list[Array]:
+    """The arrays that an operation makes; the tuples of a start also hold its operands and semaphores."""
+    base = _base(instruction)
+    if base == instruction.opcode or base == "all-reduce" or isinstance(instruction.shape, Array):
+        return instruction.arrays
+    return [array for _, array in leaves(instruction.shape[0 if base == "copy" else 1])]
 
 
-def _traffic(module: Module, computation: Computation, instruction: Instruction, starts: Starts) -> float:
+def _traffic(instruction: Instruction, repeated: set[Instruction]) -> float:
     """Bytes of operands and results that lie in HBM."""
-    opcode, operands = _base(instruction), [computation.by_name[name] for name in instruction.operands]
-    outputs = [array for _, array in leaves(_result(instruction))]
-    made = sum(_hbm(array) for array in outputs)
+    opcode, operands, results = _base(instruction), instruction.operands, _results(instruction)
+    made = sum(array.hbm_bytes for array in results)
     if opcode == "fusion":
-        return _fusion_traffic(module, instruction, operands, starts)
-    if opcode in ("slice", "dynamic-slice"):
-        return made + outputs[0].bytes * (operands[0].shape.space == HBM)
-    if opcode == "gather":
-        return made + outputs[0].bytes * (operands[0].shape.space == HBM) + _hbm(operands[1].shape)
+        return _fusion_traffic(instruction, repeated)
+    if opcode in ("slice", "dynamic-slice", "gather"):
+        # As much as it returns, and a gather's indices.
+        taken = results[0].bytes if operands[0].array.space == HBM else 0.0
+        return made + taken + (operands[1].array.hbm_bytes if opcode == "gather" else 0.0)
     if opcode == "dynamic-update-slice":
-        return _hbm(operands[1].shape) + operands[1].shape.bytes * (outputs[0].space == HBM)
+        update = operands[1].array
+        return update.hbm_bytes + (update.bytes if results[0].space == HBM else 0.0)
     if opcode == "recv":
-        return _hbm(outputs[0])
+        return results[0].hbm_bytes
     if opcode == "send":
-        return sum(_hbm(array) for array in operands[0].arrays)
-    return made + sum(_hbm(array) for operand in set(operands) for array in operand.arrays)
+        return sum(array.hbm_bytes for array in operands[0].arrays)
+    return made + sum(array.hbm_bytes for operand in set(operands) for array in operand.arrays)
 
 
-def _hbm(array: Array) -> float:
-    return array.bytes if array.space == HBM else 0.0
-
-
-def _fusion_traffic(module: Module, fusion: Instruction, operands: list[Instruction], starts: Starts) -> float:
-    fused = module.computations[fusion.called["calls"][0]]
-    carried = _waiting(fused, starts)
+def _fusion_traffic(fusion: Instruction, repeated: set[Instruction]) -> float:
+    fused = fusion.fused
+    # Parameters that only repeat a collective which another fusion stands for: they count there.
+    carried = {y for x in fused.instructions if x in repeated for y in x.operands if y.opcode == "parameter"}
     total = 0.0
-    for place, (operand, elements) in enumerate(zip(operands, fusions.read(module, fused), strict=True)):
-        if place not in carried:
-            sizes = [array for array in operand.arrays if array.space == HBM]
-            total += sum(min(elements, array.size) * array.bytes / max(1, array.size) for array in sizes)
+    for operand, parameter, elements in zip(fusion.operands, fused.parameters, fusions.read(fused), strict=True):
+        if parameter not in carried:
+            total += sum(_part(array, elements) for array in operand.arrays)
     if fused.root.target == "AsyncCollectiveStart":
         # Its result repeats the operand; the collective's own result is what is written.
-        return total + sum(_hbm(a) for x in fused.instructions if x.opcode in COLLECTIVES for a in x.arrays)
-    for result, elements in zip(fusions.results(fused), fusions.written(module, fused), strict=True):
+        return total + sum(a.hbm_bytes for x in fused.instructions if x.opcode in COLLECTIVES for a in x.arrays)
+    for result, elements in zip(fused.results, fusions.written(fused), strict=True):
         if result.opcode not in COLLECTIVES or not carried:
-            for array in result.arrays:
-                total += min(elements, array.size) * _hbm(array) / max(1, array.size)
+            total += sum(_part(array, elements) for array in result.arrays)
     return total
 
 
-def _waiting(fused: Computation, starts: Starts) -> set[int]:
-    """Parameters of a fusion that only repeat a collective which another fusion stands for: they count there."""
-    repeated = [x for x in fused.instructions if x.opcode in COLLECTIVES and not _counts(fused, x, starts)]
-    found = {fused.by_name[name].operands[0] for instruction in repeated for name in instruction.operands}
-    return {int(number) for number in found if number.isdigit()}
+def _part(array: Array, elements: float) -> float:
+    """Bytes in HBM of so many elements of an array, or of all."""
+    return min(elements, array.size) * array.hbm_bytes / max(1, array.size)
 
 
-def _kernel(computation: Computation, instruction: Instruction) -> Kernel | None:
+def _kernel(instruction: Instruction) -> Kernel | None:
     if instruction.target != "tpu_custom_call":
         return None
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{instruction.name} {instruction.source}")
-    arrays = [computation.by_name[name].shape for name in instruction.operands]
+    arrays = [operand.array for operand in instruction.operands]
     # The block tables of the mask come first, then queries.
     query = next((x for x in arrays if x.dtype in ("bf16", "f32") and len(x.dims) >= 3), None)
     if not kind or query is None:

@@ -6,7 +6,6 @@ wants; `RunConfig.from_dict` turns it into dataclasses whose construction valida
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ import ml_collections
 from etils.epath import Path
 from ml_collections import config_dict
 
-from spiral_jax.convert.layout import architecture
+from spiral_jax.convert.architecture import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
-from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.model.config import ModelConfig
@@ -98,15 +97,7 @@ class RunConfig(StepConfig):
         Raises:
           SpiralError: no such file, not JSON, not a configuration, or one that names what nobody has registered.
         """
-        path = workdir / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise SpiralError(f"{path}: no such file; a run directory has a config.json") from None
-        except (OSError, ValueError) as error:
-            raise SpiralError(f"{path}: cannot be read as JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise SpiralError(f"{path}: holds {values!r}; it must be a JSON object")
+        values = read_json_object(workdir / "config.json")
         own_code.check_registered(workdir, values)
         return cls.from_dict(values)
 
@@ -116,7 +107,7 @@ class RunConfig(StepConfig):
 
     def save(self, path: Path) -> None:
         """Writes `config.json`, whole or not at all."""
-        atomic.write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(path, self.to_dict())
 
     def check_resume(self, saved: "RunConfig", step: int) -> None:
         """Whether this configuration continues a run that was saved after `step` steps.

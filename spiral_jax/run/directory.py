@@ -23,7 +23,6 @@ only way that files of a run are opened.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,8 @@ import jax
 from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
-from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.data.storage import LOCAL, Storage, is_url, local_path
 from spiral_jax.data.store import TokenStore
@@ -42,7 +41,7 @@ from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
-from spiral_jax.parallel import processes
+from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import on_host, restore_for_inference
 from spiral_jax.run.config import RunConfig
@@ -71,7 +70,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | Non
 
 
 def read_model(
-    path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None
+    path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None, processes: Processes = ALONE
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """As `load`, but the architecture, and the parameters as NumPy arrays: nothing is put on a device."""
     folder = run_directory(path)
@@ -79,15 +78,15 @@ def read_model(
         require(step is None, "step", step, f"none, as {folder} is no run")
         config, _ = read_config(folder, dtype or "float32")
         return config, read_params(folder, config)
-    config = load_config(folder).model
+    config = load_config(folder, processes).model
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     params, _ = restore_for_inference(folder, on_host(abstract_params(config)), step)
     return config, params
 
 
-def load_config(workdir: Path) -> RunConfig:
-    """A run's configuration; says on stderr if code of the user's own has changed since.
+def load_config(workdir: Path, processes: Processes = ALONE) -> RunConfig:
+    """A run's configuration; process 0 says on stderr if code of the user's own has changed since.
 
     Raises:
       SpiralError: as for `RunConfig.load`.
@@ -153,7 +152,7 @@ def save_data(workdir: Path, data: PreparedData) -> None:
         "train": [_relative(source.name, workdir) for source in data.train],
         "validation": _relative(data.validation.name, workdir) if data.validation else None,
     }
-    atomic.write_text(workdir / "data.json", json.dumps(places, indent=2) + "\n")
+    write_json(workdir / "data.json", places)
 
 
 def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
@@ -229,10 +228,10 @@ def _places(workdir: Path) -> dict[str, Any]:
         return place if is_url(place) else str(workdir / place)
 
     try:
-        places = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+        places = read_json_object(workdir / "data.json")
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (SpiralError, KeyError, TypeError):
         raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
 
 

@@ -5,14 +5,13 @@ file or by --import.
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils.epath import Path
 
-from spiral_jax.data import atomic
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.pooling import poolings
 from spiral_jax.model.registry import Registry, guarded
@@ -66,7 +65,7 @@ def hashes(config: Mapping[str, Any]) -> dict[str, str]:
 
 def save(workdir: Path, config: Mapping[str, Any]) -> None:
     """Keeps what a run uses in its directory."""
-    atomic.write_text(workdir / FILE, json.dumps(own_code(config), indent=2) + "\n")
+    write_json(workdir / FILE, own_code(config))
 
 
 def check_registered(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -106,7 +105,7 @@ def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
 def _read(workdir: Path) -> dict[str, dict[str, str]]:
     """What `save` kept; nothing where that is missing or broken."""
     try:
-        saved = json.loads((workdir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved = read_json_object(workdir / FILE)
+    except SpiralError:
         return {}
-    return saved if isinstance(saved, dict) and all(isinstance(code, dict) for code in saved.values()) else {}
+    return saved if all(isinstance(code, dict) for code in saved.values()) else {}

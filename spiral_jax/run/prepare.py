@@ -5,23 +5,27 @@ from collections.abc import Sequence
 from etils.epath import Path
 from jax.sharding import NamedSharding
 
+from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
-from spiral_jax.data.text.prepare import prepare_stores
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError
-from spiral_jax.parallel import processes
+from spiral_jax.parallel.processes import Processes
+from spiral_jax.parallel.rows import rows_of_process
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import open_data
 
 
-def prepare_data(config: RunConfig, workdir: Path, fingerprints: Sequence[str] | None) -> PreparedData:
+def prepare_data(
+    config: RunConfig, workdir: Path, fingerprints: Sequence[str] | None, processes: Processes
+) -> PreparedData:
     """Opens the stores of the configuration, or makes them of its text: on process 0, while the others wait.
 
     Args:
       config: the run's.
       workdir: the run's.
       fingerprints: of the stores that a resumed run began with.
+      processes: the run's.
 
     Raises:
       SpiralError: data that is missing or broken, or that a process does not see.
@@ -32,18 +36,15 @@ def prepare_data(config: RunConfig, workdir: Path, fingerprints: Sequence[str] |
     def make() -> PreparedData:
         return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
 
-    if not processes.is_several():
+    if not processes.several:
         return make()
-    made: list[PreparedData] = []
-
-    def place() -> tuple[str, Sequence[str]]:
-        made.append(make())
-        return str(Path(made[0].train[0].name).parent), made[0].fingerprints
-
-    folder, wanted = processes.from_main("preparation of data.paths", place)
-    data = made[0] if made else open_folder(folder)
-    if list(data.fingerprints) != list(wanted):
-        raise SpiralError(f"{folder}: its tokens on process {processes.process_id()} are not those of process 0")
+    data = make() if processes.is_main else None
+    found = (str(Path(data.train[0].name).parent), data.fingerprints) if data else None
+    folder, made = processes.from_main("preparation of data.paths", lambda: found)
+    if data is None:
+        data = open_folder(folder)
+        if list(data.fingerprints) != made:
+            raise SpiralError(f"{folder}: its tokens on process {processes.id} are not those of process 0")
     return data
 
 
@@ -84,7 +85,7 @@ def batches_of_process(
       sharding: of the batch, which says whose rows are whose.
       first_step: counted from 1.
     """
-    part, parts = processes.rows_of_process(sharding, config.train.batch_size)
+    part, parts = rows_of_process(sharding, config.train.batch_size)
     return train_batches(
         data.train,
         order,

@@ -13,8 +13,30 @@ from etils.epath import Path
 from jax.sharding import Mesh
 
 from spiral_jax.data import atomic
+from spiral_jax.data.json_files import write_json
+from spiral_jax.data.prepared import PreparedData
+from spiral_jax.run import own_code
+from spiral_jax.run.config import RunConfig
+from spiral_jax.run.directory import save_data
 
 PACKAGES = ("spiral_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def save_start(workdir: Path, config: RunConfig, data: PreparedData, abstract_params: Any, mesh: Mesh) -> None:
+    """Writes what a start of a run is made of into its directory.
+
+    Args:
+      workdir: of the run.
+      config: of this start.
+      data: what it reads.
+      abstract_params: as for `parameter_table`.
+      mesh: the devices.
+    """
+    config.save(workdir / "config.json")
+    own_code.save(workdir, config.to_dict())
+    save_data(workdir, data)
+    atomic.write_text(workdir / "parameters.txt", parameter_table(abstract_params))
+    write_environment(workdir / "environment.json", mesh)
 
 
 def parameter_table(abstract_params) -> str:
@@ -51,7 +73,7 @@ def write_environment(path: Path, mesh: Mesh) -> None:
             "mesh": dict(mesh.shape),
         }
     )
-    atomic.write_text(path, json.dumps(starts, indent=2) + "\n")
+    write_json(path, starts)
 
 
 def last_start(path: Path) -> dict[str, Any] | None:

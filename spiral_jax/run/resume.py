@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from etils.epath import Path
 
 from spiral_jax.errors import Damaged, SpiralError
-from spiral_jax.parallel import processes
+from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import Checkpoints, Unreadable
 from spiral_jax.run.config import RunConfig
@@ -25,7 +25,9 @@ class Saved(NamedTuple):
     fingerprints: list[str]
 
 
-def newest_whole(config: RunConfig, workdir: Path, checkpoints: Checkpoints, abstract_state: Any) -> Saved | None:
+def newest_whole(
+    config: RunConfig, workdir: Path, checkpoints: Checkpoints, abstract_state: Any, processes: Processes
+) -> Saved | None:
     """Restores the newest checkpoint that is whole, after checking that `config` continues it.
 
     Damaged ones that are newer are named, a line each, and moved to WORKDIR/damaged.
@@ -35,6 +37,7 @@ def newest_whole(config: RunConfig, workdir: Path, checkpoints: Checkpoints, abs
       workdir: of the run.
       checkpoints: in it.
       abstract_state: how the arrays are to lie.
+      processes: of the run.
 
     Returns:
       None if there is no checkpoint.
@@ -49,7 +52,7 @@ def newest_whole(config: RunConfig, workdir: Path, checkpoints: Checkpoints, abs
         try:
             saved = _restore(config, workdir, checkpoints, step, abstract_state)
         except Damaged as error:
-            if processes.is_several() and isinstance(error, Unreadable):
+            if processes.several and isinstance(error, Unreadable):
                 raise
             damaged[step] = error
             continue

@@ -9,9 +9,8 @@ from etils.epath import Path
 
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
-from spiral_jax.decoding.decoder import Decoder, Request
+from spiral_jax.decoding.decoder import Decoder, Request, text_before_stop
 from spiral_jax.decoding.sampling import SamplingSettings
-from spiral_jax.decoding.stops import text_before_stop
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh

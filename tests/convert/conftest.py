@@ -1,4 +1,7 @@
+import json
+
 import pytest
+from safetensors.numpy import load_file
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,19 @@ def trusted_code(tmp_path_factory):
         patch.syspath_prepend(folder)
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture(scope="session")
+def golden_model():
+    """Name to a golden's model in float64."""
+    from exported import GOLDEN, make
+
+    models = {}
+
+    def load(name):
+        if name not in models:
+            config = json.loads((GOLDEN / name / "config.json").read_text())
+            models[name] = make(config, load_file(GOLDEN / name / "model.safetensors"))
+        return models[name]
+
+    return load

@@ -194,7 +194,7 @@ def test_what_float16_cannot_hold_is_named(random_model, tmp_path):
     tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
     tensors["embed_out.weight"][0, 0] = 7e4
     run = run_of(write_folder(tmp_path / "folder", hf_config, tensors), tmp_path / "run")
-    with pytest.raises(SpiralError, match=r"--dtype float16.*embed_out.weight"):
+    with pytest.raises(SpiralError, match=r"--dtype is 'float16'.*embed_out.weight"):
         export.export(run, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 

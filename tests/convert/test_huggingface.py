@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from spiral_jax.convert.huggingface import (
-    config_from_huggingface,
-    config_to_huggingface,
-    is_vanilla,
-    params_from_tensors,
-    tensors_from_params,
-)
+from spiral_jax.convert.architecture import config_from_huggingface, config_to_huggingface, is_vanilla
+from spiral_jax.convert.tensors import params_from_tensors, tensors_from_params
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 

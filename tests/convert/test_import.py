@@ -14,7 +14,7 @@ from verbs import call
 
 import spiral_jax
 from spiral_jax import evaluate, export, import_hf, train
-from spiral_jax.convert.huggingface import config_to_huggingface
+from spiral_jax.convert.architecture import config_to_huggingface
 from spiral_jax.model.config import ModelConfig
 
 TINY = ModelConfig(vocab_size=19, d_model=8, num_heads=2, prelude_layers=1, core_layers=0, coda_layers=0,
@@ -190,7 +190,7 @@ REFUSED = {
     "truncated": (lambda f: truncate(f / "model.safetensors"), "model.safetensors"),
     "no safetensors": (lambda f: (f / "model.safetensors").write_text("junk of some length"), "model.safetensors"),
     "empty": (lambda f: (f / "model.safetensors").write_text(""), "model.safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "found no weights"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin"),
     "missing shard": (lambda f: shard(f)[1].unlink(), "model-2.safetensors"),
     "truncated shard": (lambda f: truncate(shard(f)[1]), "model-2.safetensors"),

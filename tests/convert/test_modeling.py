@@ -1,6 +1,5 @@
-"""The PyTorch model that travels with exported weights: against the goldens, our JAX model, and itself with a cache."""
+"""The PyTorch model that travels with exported weights: how it loads, and against goldens and our JAX model."""
 
-import collections
 import copy
 import importlib.util
 import json
@@ -9,24 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
+from exported import GOLDEN, close, full, in_calls, padded, random_tokens, spiral, torch, transformers
+from safetensors.numpy import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="the exported model's PyTorch code needs torch (extra `hf`)")
-transformers = pytest.importorskip("transformers", reason="the exported model's code needs transformers (extra `hf`)")
-
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
-from spiral_jax.convert.configuration_spiralformer import SpiralFormerConfig  # noqa: E402
-from spiral_jax.convert.huggingface import config_from_huggingface, params_from_tensors  # noqa: E402
-from spiral_jax.convert.modeling_spiralformer import (  # noqa: E402
+from spiral_jax.convert.architecture import config_from_huggingface
+from spiral_jax.convert.configuration_spiralformer import SpiralFormerConfig
+from spiral_jax.convert.modeling_spiralformer import (
     Span,
     SpiralFormerCache,
     SpiralFormerForCausalLM,
     SpiralFormerModel,
 )
+from spiral_jax.convert.tensors import params_from_tensors
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-LOOPED = sorted(p.parent.name for p in GOLDEN.glob("*/config.json") if "spiralformer" in p.read_text())
 CODE = Path(importlib.util.find_spec("spiral_jax.convert").origin).parent
 FILES = ("configuration_spiralformer.py", "modeling_spiralformer.py")
 AUTO_MAP = {
@@ -37,83 +31,6 @@ DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-9)}
 
 
 pytestmark = pytest.mark.usefixtures("trusted_code")
-
-
-def make(config: dict, tensors: dict, dtype=torch.float64) -> SpiralFormerForCausalLM:
-    """The model of an exported folder's contents, for evaluation. Every tensor must have its place."""
-    model = SpiralFormerForCausalLM(SpiralFormerConfig(**config))
-    model.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()}, strict=True)
-    return model.to(dtype).eval()
-
-
-@pytest.fixture(scope="session")
-def golden_model():
-    """Name to a golden's model in float64."""
-    models = {}
-
-    def load(name):
-        if name not in models:
-            config = json.loads((GOLDEN / name / "config.json").read_text())
-            models[name] = make(config, load_file(GOLDEN / name / "model.safetensors"))
-        return models[name]
-
-    return load
-
-
-def spiral(levels, seed=1, **fields) -> SpiralFormerForCausalLM:
-    """A random model whose scorers, allocators and routers are far from zero."""
-    config = {
-        "model_type": "spiralformer", "hidden_act": "gelu", "tie_word_embeddings": False, "vocab_size": 29,
-        "hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 3, "rotary_pct": 0.5,
-        "rotary_emb_base": 10000, "layer_norm_eps": 1e-5, "max_position_embeddings": 64, "prelude_layers": 1,
-        "core_layers": 1, "coda_layers": 1, "shared_core": True, "topology": "mesh", "pooling": "self_aggregation",
-        "allocation": "learned", "update_scale": "sqrt",
-        "schedule": [dict(zip(("chunk", "offset", "shift"), level, strict=True)) for level in levels],
-    } | fields  # fmt: skip
-    if config["topology"] == "mesh":
-        config.setdefault("memory_slots", len(levels) + 3)
-    tensors = reference.random_tensors(config, np.random.default_rng(seed))
-    for name, tensor in tensors.items():
-        if ".scorer." in name:
-            tensor *= 3  # scores that grow along a chunk are where a running softmax can go wrong
-    return make(config, tensors)
-
-
-def random_tokens(model, *shape, seed=0) -> torch.Tensor:
-    return torch.tensor(np.random.default_rng(seed).integers(1, model.config.vocab_size, shape))
-
-
-@torch.no_grad()
-def full(model, tokens_BxL, mask_BxL=None):
-    return model(tokens_BxL, attention_mask=mask_BxL, use_cache=False).logits
-
-
-@torch.no_grad()
-def in_calls(model, tokens_BxL, sizes, mask_BxL=None, cache=None):
-    """Logits of calls of these sizes with a cache, the last size repeated to the end."""
-    logits, seen = [], 0
-    for size in [*sizes, *[sizes[-1]] * tokens_BxL.shape[1]]:
-        end = min(seen + size, tokens_BxL.shape[1])
-        if end > seen:
-            mask = None if mask_BxL is None else mask_BxL[:, :end]
-            out = model(tokens_BxL[:, seen:end], attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache, seen = out.past_key_values, end
-            logits.append(out.logits)
-    return torch.cat(logits, dim=1)
-
-
-def close(got, want, atol=1e-9):
-    torch.testing.assert_close(got, want, atol=atol, rtol=0)
-
-
-def padded(rows, side="left"):
-    """Rows of different lengths as one batch and its mask."""
-    L = max(len(row) for row in rows)
-    tokens, mask = torch.zeros(len(rows), L, dtype=torch.long), torch.zeros(len(rows), L, dtype=torch.long)
-    for b, row in enumerate(rows):
-        at = slice(L - len(row), L) if side == "left" else slice(len(row))
-        tokens[b, at], mask[b, at] = row, 1
-    return tokens, mask
 
 
 # Loading
@@ -302,6 +219,13 @@ def test_fresh_weights():
     assert std["spiralformer.memory.0.write.weight"] == pytest.approx((2 / (5 * 160)) ** 0.5, rel=0.1)
 
 
+def test_the_base_model_alone(golden_model):
+    model = golden_model("looped_anchor")
+    assert isinstance(model.base_model, SpiralFormerModel)
+    tokens = random_tokens(model, 1, 4)
+    close(model.embed_out(model.base_model(tokens).last_hidden_state), full(model, tokens))
+
+
 # Padding
 
 
@@ -356,195 +280,3 @@ def test_masks_refused():
         model(tokens[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
     with pytest.raises(ValueError, match="calls before"):
         model(tokens[:, :1], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1] * 7]), past_key_values=cache)
-
-
-# The cache
-
-
-@pytest.mark.parametrize("name", LOOPED)
-def test_cached_decoding_equals_the_full_pass(name, golden_model):
-    """Token by token, after prompts of many lengths, and in calls that cross chunks; 45 tokens."""
-    model = golden_model(name)
-    tokens = random_tokens(model, 2, 45)
-    want = full(model, tokens)
-    for sizes in ([1], [2, 1], [3, 1], [17, 1], [16, 1], [5, 3, 1, 11, 2, 7], [45]):
-        close(in_calls(model, tokens, sizes), want)
-
-
-def test_the_core_runs_once_per_chunk(golden_model):
-    """Of one sequence: iteration t's core sees each chunk when it closes, and never otherwise."""
-    for name in ("spiral_b_mesh", "spiral_l_mesh", "spiral_odd", "spiral_far_shift"):
-        model = golden_model(name)
-        runs = collections.defaultdict(list)
-        hook = model.spiralformer.core[0].register_forward_pre_hook(
-            lambda _, args, runs=runs: runs[args[3]].append(args[0].shape[1])
-        )
-        try:
-            tokens = random_tokens(model, 1, 41)
-            for prompt in (1, 14):
-                runs.clear()
-                in_calls(model, tokens, [prompt, 1])
-                for t, (g, w, _) in enumerate(model.config.levels):
-                    closed = [(end + w) // g for end in range(prompt, 42)]
-                    steps = np.diff([0, *closed])
-                    assert runs[f"core.{t}.0"] == [n for n in steps if n], (name, t)
-        finally:
-            hook.remove()
-
-
-def test_running_scores_that_grow():
-    """A chunk's largest score arriving last, or first, leaves nothing behind in the running sums."""
-    model = spiral([(8, 3, 7), (1, 0, 0)])
-    with torch.no_grad():
-        model.spiralformer.steps[0].scorer.weight *= 200
-    tokens = random_tokens(model, 2, 30)
-    close(in_calls(model, tokens, [1]), full(model, tokens))
-
-
-def test_other_caches_are_refused():
-    model = spiral([(4, 2, 3), (1, 0, 0)])
-    tokens = random_tokens(model, 1, 5)
-    with pytest.raises(TypeError, match="SpiralFormerCache"):
-        model(tokens, past_key_values=transformers.DynamicCache())
-    with pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
-
-
-@pytest.mark.parametrize("name", ["spiral_b_mesh", "spiral_residual_none", "spiral_far_shift"])
-def test_tokens_taken_back(name, golden_model):
-    """Cropped to any length since the mark, also inside a call, what follows is as if they had never been there."""
-    model = golden_model(name)
-    rows = [random_tokens(model, 40), random_tokens(model, 31, seed=1)]
-    tokens, mask = padded(rows)
-    want = full(model, tokens, mask)[:, 30:]
-    wrong = random_tokens(model, 2, 40, seed=2)
-    for kept in (21, 25, 26, 29, 30):
-        cache = SpiralFormerCache()
-        in_calls(model, tokens[:, :21], [21], mask, cache)
-        cache.activate_past_recording()
-        mixed = torch.cat([tokens[:, :kept], wrong], dim=1)[:, 21:35]
-        seen = 21
-        for size in (5, 1, 8):
-            with torch.no_grad():
-                model(mixed[:, seen - 21 : seen - 21 + size], past_key_values=cache)
-            seen += size
-        cache.crop(-(35 - kept))
-        assert cache.get_seq_length() == kept
-        got = in_calls(model, tokens[:, kept:], [30 - kept, 1] if kept < 30 else [1], cache=cache)
-        close(got[:, 30 - kept :], want)
-
-
-def test_what_crop_refuses():
-    model = spiral([(4, 2, 3), (1, 0, 0)])
-    cache = model(random_tokens(model, 1, 5)).past_key_values
-    with pytest.raises(ValueError, match="negative"):
-        cache.crop(2)
-    with pytest.raises(ValueError, match="only take back"):
-        cache.crop(-1)
-    cache.crop(0)
-    cache.activate_past_recording()
-    with pytest.raises(ValueError, match="only take back"):
-        cache.crop(-1)
-
-
-def test_rows_of_a_cache(golden_model):
-    """Repeated, selected and reordered, a cache goes on as its rows would."""
-    model = golden_model("spiral_odd")
-    rows = [random_tokens(model, 9), random_tokens(model, 12, seed=1)]
-    tokens, mask = padded(rows)
-    cache = SpiralFormerCache()
-    cache.batch_repeat_interleave(2)
-    in_calls(model, tokens, [12], mask, cache)
-    cache.batch_repeat_interleave(2)
-    cache.reorder_cache(torch.tensor([3, 1, 0]))
-    more = random_tokens(model, 3, 9, seed=2)
-    got = in_calls(model, more, [1], cache=cache)
-    for b, row in enumerate((rows[1], rows[0], rows[0])):
-        close(got[b], full(model, torch.cat([row, more[b]])[None])[0, len(row) :])
-    cache.reset()
-    close(in_calls(model, tokens[1:], [1], cache=cache), full(model, tokens[1:]))
-
-
-# generate()
-
-
-def greedy(model, row, count):
-    """The argmax over full passes, token by token; never token 0, which is the padding."""
-    for _ in range(count):
-        row = torch.cat([row, full(model, row[None])[0, -1:, 1:].argmax(-1) + 1])
-    return row
-
-
-GENERATE = {"max_new_tokens": 22, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
-
-
-@pytest.mark.parametrize("name", ["spiral_b_mesh", "spiral_odd", "spiral_far_shift", "vanilla_mesh"])
-def test_generate_greedy(name, golden_model):
-    """Prompts of one token, shorter than a chunk and longer, alone and as a ragged batch, prefilled whole or not."""
-    model = golden_model(name)
-    rows = [random_tokens(model, length, seed=length) for length in (1, 3, 14)]
-    want = [greedy(model, row, 22) for row in rows]
-    assert len({int(token) for row in want for token in row}) > 5
-    for row, expected in zip(rows, want, strict=True):
-        assert model.generate(row[None], **GENERATE)[0].tolist() == expected.tolist()
-    tokens, mask = padded(rows)
-    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}):
-        got = model.generate(tokens, attention_mask=mask, **GENERATE, **options)
-        for row, expected in zip(got, want, strict=True):
-            assert row[-len(expected) :].tolist() == expected.tolist(), options
-
-
-def test_generate_beams(golden_model):
-    """With a cache, which follows the beams, as without."""
-    model = golden_model("spiral_b_mesh")
-    tokens, mask = padded([random_tokens(model, 4), random_tokens(model, 11, seed=1)])
-    beams = {"num_beams": 3, "num_return_sequences": 2}
-    got, want = (
-        model.generate(tokens, attention_mask=mask, **GENERATE, **beams, use_cache=use_cache).tolist()
-        for use_cache in (True, False)
-    )
-    assert got == want
-    assert got[0] != model.generate(tokens, attention_mask=mask, **GENERATE)[0].tolist()
-
-
-@pytest.mark.parametrize("assistant", ["prompt_lookup", "other", "itself"])
-def test_generate_assisted(assistant, golden_model):
-    """Candidates accepted and rejected, whoever makes them, change nothing."""
-    model = golden_model("spiral_b_mesh")
-    row = greedy(model, random_tokens(model, 6), 3)
-    options = {
-        "prompt_lookup": {"prompt_lookup_num_tokens": 3},
-        "other": {"assistant_model": golden_model("spiral_l_mesh")},
-        "itself": {"assistant_model": model},
-    }[assistant]
-    lengths = []
-    hook = model.spiralformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    try:
-        got = model.generate(row[None], **GENERATE, **options)[0]
-    finally:
-        hook.remove()
-    assert any(length > 1 for length in lengths[1:])  # candidates there were
-    assert got.tolist() == greedy(model, row, 22).tolist()
-
-
-def test_generate_goes_on_from_a_cache(golden_model):
-    """A conversation: the cache of one call is the start of the next."""
-    model = golden_model("spiral_b_mesh")
-    row, cache = random_tokens(model, 5), SpiralFormerCache()
-    first = model.generate(row[None], past_key_values=cache, **GENERATE)
-    longer = torch.cat([first, random_tokens(model, 1, 6, seed=3)], dim=1)
-    runs = []
-    hook = model.spiralformer.register_forward_pre_hook(lambda _, args: runs.append(args[0].shape[1]))
-    try:
-        second = model.generate(longer, past_key_values=cache, **GENERATE)
-    finally:
-        hook.remove()
-    assert runs[0] == 7  # the last token of the first answer, which no call has seen, and the six new ones
-    assert second[0].tolist() == greedy(model, longer[0], 22).tolist()
-
-
-def test_the_base_model_alone(golden_model):
-    model = golden_model("looped_anchor")
-    assert isinstance(model.base_model, SpiralFormerModel)
-    tokens = random_tokens(model, 1, 4)
-    close(model.embed_out(model.base_model(tokens).last_hidden_state), full(model, tokens))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from spiral_jax import progress
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.inspection import inspect
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
-from spiral_jax.data.writer import StoreWriter
 from spiral_jax.errors import SpiralError
 
 TEXTS = ["first document", "zweites,\twith Ümlaut\r\n", "x", "a \x1b[31mred\x1b[0m word\x00", "the end"]
@@ -53,7 +53,7 @@ def write_megatron(folder, tokenizer, texts=TEXTS, end=True):
 
 def test_a_prepared_folder(prepared):
     text = run(prepared, show=2, verify=True)
-    manifest = json.loads((prepared / "train/manifest.json").read_text())
+    manifest = json.loads((prepared / "train/manifest.json").read_text(encoding="utf-8"))
     num_tokens = manifest["num_tokens"]
     sizes = np.diff(np.fromfile(prepared / "train/documents.bin", "<u8"))
     for expected in (
@@ -90,7 +90,7 @@ def test_a_store_by_itself(prepared, tmp_path):
     assert "tokenizer: none" in text and " ".join(map(str, tokens[:20])) in text
     text = run(tmp_path / "alone", show=1, tokenizer_file=str(prepared / "tokenizer.json"))
     assert "first document<|endoftext|>" in text
-    with pytest.raises(SpiralError, match=r"data\.tokenizer: fingerprint"):
+    with pytest.raises(SpiralError, match=r"data\.tokenizer has fingerprint"):
         run(tmp_path / "alone", tokenizer_file="bytes")
 
 
@@ -154,25 +154,25 @@ def test_verify_locates_an_id_outside_the_vocabulary_of_megatron_data(tmp_path):
     content[sizes[0] + 4] = 257
     content.tofile(tmp_path / "data.bin")
     run(tmp_path, verify=True)
-    with pytest.raises(SpiralError, match=r"data\.bin: document 1, token 4 of it .*: id 257; allowed: 0 to 256"):
+    with pytest.raises(SpiralError, match=r"data\.bin: document 1, token 4 of it .* is id 257; allowed: 0 to 256"):
         run(tmp_path, verify=True, tokenizer_file="bytes")
 
 
 def rewrite(folder, change):
     """Changes the files of a store and its checksums: what a writer with a mistake would leave."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     change()
     for name, file in manifest["files"].items():
         file["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("position", "value", "match"),
     [
-        (18, 257, r"tokens\.bin: document 1, token 3 of it \(byte 36 of the file\): id 257; allowed: 0 to 256"),
-        (14, 32, r"documents\.bin: document 0 does not end with the separator"),
-        (-1, 32, r"documents\.bin: document 4 does not end with the separator"),
+        (18, 257, r"tokens\.bin: document 1, token 3 of it \(byte 36 of the file\) is id 257; allowed: 0 to 256"),
+        (14, 32, r"documents\.bin is damaged \(document 0 does not end with the separator"),
+        (-1, 32, r"documents\.bin is damaged \(document 4 does not end with the separator"),
     ],
 )
 def test_verify_finds_what_a_wrong_writer_left(tmp_path, position, value, match):
@@ -193,12 +193,14 @@ def test_progress_says_how_long_it_takes(prepared, monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     lines = [line for line in run(prepared, verify=True).splitlines() if ": read: " in line]
     assert len(lines) == 4  # two files of two stores
-    assert lines[1].startswith(f"{prepared}/train: read: ") and "(100%)" in lines[1] and "0 s left" in lines[1]
+    assert lines[1].startswith(f"{prepared}/train: read: ") and "(100%)" in lines[1] and "0s left" in lines[1]
     assert "(100%)" not in lines[0]
 
 
 def test_places_that_hold_no_tokens(tmp_path):
-    with pytest.raises(SpiralError, match=r"nothing: does not exist; allowed: a folder with a token store"):
+    with pytest.raises(
+        SpiralError, match=r"--inspect is .*/nothing', which does not exist; allowed: a folder with a token store"
+    ):
         run(tmp_path / "nothing")
-    with pytest.raises(SpiralError, match=rf"{tmp_path}: holds no tokens; allowed: a folder"):
+    with pytest.raises(SpiralError, match=rf"--inspect is '{tmp_path}', which holds no tokens; allowed: a folder"):
         run(tmp_path)

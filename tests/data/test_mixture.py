@@ -73,7 +73,7 @@ def test_stages_take_over_where_they_start_and_sources_go_on_where_they_were():
 
 
 def test_weights_that_hardly_ever_repeat_are_refused_with_some_that_are_allowed():
-    with pytest.raises(SpiralError, match=r"data\.weights: \(0\.123456789, 0\.876543211\) .* allowed: ") as error:
+    with pytest.raises(SpiralError, match=r"data\.weights has \(0\.123456789, 0\.876543211\) .* allowed: ") as error:
         Mixture([(0.123456789, 0.876543211)], [0])
     assert f"{MAX_PERIOD:,}" in str(error.value) and str(error.value).endswith("(0.1235, 0.8765)")
     Mixture([(0.1235, 0.8765)], [0])

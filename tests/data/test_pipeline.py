@@ -145,7 +145,7 @@ def test_closing_ends_the_threads():
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
     for batch_size, process_count in ((8, 3), (0, 1), (-4, 2)):
-        with pytest.raises(SpiralError, match=rf"train\.batch_size: found {batch_size}, allowed: .* {process_count} "):
+        with pytest.raises(SpiralError, match=rf"train\.batch_size is {batch_size}; allowed: .* {process_count} "):
             stream(batch_size=batch_size, process_count=process_count)
 
 
@@ -247,6 +247,6 @@ def test_an_id_outside_the_vocabulary_stops_the_stream_and_is_located(bad):
     source = TokensInMemory("memory", tokens_N)
     order = WindowOrder([20], batch_size=4, seed=0)
     with train_batches([source], order, sequence_length=LENGTH, vocab_size=2999) as iterator:
-        with pytest.raises(SpiralError, match=rf"memory: token 50: id {bad}, allowed: 0 to 2998"):
+        with pytest.raises(SpiralError, match=rf"memory: token 50 is id {bad}; allowed: 0 to 2998"):
             for _ in range(5):
                 next(iterator)

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
+from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import open_source, open_stores
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
-from spiral_jax.data.writer import StoreWriter
 from spiral_jax.errors import SpiralError
 
 BPE = train_bpe(["a text to train a tokenizer on, of a few words"], 280)
@@ -67,7 +67,9 @@ def test_a_path_is_relative_to_where_the_command_runs_and_knows_the_home_folder(
 
 def test_stores_of_different_tokenizers_do_not_mix(tmp_path):
     one, two = make_store(tmp_path / "one", ["one"]), make_store(tmp_path / "two", ["two"], ByteTokenizer())
-    with pytest.raises(SpiralError, match=r"data\.tokenizer: fingerprint .*two/train was written with"):
+    with pytest.raises(
+        SpiralError, match=r"data\.tokenizer has fingerprint .*; allowed: the tokenizer that wrote .*two/train"
+    ):
         open_config(one, two)
 
 
@@ -75,11 +77,11 @@ def test_a_store_does_not_go_with_another_tokenizer(tmp_path):
     folder = make_store(tmp_path / "store", ["some words"])
     (tmp_path / "other").mkdir()
     train_bpe(["another text"], 300).save(tmp_path / "other")
-    with pytest.raises(SpiralError, match=r"data\.tokenizer: fingerprint"):
+    with pytest.raises(SpiralError, match=r"data\.tokenizer has fingerprint"):
         open_config(folder, tokenizer=str(tmp_path / "other/tokenizer.json"))
     for name in ("tokenizer_info.json", "tokenizer.json"):
         (folder / name).rename(tmp_path / name)
-    with pytest.raises(SpiralError, match=r"no tokenizer\.json; allowed: a tokenizer in the store, or data\.tokenizer"):
+    with pytest.raises(SpiralError, match=r"has no tokenizer\.json; allowed: one in the store, or data\.tokenizer"):
         open_config(folder)
     assert open_config(folder, tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.fingerprint == BPE.fingerprint
 
@@ -89,18 +91,20 @@ def test_a_store_of_bytes_needs_no_tokenizer_file(tmp_path):
     data = open_config(folder)
     assert text_of(data.train[0], data.tokenizer) == "text"
     os.truncate(folder / "train/tokens.bin", 8)
-    with pytest.raises(SpiralError, match=r"train/tokens\.bin: has 8 bytes"):
+    with pytest.raises(SpiralError, match=r"train/tokens\.bin has 8 bytes; allowed: "):
         open_config(folder)
 
 
 def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SpiralError, match=r"data\.stores: .*/empty: holds no tokens; allowed: "):
+    with pytest.raises(SpiralError, match=r"data\.stores is .*/empty', which holds no tokens; allowed: "):
         open_config(tmp_path / "empty")
-    with pytest.raises(SpiralError, match=r"data\.stores: /no/such/store does not exist; allowed: "):
+    with pytest.raises(SpiralError, match=r"data\.stores is '/no/such/store', which does not exist; allowed: "):
         open_config("/no/such/store")
     folder = make_store(tmp_path / "store", ["text"])
-    with pytest.raises(SpiralError, match=r"data\.validation_store: .*/empty holds no token store"):
+    with pytest.raises(
+        SpiralError, match=r"data\.validation_store is .*/empty', which holds no token store; allowed: "
+    ):
         open_config(folder, validation_store=str(tmp_path / "empty"))
 
 
@@ -113,7 +117,7 @@ def test_a_megatron_dataset_is_a_source_like_any_other(tmp_path):
     tokens_N.tofile(tmp_path / "pile/document.bin")
     source = open_source(str(tmp_path / "pile"))
     assert source.read(2, 7).tolist() == [2, 3, 4, 5, 6]
-    with pytest.raises(SpiralError, match=r"pile: there is no tokenizer\.json"):
+    with pytest.raises(SpiralError, match=r"pile has no tokenizer\.json"):
         open_config(tmp_path / "pile")
     BPE.save(tmp_path / "pile")
     make_store(tmp_path / "pile", [], validation=["held out"], save=False)

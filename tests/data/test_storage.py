@@ -56,7 +56,7 @@ def test_local_files(tmp_path, scheme):
     assert bytes(blob.read(3, 9)) == CONTENT[3:9]
     assert LOCAL.read_file(f"{scheme}{tmp_path}/file") == CONTENT
     assert LOCAL.exists(f"{scheme}{tmp_path}/file") and not LOCAL.exists(f"{scheme}{tmp_path}/nothing")
-    with pytest.raises(SpiralError, match="nothing: does not exist"):
+    with pytest.raises(SpiralError, match="nothing does not exist"):
         LOCAL.open(f"{scheme}{tmp_path}/nothing")
 
 
@@ -70,7 +70,7 @@ def test_a_file_system_without_asyncio():
     assert LOCAL.exists("memory://test_storage/file")
     assert not LOCAL.exists("memory://test_storage") and not LOCAL.exists("memory://test_storage/nothing")
     for place, named in (("memory://test_storage", "is a folder"), ("memory://test_storage/no", "does not exist")):
-        with pytest.raises(SpiralError, match=f"{place}: {named}"):
+        with pytest.raises(SpiralError, match=f"{place} {named}"):
             LOCAL.open(place)
 
 
@@ -120,7 +120,7 @@ def test_a_file_system_with_asyncio(bucket):
         (ValueError("Bad Request"), "reading bytes 0:5 failed with: ValueError: Bad Request"),
     ):
         bucket.append(error)
-        with pytest.raises(SpiralError, match=f"^bucket://file: .*{named}"):
+        with pytest.raises(SpiralError, match=f"^bucket://file.* {named}"):
             blob.read(0, 5)
     bucket.append(TypeError("a defect"))
     with pytest.raises(TypeError):
@@ -139,9 +139,9 @@ def test_a_read_that_fails_for_long_says_so_now_and_then(bucket, monkeypatch, ca
 def test_what_to_install(monkeypatch):
     pytest.importorskip("fsspec")
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(SpiralError, match=r"s3://bucket/file: needs .*s3fs.*pip install 'spiral_jax\[remote\]'"):
+    with pytest.raises(SpiralError, match=r"s3://bucket/file needs .*s3fs.*pip install 'spiral_jax\[remote\]'"):
         LOCAL.open("s3://bucket/file")
-    with pytest.raises(SpiralError, match=r"warp://file: .*warp"):
+    with pytest.raises(SpiralError, match=r"warp://file cannot be opened \(.*warp"):
         Storage().exists("warp://file")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)

@@ -33,12 +33,14 @@ def test_each_token_but_the_first_is_predicted_once(num_tokens, sequence_length)
 
 def test_one_window_needs_one_token_more_than_it_predicts():
     assert num_windows(Counting(9), 8) == 1
-    with pytest.raises(SpiralError, match=r"train\.sequence_length: 8 needs 9 tokens .* counting has 8; .* at most 7"):
+    with pytest.raises(
+        SpiralError, match=r"sequence_length is 8, which takes 9 tokens .* counting has 8; allowed: up to 7"
+    ):
         num_windows(Counting(8), 8)
 
 
 def test_sequence_length_has_to_be_positive():
-    with pytest.raises(SpiralError, match=r"train\.sequence_length: found 0"):
+    with pytest.raises(SpiralError, match=r"train\.sequence_length is 0; allowed: 1 or more"):
         num_windows(Counting(8), 0)
 
 

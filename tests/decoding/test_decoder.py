@@ -157,9 +157,9 @@ def test_requests_that_do_not_fit(weights):
         with pytest.raises(SpiralError, match=match):
             decoder.run(None, [Request(np.array([1, 2]), 3), Request(np.array(prompt, int), new)])
 
-    refused([], 3, "^prompt 2 is 'no tokens'; allowed: at least one")
-    refused([1] * 40, 5, r"^prompt 2: found 40 tokens, and max_new_tokens 5 more; allowed: 44 together")
-    refused([1, V], 5, "^prompt 2 is 'ids from 1 to 20'; allowed: 0 to 19")
+    refused([], 3, "^prompt 2 has no tokens; allowed: 1 or more")
+    refused([1] * 40, 5, r"^prompt 2 has 40 tokens and 5 to add; allowed: 44 together")
+    refused([1, V], 5, "^prompt 2 has ids from 1 to 20; allowed: 0 to 19")
     refused([1], 0, "^max_new_tokens is 0; allowed: 1 or more")
     model, mesh = SpiralFormer(CONFIG), make_mesh(MeshConfig())
     for rows, capacity, field in ((0, 8, "batch_size"), (1, 1, "max_length")):

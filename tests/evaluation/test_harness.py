@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from verbs import call
 
 from spiral_jax import evaluate, train
-from spiral_jax.convert.huggingface import config_to_huggingface, params_from_tensors
+from spiral_jax.convert.architecture import config_to_huggingface
+from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import catalogue

@@ -185,7 +185,7 @@ def get_config(argument=""):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "config.py").write_text(CONFIG, encoding="utf-8")
     findings = [invariants.Finding("causality", "all", 0.0), invariants.Finding("scanned", "nothing", None)]
     monkeypatch.setattr(invariants, "check", lambda config: iter(findings))
     assert call(check, f"--config={tmp_path}/config.py:gated") == (0, "")
@@ -207,6 +207,6 @@ def test_the_example_in_full():
 @pytest.mark.slow
 @pytest.mark.parametrize("topology, status", [("injection", 0), ("leaks_the_next_token", 2)])
 def test_the_command_in_full(tmp_path, topology, status):
-    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "config.py").write_text(CONFIG, encoding="utf-8")
     found, errors = call(check, f"--config={tmp_path}/config.py:{topology}")
     assert found == status, json.dumps(errors)

@@ -8,7 +8,7 @@ import pytest
 import reference
 
 from spiral_jax.data.tokenizers import ByteTokenizer
-from spiral_jax.decoding.buckets import bucket_of
+from spiral_jax.decoding.state import bucket_of
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import shared_prompts
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts

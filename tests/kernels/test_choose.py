@@ -129,7 +129,7 @@ def test_a_program_is_built_with_it_or_not_at_all(choice):
     config = RunConfig(model=model_of(), train=TrainConfig(batch_size=8, sequence_length=16, attention=choice))
     mesh = make_mesh(MeshConfig())
     if choice in ("auto", "xla"):
-        assert make_program(config, mesh).model.backend.attention is plain.causal_attention
+        assert make_program(config, mesh).placed.model.backend.attention is plain.causal_attention
         return
     with pytest.raises(SpiralError, match=f"train.attention is '{choice}'"):
         make_program(config, mesh)
@@ -147,7 +147,7 @@ def test_a_program_for_another_platform_gets_its_attention(monkeypatch):
     monkeypatch.setattr("spiral_jax.training.fsdp.attention_for", answer)
     config = RunConfig(model=model_of(), train=TrainConfig(batch_size=8, sequence_length=16, attention="splash"))
     mesh = make_mesh(MeshConfig())
-    assert make_program(config, mesh).model.backend.attention is answer
+    assert make_program(config, mesh).placed.model.backend.attention is answer
     # For the whole mesh, and for what is left of it within a device's rows.
     assert asked == [(mesh, config.model, "splash"), (mesh, config.model, "splash", ("data", "fsdp"))]
 

@@ -48,7 +48,8 @@ NON_EMBEDDING = {  # docs/spec.md sections 1 and 3
     "spiral_l": (85_135_972, 302_418_020, 805_949_540, 1_208_815_716),
 }
 # Table 1 of the SpiralFormer paper.
-PUBLISHED = list(csv.DictReader((Path(__file__).parents[2] / "experiments/paper/main_table.csv").open()))
+TABLE = Path(__file__).parents[2] / "experiments/paper/main_table.csv"
+PUBLISHED = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()))
 
 
 def paper_config(size: str, family: str) -> ModelConfig:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from spiral_jax.convert.huggingface import config_from_huggingface, params_from_tensors
+from spiral_jax.convert.architecture import config_from_huggingface
+from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.model.config import ModelConfig
 
 VOCAB = 29

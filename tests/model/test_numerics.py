@@ -123,13 +123,12 @@ def check_normal(array, std):
 
 
 def test_fresh_matrices(fresh):
-    params = fresh
     std = math.sqrt(2 / (5 * 256))
     output = std / math.sqrt(2 * (2 + 4 * 2 + 1))
-    check_normal(params["embed"]["embedding"], std)
-    check_normal(params["head"]["kernel"], std)
+    check_normal(fresh["embed"]["embedding"], std)
+    check_normal(fresh["head"]["kernel"], std)
     for stack, depth in (("prelude", 2), ("core", 2), ("coda", 1)):
-        layers = params[stack]["layers"]
+        layers = fresh[stack]["layers"]
         for i in range(depth):
             check_normal(layers["qkv"]["kernel"][i], std)
             check_normal(layers["mlp_up"]["kernel"][i], std)
@@ -137,12 +136,11 @@ def test_fresh_matrices(fresh):
             check_normal(layers["mlp_down"]["kernel"][i], output)
     groups = ["entry", "steps_0", "steps_1", "steps_2", "steps_3"]
     for side in ("write", "read"):
-        check_normal(np.stack([params[group][side]["kernel"] for group in groups]), math.sqrt(2 / (7 * 256)))
+        check_normal(np.stack([fresh[group][side]["kernel"] for group in groups]), math.sqrt(2 / (7 * 256)))
 
 
 def test_fresh_vectors_and_scalers(fresh):
-    params = fresh
-    for path, leaf in jax.tree.leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(fresh):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("/scale"):
             assert (leaf == 1).all(), name
@@ -151,10 +149,9 @@ def test_fresh_vectors_and_scalers(fresh):
 
 
 def test_fresh_draws_are_independent(fresh):
-    params = fresh
-    qkv = [params[stack]["layers"]["qkv"]["kernel"] for stack in ("prelude", "core", "coda")]
+    qkv = [fresh[stack]["layers"]["qkv"]["kernel"] for stack in ("prelude", "core", "coda")]
     groups = ["entry", "steps_0", "steps_1", "steps_2", "steps_3"]
-    routers = [np.stack([params[group][side]["kernel"] for group in groups]) for side in ("write", "read")]
+    routers = [np.stack([fresh[group][side]["kernel"] for group in groups]) for side in ("write", "read")]
     for arrays in (qkv, routers):
         drawn = [slice_.ravel() for array in arrays for slice_ in array]
         correlation = np.corrcoef(drawn) - np.eye(len(drawn))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
 
 TINY = ModelConfig(vocab_size=23, d_model=16, num_heads=2, prelude_layers=1, core_layers=2, coda_layers=1,
                    rotary_fraction=0.5, chunks=(1,), dtype="float32", scan_iterations_from=2)  # fmt: skip
@@ -79,7 +79,7 @@ def test_same_logits_loss_and_gradients(scanned, fields, quick):
 
 def test_remat_keeps_less_for_the_backward_pass():
     config = MODELS["coarse"]
-    params = jax.eval_shape(SpiralFormer(config).init, jax.random.key(0), TOKENS_BxL)["params"]
+    params = abstract_params(config)
 
     def residual_bytes(remat):
         vary = dataclasses.replace(config, remat=remat)
@@ -100,8 +100,7 @@ def test_program_does_not_grow_with_depth(more):
     base = dataclasses.replace(TINY, chunks=(3,) * 4, topology="residual", prelude_layers=2, core_layers=3)
 
     def text(config):
-        params = jax.eval_shape(SpiralFormer(config).init, jax.random.key(0), TOKENS_BxL)["params"]
-        return value_and_grad(config).lower(params).as_text()
+        return value_and_grad(config).lower(abstract_params(config)).as_text()
 
     shallow, deep, unrolled = (
         text(dataclasses.replace(base, **fields)) for fields in ({}, more, dict(more, unroll=True))
@@ -115,9 +114,8 @@ def test_compiled_program_does_not_grow_with_layers(quick):
     def text(core_layers):
         config = dataclasses.replace(TINY, chunks=(3, 1), topology="mesh", core_layers=core_layers)
         model = SpiralFormer(config)
-        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BxL)["params"]
         apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS_BxL), compiler_options=quick)
-        return apply.lower(params).compile().as_text()
+        return apply.lower(abstract_params(config)).compile().as_text()
 
     shallow, deep = text(2), text(8)
     assert matmuls(deep) == matmuls(shallow) > 0

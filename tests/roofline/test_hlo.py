@@ -42,8 +42,10 @@ def test_program():
     assert module.donated == {(0,): 1, (2,): 0}
     assert list(module.computations) == ["add.1", "main"]
     assert module.entry.name == "main" and module.entry.root.name == "out"
-    kernel = module.entry.by_name["kernel"]
-    assert kernel.opcode == "custom-call" and kernel.target == "k" and kernel.operands == ("p0", "p1")
+    by_name = {instruction.name: instruction for instruction in module.entry.instructions}
+    kernel = by_name["kernel"]
+    assert kernel.opcode == "custom-call" and kernel.target == "k"
+    assert kernel.operands == (by_name["p0"], by_name["p1"]) and by_name["p0"].users[0] is kernel
     # The line breaks, quotes and brackets in a kernel's description end nothing.
     assert kernel.source == 'jit(f)/a,b->c/\\"q\\"'
     assert kernel.attributes["backend_config"] == '{"a":[{"b":"}"}]}'
@@ -52,10 +54,10 @@ def test_program():
         ((1,), "bf16", (2, 8), 1),
         ((2,), "u32", (), 2),
     ]
-    total = module.entry.by_name["total"]
-    assert total.called == {"to_apply": ("add.1",)} and total.numbers("dimensions") == (0,)
-    assert module.entry.by_name["big"].operands == ("{{1, 2}, {3, 4}}",)
-    assert module.entry.by_name["p0"].source == "args[\\'x\\']"
+    total = by_name["total"]
+    assert total.called("body", "to_apply") == [module.computations["add.1"]] and total.numbers("dimensions") == (0,)
+    assert by_name["big"].literal == "{{1, 2}, {3, 4}}" and by_name["big"].operands == ()
+    assert by_name["p0"].source == "args[\\'x\\']"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,8 @@ def test_what_is_not_understood_is_an_error():
         parse("HloModule nothing\n")
     with pytest.raises(UnreadableProgram, match="strange"):
         parse("HloModule m\n\nENTRY %main () -> f32[] {\n  ROOT %strange = f32[] !!\n}\n")
+    with pytest.raises(UnreadableProgram, match="strange has an operand p that no line before it makes"):
+        parse("HloModule m\n\nENTRY %main () -> f32[] {\n  ROOT %strange = f32[] negate(%p)\n}\n")
     with pytest.raises(UnreadableProgram, match="x9"):
         _ = parse_shape("x9[4]").bytes
     with pytest.raises(UnreadableProgram, match="replica_groups 'all'"):
@@ -181,7 +185,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
 
 def count(text: str) -> int:
     module = parse(text)
-    return trip_count(module, module.entry.by_name["loop.7"], Scope(module.entry))
+    (loop,) = (instruction for instruction in module.entry.instructions if instruction.name == "loop.7")
+    return trip_count(loop, Scope(module.entry))
 
 
 @pytest.mark.parametrize(

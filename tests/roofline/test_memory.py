@@ -54,7 +54,7 @@ def test_a_loop_and_a_donated_argument():
     assert sum(buffer.bytes for buffer in found.buffers) == found.bytes
     assert found.buffers[0] == Buffer(2048, (512,), "f32", "jit(f)/transpose(jvp(M))/core/wide")
     assert sorted(b.argument for b in found.buffers if b.argument is not None) == [0, 1]
-    assert categories(found.buffers, ("parameters", "batch").__getitem__, ("core", "head")) == {
+    assert categories(found.buffers, ("parameters", "batch").__getitem__) == {
         **{"core backward": 2048, "parameters": 1024, "batch": 1024, "other": 1024},
     }
 

@@ -26,7 +26,7 @@ def seconds(operation: Operation, text: str = "v5p:4x4x4", constants: Constants 
 
 
 def collective(kind: str, size: float, *groups: tuple[int, ...]) -> Operation:
-    return Operation("", "", 1, collective=Collective(kind, size, len(groups[0]), groups, "bf16"))
+    return Operation("", "", 1, collective=Collective(kind, size, groups, "bf16"))
 
 
 def matmul(m: int, n: int, k: int, **others) -> Operation:
@@ -67,7 +67,7 @@ def test_an_operation_takes_the_longer_of_arithmetic_and_memory():
     both = [matmul(4096, 4096, 4096), Operation("", "", 1, hbm_bytes=1e9)]
     found = predict(both, parse_slice("v5p-8"), places("v5p:2x2x1"), PEAK)
     assert found.step_seconds == pytest.approx(arithmetic + memory)
-    assert (found.compute_seconds, found.hbm_seconds) == pytest.approx((arithmetic, memory))
+    assert (found.alone["compute"], found.alone["hbm"]) == pytest.approx((arithmetic, memory))
     assert found.bound == "hbm" and found.limits["compute"] == pytest.approx(arithmetic)
 
 
@@ -118,11 +118,11 @@ def test_between_slices():
     """Each device's share goes over the data-center network, 6.25 GB/s a chip; the rest over links."""
     both = (*range(64), *range(64, 128))
     found = predict([collective("all-reduce", 1e9, both)], parse_slice("v5p-128"), places("v5p:4x4x4", 2), PEAK)
-    assert found.ici_seconds == pytest.approx(2 * 63 / 64 * 1e9 / 6e11)
-    assert found.dcn_seconds == pytest.approx(2 * 1 / 2 * 1e9 / 64 / 6.25e9)
+    assert found.alone["ici"] == pytest.approx(2 * 63 / 64 * 1e9 / 6e11)
+    assert found.alone["dcn"] == pytest.approx(2 * 1 / 2 * 1e9 / 64 / 6.25e9)
     # A replica in each slice: nothing to share.
     found = predict([collective("all-reduce", 1e9, (5, 69))], parse_slice("v5p-128"), places("v5p:4x4x4", 2), PEAK)
-    assert (found.ici_seconds, found.dcn_seconds) == (0, pytest.approx(1e9 / 6.25e9))
+    assert (found.alone["ici"], found.alone["dcn"]) == (0, pytest.approx(1e9 / 6.25e9))
     assert found.bound == "dcn"
     assert seconds(collective("dcn", 1e9, (0, 1))) == pytest.approx(1e9 / 6.25e9)
     assert seconds(collective("collective-permute", 1e9, (0, 64)), num_slices=2) == pytest.approx(1e9 / 6.25e9)

@@ -9,7 +9,7 @@ bytes cut anywhere, and put end to end they are NAME.bin.
 import os
 import re
 
-from spiral_jax.data.storage import LOCAL, Storage, is_url, join
+from spiral_jax.data.storage import LOCAL, Storage, is_url, join, on_this_machine
 from spiral_jax.errors import SpiralError
 
 _PART = re.compile(r"(?P<prefix>.*)-(?P<number>\d{1,6})-of-(?P<last>\d{1,6})\.bin", re.DOTALL)
@@ -23,27 +23,20 @@ def is_megatron(place: str, storage: Storage = LOCAL) -> bool:
 
 
 def find_index(place: str, storage: Storage) -> str:
-    """Finds the index of a dataset.
-
-    Args:
-      place: What `MegatronTokens.open` takes.
-      storage: How to ask for files.
-
-    Returns:
-      The path or URL of the `.idx`.
+    """Returns the path or URL of the `.idx` of a dataset; `place` is what `MegatronTokens.open` takes.
 
     Raises:
-      SpiralError: There is none, or several.
+      SpiralError: there is none, or several.
     """
     found = _indices_at(place, storage)
     if len(found) == 1:
         return found[0]
     if len(found) > 1:
-        raise SpiralError(f"{place}: holds {', '.join(found)}; allowed: a folder with one .idx, or the path of one")
+        raise SpiralError(f"{place} holds {', '.join(found)}; allowed: a folder with one .idx, or the path of one")
     if place.endswith(".bin"):
-        raise SpiralError(f"{place[:-4]}.idx: does not exist; allowed: a .bin, or its parts, beside its .idx")
+        raise SpiralError(f"{place[:-4]}.idx does not exist; allowed: a .bin, or its parts, beside its .idx")
     raise SpiralError(
-        f"{place}: no Megatron dataset; allowed: an .idx or its .bin, their prefix, or a folder with one .idx"
+        f"{place} holds no Megatron dataset; allowed: an .idx or its .bin, their prefix, or a folder with one .idx"
     )
 
 
@@ -55,11 +48,11 @@ def _indices_at(place: str, storage: Storage) -> list[str]:
         part = _PART.fullmatch(place)
         beside = [f"{place[:-4]}.idx"] + ([f"{part['prefix']}.idx"] if part else [])
         return [name for name in beside if storage.exists(name)][:1]
-    beside = f"{place.rstrip('/')}.idx"
+    index = f"{place.rstrip('/')}.idx"
     # A host or bucket is no prefix: with a suffix it would be another one.
     is_prefix = not is_url(place) or "/" in place.partition("://")[2].rstrip("/")
-    if is_prefix and storage.exists(beside):
-        return [beside]
+    if is_prefix and storage.exists(index):
+        return [index]
     names = [name for name in _list(place) if name.endswith(".idx")]
     if not names and is_url(place) and storage.exists(join(place, _USUAL_INDEX)):
         names = [_USUAL_INDEX]
@@ -70,16 +63,16 @@ def find_tokens(index: str, place: str, storage: Storage) -> tuple[list[str], st
     """Finds the tokens of a dataset.
 
     Args:
-      index: The `.idx`.
-      place: What it was found by; where files cannot be listed, a part here says how many parts there are.
-      storage: How to ask for files.
+      index: the `.idx`.
+      place: what it was found by; where files cannot be listed, a part here says how many parts there are.
+      storage: how to ask for files.
 
     Returns:
       The single `.bin`, or else the parts in order; and the part with the last number if it does not exist, which is
       as it should be where that number is the number of parts.
 
     Raises:
-      SpiralError: Neither, a part is missing, or there are parts of several sets.
+      SpiralError: neither, a part is missing, or there are parts of several sets.
     """
     prefix = index[:-4]
     if storage.exists(f"{prefix}.bin"):
@@ -88,24 +81,24 @@ def find_tokens(index: str, place: str, storage: Storage) -> tuple[list[str], st
     names = [place] if _PART.fullmatch(place) else [folder + name for name in _list(folder or ".")]
     lasts = sorted({part["last"] for name in names if (part := _PART.fullmatch(name)) and part["prefix"] == prefix})
     if len(lasts) != 1:
-        found = f"parts of {len(lasts)} sets (-of-{', -of-'.join(lasts)})" if lasts else "does not exist"
+        found = f"has parts of {len(lasts)} sets (-of-{', -of-'.join(lasts)})" if lasts else "does not exist"
         hint = ", or the URL of one of them" if is_url(index) else ""
-        raise SpiralError(f"{prefix}.bin: {found}; allowed: it, or the parts {prefix}-00000-of-NNNNN.bin{hint}")
+        raise SpiralError(f"{prefix}.bin {found}; allowed: it, or the parts {prefix}-00000-of-NNNNN.bin{hint}")
     last = lasts[0]
     parts = [f"{prefix}-{number:0{len(last)}}-of-{last}.bin" for number in range(int(last) + 1)]
     absent = [part for part in parts if not storage.exists(part)]
     gaps = [part for part in absent if part != parts[-1]]
     if gaps:
         more = f" and {len(gaps) - 4} more" if len(gaps) > 4 else ""
-        raise SpiralError(f"{', '.join(gaps[:4])}{more}: missing; allowed: all parts of {prefix}.bin")
+        raise SpiralError(f"{', '.join(gaps[:4])}{more} do not exist; allowed: all parts of {prefix}.bin")
     return [part for part in parts if part not in absent], absent[0] if absent else ""
 
 
 def _list(folder: str) -> list[str]:
     """Names in a folder, sorted; none where there is no folder, or a URL that cannot be listed."""
-    if not is_url(folder) or folder.startswith("file://"):
-        folder = folder.removeprefix("file://")
-        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    here = on_this_machine(folder)
+    if here is not None:
+        return sorted(os.listdir(here)) if os.path.isdir(here) else []
     try:
         import fsspec
 

@@ -27,35 +27,20 @@ Sources: `megatron/core/datasets/indexed_dataset.py` and `tools/preprocess_data.
 import bisect
 import dataclasses
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
 from spiral_jax.data.blob import Blob, Range
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 HEADER_BYTES = _HEADER.size
-_DTYPES = {1: np.dtype("u1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
+_DTYPES = {code: np.dtype(kind) for code, kind in ((1, "u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))}
 _REFUSED = {2: "int8, too small for token ids", 6: "floats", 7: "floats"}
 _SIZE, _POINTER = np.dtype("<i4"), np.dtype("<i8")
-_CHUNK = 2**21  # entries looked at together
-
-
-def spread(total: int, pieces: int, length: int) -> list[Range]:
-    """Returns ranges of `length` evenly spaced over `total`, its ends included; one of all if that is less."""
-    if total <= pieces * length:
-        return [(0, total)]
-    starts = ((total - length) * piece // (pieces - 1) for piece in range(pieces))
-    return [(start, start + length) for start in starts]
-
-
-def chunks(total: int, length: int = _CHUNK) -> Iterator[Range]:
-    """Yields ranges of at most `length` that cover `total`."""
-    for start in range(0, total, length):
-        yield start, min(start + length, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +48,10 @@ class MegatronIndex:
     """An `.idx` file opened for reading by ranges; S sequences.
 
     Attributes:
-      blob: The file.
-      dtype: Type of a token.
-      num_sequences: Number of sequences, S.
-      num_boundaries: Number of document boundaries.
+      blob: the file.
+      dtype: type of a token.
+      num_sequences: number of sequences, S.
+      num_boundaries: number of document boundaries.
     """
 
     blob: Blob
@@ -78,37 +63,28 @@ class MegatronIndex:
     def open(cls, blob: Blob) -> "MegatronIndex":
         """Reads the header and checks that the file has the size that its counts give.
 
-        Args:
-          blob: The file.
-
-        Returns:
-          The index; `check_sequences` and `check_boundaries` look at its content.
+        `check_sequences` and `check_boundaries` look at its content.
 
         Raises:
-          SpiralError: Not a Megatron index, a damaged one, or one of something else than token ids.
+          SpiralError: not a Megatron index, a damaged one, or one of something else than token ids.
         """
         name = blob.name
         if blob.size < HEADER_BYTES:
-            raise SpiralError(f"{name}: has {blob.size} bytes; allowed: a Megatron .idx, at least {HEADER_BYTES} bytes")
+            raise SpiralError(f"{name} has {blob.size} bytes; allowed: a Megatron .idx, {HEADER_BYTES} bytes or more")
         magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(bytes(blob.read(0, HEADER_BYTES)))
         if magic != _MAGIC:
-            raise SpiralError(f"{name}: begins with {magic!r}; allowed: a Megatron .idx, which begins with {_MAGIC!r}")
-        if version != _VERSION:
-            raise SpiralError(f"{name}: Megatron index of version {version}; allowed: {_VERSION}")
+            raise SpiralError(f"{name} begins with {magic!r}; allowed: a Megatron .idx, which begins with {_MAGIC!r}")
+        require(version == _VERSION, f"{name}: version", version, str(_VERSION))
         if code not in _DTYPES:
-            allowed = ", ".join(f"{code} ({dtype.name})" for code, dtype in _DTYPES.items())
-            raise SpiralError(f"{name}: token type {code} ({_REFUSED.get(code, 'unknown')}); allowed: {allowed}")
+            allowed = ", ".join(f"{known} ({dtype.name})" for known, dtype in _DTYPES.items())
+            raise SpiralError(f"{name}: token type is {code} ({_REFUSED.get(code, 'unknown')}); allowed: {allowed}")
+        counts = f"{num_sequences} sequences and {num_boundaries} document boundaries"
         if not num_sequences or not num_boundaries:
-            raise SpiralError(
-                f"{name}: {num_sequences} sequences and {num_boundaries} document boundaries; allowed: at least 1 each"
-            )
+            raise SpiralError(f"{name} has {counts}; allowed: 1 or more of each")
         size = HEADER_BYTES + num_sequences * (_SIZE.itemsize + _POINTER.itemsize) + num_boundaries * _POINTER.itemsize
         if blob.size != size:
             modes = " (multimodal: the rest is a mode per sequence)" if blob.size == size + num_sequences else ""
-            raise SpiralError(
-                f"{name}: has {blob.size} bytes{modes}; allowed: {size}, for {num_sequences} sequences and "
-                f"{num_boundaries} document boundaries"
-            )
+            raise SpiralError(f"{name} has {blob.size} bytes{modes}; allowed: {size}, for {counts}")
         return cls(blob, _DTYPES[code], num_sequences, num_boundaries)
 
     @property
@@ -156,13 +132,13 @@ class MegatronIndex:
         """Checks that each sequence of some ranges begins where the one before ends, the very first at 0.
 
         Args:
-          ranges: Of sequences. Those that follow each other and cover all prove it for the whole file.
+          ranges: of sequences. Those that follow each other and cover all prove it for the whole file.
 
         Returns:
           The number of tokens that each of these sequences has, or None where they differ.
 
         Raises:
-          SpiralError: They do not, or a size is negative.
+          SpiralError: they do not, or a size is negative.
         """
         smallest, largest = np.iinfo(_SIZE).max, 0
         for begin, stop in ranges:
@@ -188,23 +164,19 @@ class MegatronIndex:
         """Checks that the first boundary is 0, the last S, and those of some ranges do not fall.
 
         Args:
-          ranges: Of boundaries. Those that follow each other and cover all prove it for the whole file.
+          ranges: of boundaries. Those that follow each other and cover all prove it for the whole file.
 
         Raises:
-          SpiralError: It is not so.
+          SpiralError: it is not so.
         """
         last = self.num_boundaries - 1
         first_sequence = int(self._boundaries(0, 1)[0])
-        if first_sequence != 0:
-            raise SpiralError(f"{self.blob.name}: the first document begins at sequence {first_sequence}; allowed: 0")
+        require(first_sequence == 0, f"{self.blob.name}: begin of the first document", first_sequence, "sequence 0")
         if not self.has_documents:
             return
         after_last = int(self._boundaries(last, last + 1)[0])
-        if after_last != self.num_sequences:
-            raise SpiralError(
-                f"{self.blob.name}: the last document ends at sequence {after_last}; allowed: {self.num_sequences}, "
-                "the number of sequences"
-            )
+        allowed = f"{self.num_sequences}, the number of sequences"
+        require(after_last == self.num_sequences, f"{self.blob.name}: end of the last document", after_last, allowed)
         for start, stop in ranges:
             boundaries_D = self._boundaries(start, min(stop + 1, self.num_boundaries))
             falling_D = boundaries_D[1:] < boundaries_D[:-1]

@@ -1,9 +1,14 @@
-"""Files behind fsspec URLs: many ranges in flight at once, each tried again on its own."""
+"""Files behind fsspec URLs: many ranges in flight at once, each tried again on its own.
+
+fsspec opens and sends; what is done here is what it does not do for every kind of storage: it neither repeats a failed
+range by itself until a deadline (of its file systems only some try again, HTTP not at all), nor compares answers with
+what was asked for and with the version that was opened.
+"""
 
 import asyncio
 import itertools
 import sys
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from spiral_jax.data.blob import Blob, Range
@@ -14,6 +19,8 @@ _T = TypeVar("_T")
 _IN_FLIGHT = 64  # requests of one read_many at a time
 _PIECE = 2**23  # longest request: so that each ends well before its timeout
 _SLOWEST = 2**20  # bytes per second that a request of many bytes may come down to
+# What storages tell versions of a file from one another by.
+_VERSION = ("ETag", "etag", "generation", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "mtime", "created")
 
 
 class RemoteBlob(Blob):
@@ -23,33 +30,33 @@ class RemoteBlob(Blob):
     changes under a running job is an error, not other tokens. No request but the reads is made after opening.
 
     Attributes:
-      version: What the storage tells one version of the file from another by (ETag, generation, time), or "".
+      version: what the storage tells one version of the file from another by (ETag, generation, time), or "".
     """
 
     def __init__(self, url: str, retry_seconds: float = 300.0, first_timeout: float = FIRST_TIMEOUT):
         """Asks for the size.
 
         Args:
-          url: Any URL that fsspec has a file system for.
-          retry_seconds: How long a failing request is tried again before it is an error.
-          first_timeout: Seconds after which a request of few bytes is first given up.
+          url: any URL that fsspec has a file system for.
+          retry_seconds: how long a failing request is tried again before it is an error.
+          first_timeout: seconds after which a request of few bytes is first given up.
 
         Raises:
-          SpiralError: It does not exist or cannot be read, or a package for this kind of URL is missing.
+          SpiralError: it does not exist or cannot be read, or a package for this kind of URL is missing.
         """
         self.name = url
         self._file_system, self._path = _file_system(url)
         self._retry = Retry(url, retry_seconds, first_timeout)
         try:
-            info = self._run(self._retry("asking for its size", lambda: _info(self._file_system, self._path)))
+            info = _info(self._file_system, self._path, self._retry, "asking for its size")
         except FileNotFoundError:
-            raise SpiralError(f"{url}: does not exist") from None
+            raise SpiralError(f"{url} does not exist") from None
         if info.get("type") == "directory":
-            raise SpiralError(f"{url}: is a folder; allowed: a file")
+            raise SpiralError(f"{url} is a folder; allowed: a file")
         if info.get("size") is None:
-            raise SpiralError(f"{url}: the server does not say how long it is; allowed: one that sends Content-Length")
+            raise SpiralError(f"{url} is of unknown length; allowed: a server that sends Content-Length")
         self.size = int(info["size"])
-        self.version = _version(info)
+        self.version = next((str(info[name]) for name in _VERSION if info.get(name)), "")
         self._etag = _strong(info.get("ETag"))
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
@@ -58,14 +65,11 @@ class RemoteBlob(Blob):
                 raise IndexError(f"bytes {start}:{stop} of {self.name}, which has {self.size}")
         pieces = [[(at, min(at + _PIECE, stop)) for at in range(start, stop, _PIECE)] for start, stop in ranges]
         try:
-            found = iter(self._run(self._fetch_all([*itertools.chain(*pieces)])))
+            found = iter(_run(self._file_system, self._fetch_all([*itertools.chain(*pieces)])))
         except FileNotFoundError:
-            raise SpiralError(f"{self.name}: does not exist any more") from None
+            raise SpiralError(f"{self.name} does not exist any more") from None
         parts = [[next(found) for _ in several] for several in pieces]
         return [several[0] if len(several) == 1 else b"".join(several) for several in parts]
-
-    def _run(self, work: Awaitable[_T]) -> _T:
-        return _run(self._file_system, work)
 
     async def _fetch_all(self, ranges: Sequence[Range]) -> list[bytes]:
         free = asyncio.Semaphore(_IN_FLIGHT)
@@ -127,13 +131,10 @@ def exists(url: str, retry_seconds: float) -> bool:
     """Whether there is a file behind a URL; a storage that does not answer is tried again.
 
     Raises:
-      SpiralError: The storage cannot be asked, or refuses to say.
+      SpiralError: the storage cannot be asked, or refuses to say.
     """
-    file_system, path = _file_system(url)
     try:
-        info = _run(
-            file_system, Retry(url, retry_seconds)("asking whether it exists", lambda: _info(file_system, path))
-        )
+        info = _info(*_file_system(url), Retry(url, retry_seconds), "asking whether it exists")
     except FileNotFoundError:
         return False
     return info.get("type") != "directory"
@@ -146,14 +147,14 @@ def _file_system(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise SpiralError(
-            f"{url}: needs a package that is not installed ({' '.join(str(error).split())}); "
+            f"{url} needs a package that is not installed ({' '.join(str(error).split())}); allowed: with it, "
             "pip install 'spiral_jax[remote]' brings those for http(s):// and gs://"
         ) from error
     except ValueError as error:
-        raise SpiralError(f"{url}: {error}; allowed: a path, or a URL that fsspec can open") from error
+        raise SpiralError(f"{url} cannot be opened ({error}); allowed: a path, or a URL that fsspec knows") from error
 
 
-def _run(file_system: Any, work: Awaitable[_T]) -> _T:
+def _run(file_system: Any, work: Coroutine[Any, Any, _T]) -> _T:
     """Runs a coroutine on fsspec's loop, which runs in a thread of fsspec's, and waits for it."""
     import fsspec.asyn
 
@@ -166,37 +167,25 @@ def _run(file_system: Any, work: Awaitable[_T]) -> _T:
         raise
 
 
-async def _info(file_system: Any, path: str) -> dict[str, Any]:
-    if not file_system.async_impl:
-        return await asyncio.to_thread(file_system.info, path)
-    try:
-        return await file_system._info(path)
-    except FileNotFoundError as error:
-        # Over HTTP fsspec says so of a server that is down as well; the cause knows better.
-        if _is_http(file_system) and isinstance(error.__cause__, Exception):
-            raise error.__cause__ from None
-        raise
+def _info(file_system: Any, path: str, retry: Retry, what: str) -> dict[str, Any]:
+    async def ask() -> dict[str, Any]:
+        if not file_system.async_impl:
+            return await asyncio.to_thread(file_system.info, path)
+        try:
+            return await file_system._info(path)
+        except FileNotFoundError as error:
+            # Over HTTP fsspec says so of a server that is down as well; the cause knows better.
+            if _is_http(file_system) and isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise
+
+    return _run(file_system, retry(what, ask))
 
 
 def _is_http(file_system: Any) -> bool:
     # Its module is loaded if it is; loading it needs aiohttp. (Its `protocol` is not set in all versions.)
     module = sys.modules.get("fsspec.implementations.http")
     return module is not None and isinstance(file_system, module.HTTPFileSystem)
-
-
-def _version(info: dict[str, Any]) -> str:
-    names = (
-        "ETag",
-        "etag",
-        "generation",
-        "md5Hash",
-        "Content-MD5",
-        "Last-Modified",
-        "LastModified",
-        "mtime",
-        "created",
-    )
-    return next((str(info[name]) for name in names if info.get(name)), "")
 
 
 def _strong(etag: str | None) -> str:

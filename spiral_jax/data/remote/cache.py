@@ -20,16 +20,13 @@ _CRC = np.dtype("<u4")
 
 
 def cached(blob: Blob, cache_dir: str | os.PathLike, key: Sequence[object], max_bytes: int) -> Blob:
-    """Puts the cache in front of a blob.
+    """Puts the cache in front of a blob; returns the blob itself where the cache cannot be used (stderr says so once).
 
     Args:
-      blob: Where the bytes come from.
-      cache_dir: The cache's folder; made if it is not there.
-      key: What names this version of this blob; the first item names the blob.
-      max_bytes: Bound of all the folder's blobs together.
-
-    Returns:
-      The blob with the cache, or the blob itself where the cache cannot be used (which stderr says once).
+      blob: where the bytes come from.
+      cache_dir: the cache's folder; made if it is not there.
+      key: what names this version of this blob; the first item names the blob.
+      max_bytes: bound of all the folder's blobs together.
     """
     folder = CacheFolder.open(os.path.abspath(cache_dir), max_bytes)
     if folder is None:
@@ -49,7 +46,7 @@ class CachedBlob(Blob):
     keeping any fixed part of the blob makes it hit just that part.
     """
 
-    def __init__(self, blob: Blob, folder: "CacheFolder", key: Sequence[object]):
+    def __init__(self, blob: Blob, folder: CacheFolder, key: Sequence[object]):
         """Use `cached`."""
         self.name = blob.name
         self.size = blob.size
@@ -61,6 +58,7 @@ class CachedBlob(Blob):
     def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
         blocks_of = [range(start // _BLOCK, -(-stop // _BLOCK)) if start < stop else range(0) for start, stop in ranges]
         found: dict[int, memoryview] = {}
+        fetched: dict[int, bytes | memoryview] = {}
         for blocks in blocks_of:
             found.update(self._kept(blocks))
         if self._folder.is_full:
@@ -68,21 +66,17 @@ class CachedBlob(Blob):
             lacking = [n for n, blocks in enumerate(blocks_of) if not all(block in found for block in blocks)]
             fetched = dict(zip(lacking, self._blob.read_many([ranges[n] for n in lacking]), strict=True))
         else:
-            fetched = {}
             runs = _runs(sorted({block for blocks in blocks_of for block in blocks} - found.keys()))
             contents = self._blob.read_many([(first * _BLOCK, min(end * _BLOCK, self.size)) for first, end in runs])
             for (first, end), content in zip(runs, contents, strict=True):
-                blocks = dict(zip(range(first, end), _split(content), strict=True))
-                found.update(blocks)
-                self._keep(first, blocks)
-        out = []
+                new = dict(zip(range(first, end), _split(content), strict=True))
+                found.update(new)
+                self._keep(first, new)
         for n, (start, stop) in enumerate(ranges):
-            if n in fetched:
-                out.append(fetched[n])
-                continue
-            content, offset = b"".join(found[block] for block in blocks_of[n]), start % _BLOCK
-            out.append(memoryview(content)[offset : offset + stop - start])
-        return out
+            if n not in fetched:
+                content, offset = b"".join(found[block] for block in blocks_of[n]), start % _BLOCK
+                fetched[n] = memoryview(content)[offset : offset + stop - start]
+        return [fetched[n] for n in range(len(ranges))]
 
     def _kept(self, blocks: range) -> Iterator[tuple[int, memoryview]]:
         """Those of some neighbouring blocks that are here and undamaged."""

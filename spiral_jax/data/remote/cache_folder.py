@@ -1,6 +1,7 @@
 """The folder of the cache: one process at a time, its bound, and which of its files may go."""
 
 import fcntl
+import io
 import os
 import sys
 import threading
@@ -8,7 +9,7 @@ import weakref
 from pathlib import Path
 
 _DATA, _INDEX = ".data", ".index"
-# A folder that several blobs of this process use is opened once; it closes with the last of them.
+# A folder that several blobs of this process use is opened once, as the lock is the process's; it closes with the last.
 _opened: "weakref.WeakValueDictionary[str, CacheFolder]" = weakref.WeakValueDictionary()
 _opening = threading.Lock()
 _said: set[str] = set()
@@ -27,17 +28,17 @@ class CacheFolder:
             folder = _opened.get(path)
             if folder is None:
                 try:
-                    folder = _opened[path] = cls(path)
+                    folder = _opened[path] = cls(path, max_bytes)
                 except BlockingIOError:
-                    _say_once(f"{path}: another process uses this cache; going on without one")
+                    _say_once(f"{path} is in use as the cache of another process; going on without one")
                     return None
                 except OSError as error:
-                    _say_once(f"{path}: cannot be used as a cache ({error.strerror}); going on without one")
+                    _say_once(f"{path} cannot be used as a cache ({error.strerror}); going on without one")
                     return None
-            folder._max_bytes = max_bytes
+            folder._bound(max_bytes)
             return folder
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, max_bytes: int):
         self._path = Path(path)
         self._path.mkdir(parents=True, exist_ok=True)
         # Held by the open file, and so for as long as this object lives, whatever becomes of the process.
@@ -49,10 +50,19 @@ class CacheFolder:
             raise
         self.lock = threading.RLock()
         self.is_full = False
+        self._failed = False
         self._used = sum(_bytes_on_disk(file) for suffix in (_DATA, _INDEX) for file in self._path.glob(f"*{suffix}"))
         self._in_use: set[str] = set()
+        self._max_bytes = max_bytes
 
-    def add(self, blob: str, version: str, size: int, index_size: int) -> list:
+    def _bound(self, max_bytes: int) -> None:
+        """Sets the bound that whoever opens the folder last has given; a higher one makes room again."""
+        with self.lock:
+            if max_bytes > self._max_bytes and not self._failed:
+                self.is_full = False
+            self._max_bytes = max_bytes
+
+    def add(self, blob: str, version: str, size: int, index_size: int) -> list[io.FileIO]:
         """Opens the two files of a version of a blob, and removes those of its other versions."""
         name = f"{blob}-{version}"
         with self.lock:
@@ -87,6 +97,7 @@ class CacheFolder:
 
     def stop(self, error: OSError) -> None:
         """Takes no more from now on."""
+        self._failed = True
         if not self.is_full:
             self.is_full = True
             _say_once(f"{self._path}: {error.strerror or error}; the cache stays as it is")

@@ -1,7 +1,6 @@
 """Asking again: which failures of a request pass, and how long to wait for that."""
 
 import asyncio
-import itertools
 import json
 import random
 import sys
@@ -37,17 +36,17 @@ class Retry:
         """Awaits `attempt()` until it succeeds.
 
         Args:
-          what: What is asked for, for messages.
-          attempt: The request.
-          more_seconds: How much longer than a small request each attempt may take.
+          what: what is asked for, for messages.
+          attempt: the request.
+          more_seconds: how much longer than a small request each attempt may take.
 
         Raises:
-          FileNotFoundError: There is no such file.
-          SpiralError: It failed for good, or for too long.
+          FileNotFoundError: there is no such file.
+          SpiralError: it failed for good, or for too long.
         """
-        begin = time.monotonic()
-        for attempts in itertools.count():
-            longer = 2 ** min(attempts, 10)
+        begin, failures = time.monotonic(), 0
+        while True:
+            longer = 2 ** min(failures, 10)
             try:
                 async with asyncio.timeout(min(self._first_timeout * longer, _LONGEST_TIMEOUT) + more_seconds):
                     return await attempt()
@@ -56,14 +55,13 @@ class Retry:
             except Exception as error:
                 reason = _in_words(error)
                 self._raise_if_final(error, what, reason)
+            failures += 1
             # Random, or the requests that failed together would all come back together.
             delay = min(_FIRST_DELAY * longer, _LONGEST_DELAY) * random.uniform(0.5, 1.0)
             failing = time.monotonic() - begin
             if failing + delay > self._seconds:
-                raise SpiralError(
-                    f"{self._url}: {what} failed {attempts + 1} times in {failing:.1f} s (data.retry_seconds is "
-                    f"{self._seconds:g}), the last time with: {reason}"
-                )
+                failed = f"{self._url}: {what} failed {failures} times in {failing:.1f} s"
+                raise SpiralError(f"{failed} (data.retry_seconds is {self._seconds:g}), the last time with: {reason}")
             self._say(failing, what, reason)
             await self._sleep(delay)
 
@@ -79,14 +77,14 @@ class Retry:
 
     def _raise_if_final(self, error: Exception, what: str, reason: str) -> None:
         """Raises what trying again would not change."""
-        status = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's and gcsfs's names for it
-        status = int(status) if str(status).isdigit() else None
+        named = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's and gcsfs's names for it
+        status = int(str(named)) if str(named).isdigit() else None
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise FileNotFoundError(self._url)
         # gcsfs has no type of its own for 403.
-        refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden") or status in (401, 403)
-        if refused:
-            raise SpiralError(f"{self._url}: access is denied ({reason}); allowed: a file that may be read from here")
+        if isinstance(error, PermissionError) or str(error).startswith("Forbidden") or status in (401, 403):
+            found = f"{self._url} cannot be read: access is denied ({reason})"
+            raise SpiralError(f"{found}; allowed: a file that may be read from here")
         # An answer that cannot be understood may be followed by one that can; other ValueErrors are about the URL.
         garbled = isinstance(error, (json.JSONDecodeError, UnicodeError))
         final = isinstance(error, (ValueError, ImportError, IsADirectoryError, NotADirectoryError)) and not garbled
@@ -103,8 +101,8 @@ class Retry:
 
 
 def _in_words(error: Exception) -> str:
-    if isinstance(error, TimeoutError) and not str(error):
-        return "no answer in time"
     if isinstance(error, WrongAnswer):
         return str(error)
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
     return " ".join(f"{type(error).__name__}: {error}".split())

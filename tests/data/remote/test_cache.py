@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from range_server import RangeServer
 
-from spiral_jax.benchmarks.range_server import RangeServer
 from spiral_jax.data.blob import Blob
 from spiral_jax.data.remote.cache import CachedBlob, cached
 from spiral_jax.data.storage import Storage
@@ -131,6 +131,17 @@ def test_the_bound_is_of_all_blobs_together_and_of_what_an_earlier_process_left(
     assert first.asked == second.asked == []
 
 
+def test_a_higher_bound_lets_a_full_folder_fill_up_further(tmp_path):
+    source = Source()
+    blobs = []  # while one of them lives, the folder stays open
+    for blocks in (10, 60):
+        blobs.append(open_cached(tmp_path / "cache", source, max_bytes=blocks * BLOCK + INDEX_BYTES + BLOCK))
+        check(blobs[-1], [(0, 50 * BLOCK)])
+    source.asked.clear()
+    check(blobs[-1], [(0, 50 * BLOCK)])
+    assert source.asked == []
+
+
 def test_blobs_that_nobody_uses_make_room_and_other_versions_go_at_once(tmp_path):
     folder, bound = tmp_path / "cache", 60 * BLOCK + 2 * INDEX_BYTES
     for name, version in (("old store", ""), ("store", "first version")):
@@ -177,7 +188,7 @@ def test_damaged_blocks_are_fetched_again(tmp_path, damage):
 
 CHILD = """
 import random, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../.."]  # range_server is in tests/
 from test_cache import Source, open_cached, random_ranges
 from pathlib import Path
 blob = open_cached(Path(sys.argv[2]), Source())
@@ -219,7 +230,7 @@ def test_a_second_process_goes_without(tmp_path, capsys):
             blob = open_cached(tmp_path / "cache", source)
             assert blob is source
         errors = capsys.readouterr().err
-        assert errors.count("\n") == 1 and f"{tmp_path}/cache: another process uses this cache" in errors
+        assert errors.count("\n") == 1 and f"{tmp_path}/cache is in use as the cache of another process" in errors
     finally:
         process.kill()
         process.communicate()
@@ -252,7 +263,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
     source = Source()
     assert open_cached(tmp_path / "file/cache", source) is source
-    assert "file/cache: cannot be used as a cache" in capsys.readouterr().err
+    assert "file/cache cannot be used as a cache" in capsys.readouterr().err
 
 
 def test_storage_puts_the_cache_in_front_of_remote_files_only(tmp_path):

@@ -1,0 +1,399 @@
+"""From text to token stores, in steps that survive being killed at any moment.
+
+    FOLDER/train/ validation/ tokenizer_info.json [tokenizer.json] prepared.json
+
+Such a folder appears as a whole, so tokenizer and stores always belong together, and `data.stores` can name it. The
+cache of a run has one per set of inputs, named by its fingerprint. Until it has its name, there is beside it
+
+    .FOLDER.partial/job.json        fingerprint of what is being made
+                   /tokenizer/      the tokenizer; there once it is complete
+                   /parts/          what pieces came to (`corpus.parts`)
+                   /parts.json      how many there are; there once all of them are
+                   /whole/          what will be the folder: parts are moved into its stores one by one, in order
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spiral_jax.corpus.parts import NAMED, SPLITS, Part, read_json
+from spiral_jax.corpus.pieces import Piece, cut_into_pieces
+from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
+from spiral_jax.corpus.store_writer import Counts, StoreWriter
+from spiral_jax.corpus.texts import SAMPLE_BYTES, sample_texts
+from spiral_jax.corpus.workers import encode_pieces
+from spiral_jax.data.atomic import rename_whole, write_text
+from spiral_jax.data.config import DataConfig
+from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
+from spiral_jax.data.storage import local_path
+from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
+from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer, train_bpe
+from spiral_jax.errors import SpiralError
+from spiral_jax.progress import Progress, Report
+
+RESULT = "prepared.json"
+# Part of the fingerprint: raise it when the same input would give other tokens.
+_RECIPE_VERSION = 2
+_SECONDS_BETWEEN_TRIES = 0.1
+
+Check = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that decides the tokens.
+
+    Attributes:
+      config: how text is read and split, and the tokenizer if it is to be trained.
+      sources: the input, in the order of the stores.
+      tokenizer: what makes the ids; None for a BPE to be trained on the sources.
+    """
+
+    config: DataConfig
+    sources: Sequence[Source]
+    tokenizer: Tokenizer | None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it, the files by their names, sizes and times."""
+        bpe = ["bpe", self.config.bpe_vocab_size, SAMPLE_BYTES]
+        decisive = {
+            "recipe": _RECIPE_VERSION,
+            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else bpe,
+            "text_field": self.config.text_field,
+            "invalid": self.config.invalid,
+            "validation_fraction": float(self.config.validation_fraction),
+            "sources": [
+                [source.name, source.size, source.modified_ns, source.begin, source.end, source.format, source.split]
+                for source in self.sources
+            ],
+        }
+        return hashlib.sha256(json.dumps(decisive).encode("ascii")).hexdigest()
+
+
+def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: Report = print) -> PreparedData:
+    """Makes the token stores of a config, or opens them if they are there already.
+
+    The result depends on the files' names and content and on the config, not on the machine. Stores in the cache are
+    used again while names, sizes and modification times of the files and the config stay what they were; otherwise
+    new ones are made beside them. A call that was killed is continued by the next one.
+
+    Args:
+      config: which text, which tokenizer.
+      cache_dir: where stores are kept; made if missing.
+      report: called with a line of progress now and then.
+
+    Raises:
+      SpiralError: missing files, empty or undecodable text, tokenizer that does not fit, unwritable cache.
+    """
+    cache = Path(cache_dir)
+    recipe = _recipe(config, cache, report)
+    folder = cache / recipe.fingerprint[:16]
+    with _exclusive(cache, ".lock", report):
+        for other in set(cache.glob(".*.partial")) - {partial_of(folder)}:
+            shutil.rmtree(other, ignore_errors=True)  # of other inputs, and nobody works on them
+        try:
+            prepared = _open(folder, recipe.fingerprint)
+        except SpiralError as error:
+            report(f"data: preparing again, the cache is damaged: {error}")
+            prepared = None
+        if prepared is None:
+            return _build(recipe, folder, report)
+        report(f"data: using {folder}: {_describe(folder)}")
+        return prepared
+
+
+def prepare_folder(
+    config: DataConfig, output: str | os.PathLike, *, report: Report = print, check: Check = lambda: None
+) -> None:
+    """Makes the token stores of a config in a folder of their own, or says that they are there.
+
+    Args:
+      config: which text, which tokenizer.
+      output: the folder, new or empty; or what an earlier call with the same input and config made.
+      report: called with a line of progress now and then.
+      check: called often; raises to stop, and the next call goes on from there.
+
+    Raises:
+      SpiralError: as `prepare_stores`, or the folder holds something else.
+    """
+    folder = local_path("--output", output)
+    recipe = _recipe(config, folder, report)
+    with _exclusive(folder.parent, f".{folder.name}.lock", report, check):
+        if folder.exists() and not folder.is_dir():
+            raise SpiralError(f"{folder} is a file; allowed: a new or an empty folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            if _result(folder).get("source") != recipe.fingerprint:
+                what = "stores of other input or options" if (folder / RESULT).exists() else "other files"
+                raise SpiralError(f"{folder} holds {what}; allowed: a new or an empty folder")
+            if _open(folder, recipe.fingerprint):
+                report(f"data: {folder} is complete: {_describe(folder)}")
+                return
+        _build(recipe, folder, report, check)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is made."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
+    if not config.paths:
+        raise SpiralError("data.paths is empty; allowed: files, folders or glob patterns (or set data.stores)")
+    inside = Path(os.path.realpath(output))  # what an earlier run has made, should the output be in a folder of inputs
+    found = find_sources(config.paths, config.exclude, format=config.format)
+    sources = [source for source in found if inside not in Path(os.path.realpath(source.path)).parents]
+    if not sources:
+        raise SpiralError(f"data.paths: all files are in {output}, where the result goes; allowed: other files")
+    if config.validation_paths:
+        field = "data.validation_paths"
+        validation = find_sources(config.validation_paths, config.exclude, format=config.format, field=field)
+        held_out = {os.path.realpath(source.path) for source in validation}
+        train = [source for source in sources if os.path.realpath(source.path) not in held_out]
+        if not train:
+            raise SpiralError(
+                f"data.paths: all {len(sources)} files are in {field}, too; allowed: one more to train on"
+            )
+        split = train + [dataclasses.replace(source, split="validation") for source in validation]
+    else:
+        split = hold_out(sources, config.validation_fraction)
+        if len(split) > len(sources):
+            report(
+                f"data: {len(sources)} file(s) are too few to hold out whole files: "
+                f"the last {config.validation_fraction:.1%} of each is held out for validation"
+            )
+    # Loaded before anything else so that a wrong file stops the run at once.
+    return Recipe(config, split, None if config.tokenizer == "bpe" else configured_tokenizer(config))
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: None) -> Iterator[None]:
+    """Keeps processes from making the same stores at a time; the system drops the lock of a killed one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / name, "wb")
+    except OSError as error:
+        raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
+    with lock:
+        for attempt in itertools.count():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not attempt:
+                    report(f"data: waiting for another process that prepares data in {folder}")
+                check()
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+        yield
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """What `prepared.json` says, or nothing."""
+    content = read_json(folder / RESULT)
+    return content if isinstance(content, dict) else {}
+
+
+def _open(folder: Path, fingerprint: str) -> PreparedData | None:
+    """Opens what an earlier run made; SpiralError if it is damaged."""
+    if not folder.is_dir():
+        return None
+    result = _result(folder)
+    if result.get("source") != fingerprint:
+        raise SpiralError(f"{folder / RESULT} is missing or damaged")
+    prepared = open_folder(folder)
+    if (prepared.validation is not None) != bool(result["splits"]["validation"]["documents"]):
+        raise SpiralError(f"{folder}/validation is not what {RESULT} says")
+    shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run that was killed when all was done
+    return prepared
+
+
+def _describe(folder: Path) -> str:
+    """The statistics of a folder of stores, in a line."""
+
+    def numbers(counts: dict[str, int]) -> str:
+        if not counts["documents"]:
+            return "none"
+        ratio = counts["utf8_bytes"] / counts["tokens"]
+        return f"{counts['documents']:,} documents, {counts['tokens']:,} tokens, {ratio:.2f} bytes per token"
+
+    return "; ".join(f"{split} {numbers(counts)}" for split, counts in _result(folder)["splits"].items())
+
+
+def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: None) -> PreparedData:
+    """Makes a folder of stores: what is made does not depend on the number of workers or on being stopped.
+
+    It goes on where an earlier call with the same fingerprint was stopped; what is in the folder is replaced at the
+    end. One call per folder at a time.
+
+    Raises:
+      SpiralError: input that is no text, cannot be read or changed while it was read, or an unwritable disk.
+    """
+    partial = partial_of(folder)
+    try:
+        _claim(partial, recipe.fingerprint)
+        tokenizer = _tokenizer(partial, recipe, report)
+        parts = _finished_parts(partial, recipe, tokenizer, report, check)
+        result = _summarise(parts, recipe.fingerprint)
+        kinds = {"record(s)": result["skipped_records"], "file(s)": result["skipped_files"]}
+        for split in SPLITS if recipe.config.validation_paths else SPLITS[:1]:
+            if not result["splits"][split]["documents"]:
+                shutil.rmtree(partial, ignore_errors=True)
+                field = {"train": "data.paths", "validation": "data.validation_paths"}[split]
+                skipped = f" ({sum(kinds.values())} skipped as invalid)" if any(kinds.values()) else ""
+                raise SpiralError(f"{field}: no text for {split}{skipped}; allowed: at least one document with text")
+        _merge(partial, recipe, tokenizer, parts, check)
+        tokenizer.save(partial / "whole")
+        write_text(partial / "whole" / RESULT, json.dumps(result, indent=2) + "\n")
+        rename_whole(partial / "whole", folder)
+    except OSError as error:
+        raise SpiralError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
+    shutil.rmtree(partial, ignore_errors=True)
+    if recipe.config.validation_fraction and not result["splits"]["validation"]["documents"]:
+        report("data: no document was held out for validation; a larger data.validation_fraction holds out more")
+    if any(kinds.values()):
+        counted = " and ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
+        report(f"data: skipped {counted} that hold no text, among them:")
+        for line in result["first_skipped"]:
+            report(f"data:   {line}")
+    report(f"data: wrote {folder}: {_describe(folder)}")
+    return open_folder(folder)
+
+
+def _claim(partial: Path, fingerprint: str) -> None:
+    """Makes the partial folder ours: goes on with it, or starts anew if it is of other input or damaged."""
+    is_ours = read_json(partial / "job.json") == {"fingerprint": fingerprint}
+    if not is_ours and partial.exists():
+        shutil.rmtree(partial)
+    (partial / "parts").mkdir(parents=True, exist_ok=True)
+    for leftover in (partial / "parts").glob(".*"):  # of workers that were killed
+        leftover.unlink()
+    if not is_ours:
+        write_text(partial / "job.json", json.dumps({"fingerprint": fingerprint}))
+
+
+def _tokenizer(partial: Path, recipe: Recipe, report: Report) -> Tokenizer:
+    place, unnamed = partial / "tokenizer", partial / ".tokenizer"
+    if has_tokenizer(place):
+        return load_tokenizer(place)
+    shutil.rmtree(unnamed, ignore_errors=True)
+    unnamed.mkdir()
+    tokenizer = recipe.tokenizer
+    if tokenizer is None:
+        texts, size = sample_texts(recipe.sources, recipe.config), recipe.config.bpe_vocab_size
+        sample_bytes = sum(len(text.encode("utf-8")) for text in texts)
+        report(f"data: training a BPE of {size} entries on {sample_bytes / 1e6:.1f} MB")
+        tokenizer = train_bpe(texts, size)
+    tokenizer.save(unnamed)
+    rename_whole(unnamed, place)
+    return tokenizer
+
+
+def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report, check: Check) -> list[Part]:
+    """All parts in order, each in the folder of parts or in a store."""
+    folder, listed, dtype = partial / "parts", partial / "parts.json", token_dtype(tokenizer.vocab_size)
+    if content := read_json(listed):
+        parts = [Part.from_json(part) for part in content]
+        if all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
+            report("data: all text is tokenised, going on to put it together")
+            return parts
+        report(f"data: starting anew, {partial} is damaged")
+        listed.unlink()
+        shutil.rmtree(partial / "whole", ignore_errors=True)
+    kept = {path.stem: part for path in folder.glob("*.json") if (part := Part.find(path.stem, folder, dtype))}
+    if kept:
+        report(f"data: going on with {len(kept)} finished parts of an earlier run")
+    total = sum(source.input_bytes for source in recipe.sources)
+    progress = Progress("data: tokenising", total, unit="MB", scale=1e6, report=report)
+    names: list[str] = []
+
+    def remaining() -> Iterator[Piece]:
+        for piece in cut_into_pieces(recipe.sources, recipe.config.text_field):
+            check()
+            names.append(piece.name)
+            if piece.name in kept:
+                progress.skip(piece.input_bytes)
+            else:
+                yield piece
+
+    with contextlib.closing(encode_pieces(remaining(), partial / "tokenizer", folder, recipe.config, check)) as done:
+        for piece, part in done:
+            kept[piece.name] = part
+            progress.advance(piece.input_bytes)
+    for source in recipe.sources:
+        check_unchanged(source)
+    parts = [kept[name] for name in names]
+    write_text(listed, json.dumps([dataclasses.asdict(part) for part in parts]))
+    return parts
+
+
+def _used(parts: Sequence[Part], split: str) -> list[Part]:
+    """What has tokens of a split, without parts of text files that are left out."""
+    left_out = {invalid.path for part in parts for invalid in part.skipped_files}
+    return [part for part in parts if part.counts[split].tokens and part.whole_file not in left_out]
+
+
+def _total(parts: Sequence[Part], split: str) -> Counts:
+    return sum((part.counts[split] for part in parts), Counts())
+
+
+def _num_merged(partial: Path, parts: Sequence[Part], split: str, dtype: np.dtype) -> int | None:
+    """How many parts of a split are in its store already; None if something is missing."""
+    store, used = partial / "whole" / split, _used(parts, split)
+    if (store / MANIFEST).exists():
+        return len(used)
+    there = [part.is_there(split, partial / "parts", dtype) for part in used]
+    merged = there.index(True) if True in there else len(there)
+    can_go_on = not merged or StoreWriter.can_resume(store, _total(used[:merged], split), dtype)
+    return merged if can_go_on and all(there[merged:]) else None
+
+
+def _merge(partial: Path, recipe: Recipe, tokenizer: Tokenizer, parts: Sequence[Part], check: Check) -> None:
+    """Moves the parts into the stores, in order; each is deleted once it is safely in."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    (partial / "whole").mkdir(exist_ok=True)
+    for split in SPLITS:
+        store, used = partial / "whole" / split, _used(parts, split)
+        if not used or (store / MANIFEST).exists():
+            continue
+        merged = _num_merged(partial, parts, split, dtype)
+        if merged is None:
+            raise SpiralError(f"{partial} was changed while it was needed; allowed: run it again to go on")
+        kept = _total(used[:merged], split) if merged else None
+        with contextlib.closing(StoreWriter(store, tokenizer, source=recipe.fingerprint, resume=kept)) as writer:
+            for part in used[merged:]:
+                check()
+                counts, path = part.counts[split], partial / "parts" / f"{part.name}.{split}"
+                tokens_N = np.memmap(path, dtype, "r", shape=counts.tokens)
+                ends_M = np.fromfile(path, OFFSET_DTYPE, counts.documents, offset=tokens_N.nbytes)
+                writer.extend(tokens_N, ends_M, counts)
+                writer.sync()
+                del tokens_N  # the space is free once nobody has it mapped
+                path.unlink()
+            writer.finish()
+
+
+def _summarise(parts: Sequence[Part], fingerprint: str) -> dict[str, Any]:
+    """What came of it, for people and for the next run."""
+    files = {invalid.path: invalid for part in parts for invalid in reversed(part.skipped_files)}
+    records = [invalid for part in parts for invalid in part.first_skipped]
+    return {
+        "format": "spiral_jax.prepared",
+        "version": 1,
+        "source": fingerprint,
+        "splits": {split: dataclasses.asdict(_total(_used(parts, split), split)) for split in SPLITS},
+        "skipped_records": sum(part.skipped for part in parts),
+        "skipped_files": len(files),
+        "first_skipped": [invalid.describe() for invalid in [*files.values(), *records][:NAMED]],
+    }

@@ -1,0 +1,218 @@
+"""What is in a piece: the text of its documents, and what in it is no text."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from spiral_jax.corpus.pieces import Piece, cut_into_pieces, cut_packed, listing, open_parquet, text_cut
+from spiral_jax.corpus.sources import Source, one_line, read_range, uniform_hash, unpack
+from spiral_jax.data.config import DataConfig
+from spiral_jax.errors import SpiralError
+
+# A document longer than this is tokenised in stretches. Memory per worker is some hundred times this.
+_TEXT_BYTES = 2**20
+_ROWS_PER_BATCH = 256
+# More text does not make a small vocabulary better in a way one can measure, only slower to train.
+SAMPLE_BYTES = 8_000_000
+
+
+class Text(NamedTuple):
+    """A document, or a stretch of one.
+
+    Attributes:
+      text: the text, at least one character.
+      ends: whether the document ends here.
+    """
+
+    text: str
+    ends: bool = True
+
+
+class Invalid(NamedTuple):
+    """Something that is no text: a record, or a whole text file.
+
+    Attributes:
+      path: the file.
+      what: what was found.
+      line: its line, counted from 1 at byte `counted_from`; 0 if it is not a line.
+      counted_from: where that byte is in the file.
+    """
+
+    path: str
+    what: str
+    line: int = 0
+    counted_from: int = 0
+
+    def describe(self) -> str:
+        """File, line in the file, and what was found; reads the file up to there to count lines."""
+        name = os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        if not self.line:
+            return f"{name}: {self.what}"
+        lines, left = self.line, self.counted_from
+        for block, _ in unpack(self.path, "") if left else ():
+            lines += block[:left].count(b"\n")
+            left -= min(len(block), left)
+            if not left:
+                break
+        return f"{name}:{lines}: {self.what}"
+
+    def error(self) -> SpiralError:
+        """What to raise where it is an error."""
+        return SpiralError(self.describe() + '; allowed: UTF-8 text, or data.invalid="skip" to leave it out')
+
+
+def read_piece(piece: Piece, text_field: str) -> Iterator[tuple[Source, Text | Invalid]]:
+    """Reads documents, long text in stretches; `text_field` is the field or column of records that holds the text.
+
+    Yields:
+      Documents that are not empty, in order, each with its source. Of a text file that is not UTF-8, one Invalid and
+      nothing else.
+
+    Raises:
+      SpiralError: a file cannot be read, is damaged, or has no such column.
+    """
+    for source in piece.sources:
+        one = dataclasses.replace(piece, sources=(source,))
+        if source.format == "parquet":
+            found = _rows(source, text_field)
+        elif source.format == "jsonl":
+            found = (item for unpacked in _with_content(one) for item in _json_lines(unpacked, text_field))
+        else:
+            found = _texts(source.path, functools.partial(_with_content, one))
+        yield from ((source, item) for item in found)
+
+
+def sample_texts(sources: Sequence[Source], config: DataConfig) -> list[str]:
+    """Training documents for a tokenizer, about SAMPLE_BYTES of them; the same for the same input.
+
+    Raises:
+      SpiralError: input that is no text or cannot be read.
+    """
+    texts: list[str] = []
+    num_bytes = 0
+    # In the order of a hash, so that the sample is not just the first folder.
+    train = [source for source in sources if source.split != "validation"]
+    train.sort(key=lambda source: hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest())
+    pieces = (piece for source in train for piece in cut_into_pieces([source], config.text_field))
+    for source, found in (item for piece in pieces for item in read_piece(piece, config.text_field)):
+        if num_bytes >= SAMPLE_BYTES:
+            break
+        if isinstance(found, Invalid):
+            if config.invalid == "error":
+                raise found.error()
+        elif split_of(found.text.encode("utf-8"), source, config) == "train":
+            texts.append(found.text[: SAMPLE_BYTES - num_bytes])
+            num_bytes += len(texts[-1].encode("utf-8"))
+    return texts
+
+
+def split_of(content: bytes, source: Source, config: DataConfig) -> str:
+    """Where a document goes: equal records of a corpus are on one side."""
+    if source.split != "hash":
+        return source.split
+    return "validation" if uniform_hash(content) < config.validation_fraction else "train"
+
+
+def _with_content(piece: Piece) -> Iterator[Piece]:
+    [source] = piece.sources
+    if piece.content:
+        yield piece
+    elif source.compression:
+        yield from cut_packed(source, _TEXT_BYTES)
+    else:
+        yield dataclasses.replace(piece, content=read_range(source.path, source.begin, source.stop))
+
+
+def _texts(path: str, read: Callable[[], Iterator[Piece]]) -> Iterator[Text | Invalid]:
+    # Everything is decoded before anything is given out: a file that is not UTF-8 is left out whole.
+    for piece in read():
+        try:
+            piece.content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Invalid(path, f"byte {piece.sources[0].begin + error.start} is not UTF-8 ({error.reason})")
+            return
+    for piece in read():
+        begin, size = 0, len(piece.content)
+        while size - begin >= 2 * _TEXT_BYTES:
+            end = text_cut(piece.content, begin + _TEXT_BYTES)
+            yield Text(piece.content[begin:end].decode("utf-8"), ends=False)
+            begin = end
+        if begin < size:
+            yield Text(piece.content[begin:].decode("utf-8"), ends=piece.ends)
+
+
+def _json_lines(piece: Piece, text_field: str) -> Iterator[Text | Invalid]:
+    [source] = piece.sources
+    begin = source.begin
+    for number, line in enumerate(io.BytesIO(piece.content), piece.first_line):
+        if not line.isspace():
+            try:
+                text = _field(line, begin, text_field)
+            except ValueError as error:
+                yield Invalid(source.path, str(error), number, 0 if source.compression else source.begin)
+            else:
+                if text:
+                    yield Text(text)
+        begin += len(line)
+
+
+def _field(line: bytes, begin: int, text_field: str) -> str:
+    """The text of a line of JSON, or ValueError with what is wrong."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {begin + error.start} is not UTF-8 ({error.reason})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({one_line(error)})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'{_kind_of(record)}, not an object with a field "{text_field}"')
+    if text_field not in record:
+        raise ValueError(f'no field "{text_field}" (data.text_field); fields: {listing(list(record))}')
+    return _checked_text(record[text_field], text_field)
+
+
+def _rows(source: Source, text_field: str) -> Iterator[Text | Invalid]:
+    with open_parquet(source.path, text_field) as file:
+        stop = file.num_row_groups if source.end is None else source.end
+        row = sum(file.metadata.row_group(group).num_rows for group in range(source.begin))
+        try:
+            batches = file.iter_batches(
+                _ROWS_PER_BATCH, row_groups=list(range(source.begin, stop)), columns=[text_field], use_threads=False
+            )
+            for value in (value for batch in batches for value in batch.column(0)):
+                row += 1
+                try:
+                    text = _checked_text(value.as_py(), text_field)
+                except UnicodeDecodeError as error:
+                    yield Invalid(source.path, f'row {row}: column "{text_field}" is not UTF-8 ({error.reason})')
+                except ValueError as error:
+                    yield Invalid(source.path, f"row {row}: {error}")
+                else:
+                    if text:
+                        yield Text(text)
+        except (OSError, ValueError) as error:  # from one of which the errors of pyarrow derive
+            raise SpiralError(f"{source.path} cannot be read ({one_line(error)})") from error
+
+
+def _checked_text(text: object, text_field: str) -> str:
+    """A value as text, or ValueError with what is wrong with it."""
+    if not isinstance(text, str):
+        raise ValueError(f'field "{text_field}" is {_kind_of(text)}, not a string')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f'field "{text_field}" holds {text[error.start]!r} at character {error.start}, which has no UTF-8 form'
+        ) from error
+    return text
+
+
+def _kind_of(value: object) -> str:
+    """What a value is called in JSON."""
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,39 @@
+"""JSON files: the one way to read an object from one, and to write one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from spiral_jax.data.atomic import write_text
+from spiral_jax.errors import SpiralError
+
+
+def read_json_object(path: Path | epath.Path) -> dict[str, Any]:
+    """The fields of the JSON object that a UTF-8 file holds.
+
+    Raises:
+      SpiralError: the file does not exist, cannot be read, is not JSON, or is JSON but no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpiralError(f"{path} does not exist; allowed: a file with a JSON object") from None
+    except OSError as error:
+        raise SpiralError(f"{path} cannot be read ({error.strerror or error}); allowed: a JSON object") from None
+    except (ValueError, RecursionError) as error:
+        raise SpiralError(f"{path} is not JSON ({error}); allowed: a JSON object") from None
+    if not isinstance(values, dict):
+        found = "an array" if isinstance(values, list) else "a single value"
+        raise SpiralError(f"{path} is {found}; allowed: a JSON object")
+    return values
+
+
+def write_json(path: Path | epath.Path, values: Any) -> None:
+    """Writes a JSON file, indented, whole or not at all.
+
+    Raises:
+      SpiralError: it cannot be written.
+    """
+    write_text(path, json.dumps(values, indent=2) + "\n")

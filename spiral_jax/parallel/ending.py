@@ -1,0 +1,97 @@
+"""Several processes end together: with the status, and the last line, of the one that failed first.
+
+A process that fails says so in jax's key-value store before it ends, and a thread of each of the others waits for just
+that: nobody is left in a collective. jax alone would miss a heartbeat after 100 seconds, and abort without the reason.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import jax
+
+from spiral_jax.parallel.processes import Processes
+
+_SECONDS_FOR_OTHERS = 5.0  # that process 0, which is the coordinator, outlives a failure
+_SECONDS_TO_END = 1.0
+_SECONDS_FOR_THE_CAUSE = 2.0
+
+
+class Ending:
+    """How this process ends with the others; does nothing where there are none."""
+
+    def __init__(self, processes: Processes):
+        """Starts to listen for failures of the others."""
+        self._processes = processes
+        self._lock = threading.Lock()  # taken by whichever thread ends this process, and never given back
+        if processes.several:
+            self._failure = processes.key("failure")  # of the first process that failed; "{}" when all have finished
+            self._watcher = threading.Thread(target=self._watch, name="failures of other processes", daemon=True)
+            self._watcher.start()
+
+    def finish(self) -> None:
+        """Waits until every process has done its work; until then the failure of any of them still ends all."""
+        if not self._processes.several:
+            return
+        self._processes.barrier("finished")
+        if self._processes.is_main:
+            self._tell({})
+        self._watcher.join(_SECONDS_FOR_OTHERS)
+
+    def leave(self, status: int, text: str, *, expected: bool) -> None:
+        """Ends one of several processes and, with its last words, the others; returns where it is the only one.
+
+        Args:
+          status: the exit status, of all of them.
+          text: for stderr; its last line is what the others print.
+          expected: whether the cause is known to be here. Else a failure of another process may have led to this one:
+            if so, its news comes first, and ends this process.
+        """
+        if not self._processes.several:
+            return
+        if not expected:
+            time.sleep(_SECONDS_FOR_THE_CAUSE)
+        self._lock.acquire()
+        line = text.strip().splitlines()[-1].removeprefix("error: ")
+        self._tell({"status": status, "line": f"error: process {self._processes.id}: {line}"})
+        self._end(status, text)
+
+    def _tell(self, failure: dict[str, int | str]) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
+            self._processes.client.key_value_set(self._failure, json.dumps(failure))
+
+    def _watch(self) -> None:
+        """Ends this process when another one has failed; this one may be in a collective that never returns."""
+        try:
+            while (text := self._processes.get(self._failure, seconds=3600)) is None:
+                pass
+        except jax.errors.JaxRuntimeError:
+            return  # the coordinator is gone, and jax ends the process
+        if failure := json.loads(text):
+            self._lock.acquire()
+            self._end(failure["status"], failure["line"])
+
+    def _end(self, status: int, text: str) -> NoReturn:
+        """Ends this process, the coordinator last: jax aborts a process that outlives it."""
+        with contextlib.suppress(Exception):
+            print(text.rstrip(), file=sys.stderr, flush=True)
+        processes = self._processes
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            processes.client.key_value_set(f"{self._failure}/seen/{processes.id}", "")
+            deadline = time.monotonic() + _SECONDS_FOR_OTHERS
+            for other in range(1, processes.count) if processes.is_main else ():
+                processes.get(f"{self._failure}/seen/{other}", max(0.01, deadline - time.monotonic()))
+            if processes.is_main:
+                time.sleep(_SECONDS_TO_END)  # they have said so, and now end
+        end_at_once(status)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """Ends this process without Python's usual way out, on which jax would wait for the others, or complain."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,144 @@
+"""`jax.distributed.initialize`, with an error where that would end the process without a word of sense."""
+
+import concurrent.futures
+import functools
+import os
+import signal
+import socket
+import threading
+import warnings
+
+import jax
+from absl import flags
+
+# These say what jax says in public only once it has touched the devices, and hold the key-value store that has no
+# public door; orbax goes through them, too.
+from jax._src.distributed import global_state
+from jax._src.xla_bridge import backends_are_initialized
+
+from spiral_jax.errors import SpiralError, require
+from spiral_jax.parallel.place import Place, place_of
+from spiral_jax.parallel.processes import ALONE, Processes
+
+_ALL_THREE = "all three of --coordinator_address, --num_processes and --process_id"
+
+
+class Unjoined(Exception):
+    """Its cause ended the wait for the others, but jax waits on in a thread: the process has to end by `os._exit`."""
+
+
+def join(values: flags.FlagValues) -> Processes:
+    """Joins the other processes, before anything is computed.
+
+    Flags come before the environment; on a cluster that jax knows (TPU pods, Slurm, Open MPI, Kubernetes) neither is
+    needed. Where nothing is given or found, this is the only process, and joins itself: orbax asks jax.distributed
+    about SIGTERM. Where jax has started before, its processes are what there is.
+
+    Args:
+      values: with the flags of `place.define_processes`.
+
+    Raises:
+      SpiralError: flags that contradict each other or what jax has started with, or by which jax cannot join.
+      Unjoined: processes that did not arrive in time, or Ctrl-C before they did.
+    """
+    place = place_of(values)
+    if jax.distributed.is_initialized() or backends_are_initialized():
+        count = global_state.num_processes
+        require(
+            place.num_processes in (None, count), "--num_processes", place.num_processes, f"{count}, as jax has started"
+        )
+    else:
+        _initialize_in_time(place)
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # jax took SIGTERM as a notice that nobody here reads: a process that is not training would outlive it.
+            signal.signal(signal.SIGTERM, handler)
+        if global_state.num_processes == 1:
+            # CPU devices of one process exchange data in memory; jax would now have them do it over sockets.
+            jax.config.update("jax_cpu_collectives_implementation", None)
+    if global_state.num_processes == 1:
+        return ALONE
+    return Processes(global_state.process_id, global_state.num_processes, global_state.client)
+
+
+def _initialize_in_time(place: Place) -> None:
+    """Initializes in a thread: jax hears no Ctrl-C while it waits, and aborts the process at its own deadline."""
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def initialize() -> None:
+        try:
+            _initialize(place)
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=initialize, name="jax.distributed.initialize", daemon=True).start()
+    try:
+        concurrent.futures.wait([done], place.seconds)
+    except KeyboardInterrupt as interrupt:
+        raise Unjoined from interrupt
+    if not done.done():
+        raise Unjoined from _timed_out(place)
+    try:
+        done.result()
+    except SpiralError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        address = place.coordinator_address or global_state.coordinator_address
+        raise SpiralError(
+            f"--coordinator_address is {address!r}; allowed: one where this process can join the others ({reason})"
+        ) from error
+
+
+def _initialize(place: Place) -> None:
+    """Joins those that the user or a cluster names, and itself where neither does."""
+    # Our own deadline comes first.
+    initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2 * place.seconds + 60)
+    given = (place.coordinator_address, place.num_processes, place.process_id)
+    if given != (None, 1, 0):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Kubernetes without its package
+                initialize(*given, coordinator_bind_address=_bind_address(place.coordinator_address))
+            return
+        except ValueError as error:
+            if "be defined" not in str(error):
+                raise
+        if given != (None, None, None):
+            names = ("--coordinator_address", "--num_processes", "--process_id")
+            missing = " and ".join(name for name, value in zip(names, given, strict=True) if value is None)
+            raise SpiralError(f"{missing}: not given by a flag or a cluster; allowed: {_ALL_THREE}, or none of them")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    initialize(address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate")
+
+
+def _bind_address(address: str | None) -> str | None:
+    """Where process 0 listens: not on every interface if the others come by the loopback one; None for jax's choice."""
+    if address is None or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return None
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host == "localhost" or host.startswith("127.") else None
+
+
+def _timed_out(place: Place) -> SpiralError:
+    """Says what was waited for."""
+    address, me = global_state.coordinator_address, global_state.process_id
+    if address is None:
+        given = place.coordinator_address
+        return SpiralError(
+            f"--coordinator_address is {given!r}, and no cluster said the rest in {place.seconds} s; "
+            f"allowed: {_ALL_THREE}"
+        )
+    waited = f"processes 0 to {global_state.num_processes - 1}: not all arrived"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except OSError:
+        waited = "process 0, and nothing answers there"
+    return SpiralError(
+        f"--coordinator_address is {address!r}, where process {me} waited {place.seconds} s for {waited}; "
+        "allowed: all processes started within --initialization_timeout"
+    )

@@ -1,0 +1,49 @@
+"""Several processes end together."""
+
+import pytest
+from pairs import both_end, flags_of
+
+from spiral_jax.run.directory import claim
+
+
+def test_what_only_process_0_can_see_ends_the_others_too(folder, start):
+    (folder / "taken").mkdir()
+    with claim(folder / "taken"):
+        done = start("train", *flags_of(folder, "taken"), timeout=40)
+    both_end(done, "another process is training there")
+    assert done[1].stderr.startswith("error: process 0: --workdir")
+
+
+@pytest.mark.slow
+def test_tasks_run_in_one_process(folder, start):
+    done = start("evaluate", f"--workdir={folder}", "--tasks=piqa", timeout=40)
+    both_end(done, "--tasks is given to 2 processes; allowed: one")
+    done = start("train", *flags_of(folder, "tasks"), "--config.evaluation.tasks=('piqa',)", timeout=40)
+    both_end(done, "evaluation.tasks is piqa with 2 processes; allowed: none")
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_prepared_ends_all(folder, start):
+    done = start("train", *flags_of(folder, "empty"), "--config.data.paths=/no/such/file", timeout=60)
+    both_end(done, "/no/such/file")
+
+
+@pytest.mark.slow
+def test_a_failure_in_a_step_of_one_process_ends_the_other(folder, start):
+    done = start("train", *flags_of(folder, "fails"), sabotage=":fail:1:2", timeout=90)
+    both_end(done, "a file of process 1: broken")
+
+
+@pytest.mark.slow
+def test_a_defect_has_its_traceback_and_ends_the_other(folder, start):
+    main, other = start("train", *flags_of(folder, "crashes"), sabotage=":crash:1:2", timeout=90)
+    assert other.returncode == 1 and "Traceback" in other.stderr and "a defect" in other.stderr
+    assert main.returncode == 1 and main.stderr == "error: process 1: RuntimeError: a defect\n"
+
+
+@pytest.mark.slow
+def test_a_killed_process_does_not_leave_the_other_waiting(folder, start):
+    """It takes 100 seconds: so long does the coordinator wait for a heartbeat."""
+    main, other = start("train", *flags_of(folder, "killed"), sabotage=":SIGKILL:1:2", timeout=150)
+    assert other.returncode == -9
+    assert main.returncode != 0 and "stopped sending heartbeats" in main.stderr
