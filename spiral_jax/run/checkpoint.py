@@ -170,7 +170,7 @@ class Checkpoints:
         except Damaged:
             return False
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int) -> str:
         """Moves a damaged checkpoint out of the way, to WORKDIR/damaged, where its step can be saved again.
 
         Returns:
@@ -181,7 +181,7 @@ class Checkpoints:
         number = sum(path.name.startswith(f"{step}.") for path in folder.iterdir())
         place = folder / f"{step}.{number}"
         self._folder(step).rename(place)
-        return place
+        return str(place)
 
     def reload(self) -> None:
         """Looks again at which checkpoints there are."""

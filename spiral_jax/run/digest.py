@@ -83,7 +83,8 @@ def _on_devices(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array, jax
             position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(size % 2**32)
             size *= words.shape[axis]
         finite = jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
-        return *(jnp.sum(_mixed(words, position, factor), dtype=jnp.uint32) for factor in _FACTORS), finite
+        first, second = (jnp.sum(_mixed(words, position, factor), dtype=jnp.uint32) for factor in _FACTORS)
+        return first, second, finite
 
     return [of(x) for x in leaves]
 

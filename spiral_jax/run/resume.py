@@ -1,5 +1,6 @@
 """Where a run goes on: at the newest of its checkpoints that is whole."""
 
+import functools
 from typing import Any, NamedTuple
 
 from etils.epath import Path
@@ -56,9 +57,9 @@ def newest_whole(
                 raise
             damaged[step] = error
             continue
-        for number, error in damaged.items():
-            place = processes.from_main("a damaged checkpoint", lambda n=number: str(checkpoints.set_aside(n)))
-            processes.say(f"{error}; it is now {place}, and the run goes on from step {step}")
+        for newer, damage in damaged.items():
+            place = processes.from_main("a damaged checkpoint", functools.partial(checkpoints.set_aside, newer))
+            processes.say(f"{damage}; it is now {place}, and the run goes on from step {step}")
         if damaged:
             checkpoints.reload()
         return saved
@@ -75,8 +76,7 @@ def _restore(config: RunConfig, workdir: Path, checkpoints: Checkpoints, step: i
     meta = checkpoints.load_meta(step)
     own_code.check_registered(workdir, meta["config"])
     config.check_resume(RunConfig.from_dict(meta["config"]), step)
-    if step:
-        arrays = checkpoints.restore(step, abstract_state)
-    else:
-        arrays = checkpoints.restore_params(0, abstract_state.params)
+    is_start = step == 0
+    restore = checkpoints.restore_params if is_start else checkpoints.restore
+    arrays = restore(step, abstract_state.params if is_start else abstract_state)
     return Saved(step, arrays, meta["data"]["fingerprints"])

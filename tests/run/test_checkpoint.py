@@ -269,7 +269,7 @@ def test_a_file_lost_or_halved_changes_nothing_or_is_damage(saved, tmp_path):
 
 def test_one_value_changed_in_its_file_is_damage(saved, tmp_path):
     """Readable by every library, and wrong: written anew with another number in one array."""
-    workdir, state = saved
+    _, state = saved
     checkpoints = Checkpoints(tmp_path)
     other = state.replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1), state.params))
     checkpoints.save(4, other, META)
@@ -304,13 +304,13 @@ def test_what_is_set_aside_is_in_nobodys_way(tmp_path):
     for step in (3, 4):
         checkpoints.save(step, random_state(layout, step), META)
     checkpoints.wait()
-    assert checkpoints.set_aside(4) == tmp_path / "damaged" / "4.0"
+    assert checkpoints.set_aside(4) == str(tmp_path / "damaged" / "4.0")
     checkpoints.reload()
     assert checkpoints.steps() == [3]
     checkpoints.save(4, random_state(layout, 4, seed=2), META)
     checkpoints.wait()
     assert_bitwise_equal(checkpoints.restore(4, layout), random_state(layout, 4, seed=2))
-    assert checkpoints.set_aside(4) == tmp_path / "damaged" / "4.1"
+    assert checkpoints.set_aside(4) == str(tmp_path / "damaged" / "4.1")
     checkpoints.close()
 
 
