@@ -191,7 +191,7 @@ def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig
     if flag and not is_url(flag) and not path.is_dir():
         sources = find_sources((flag,), format="text", field="--input")
         if len(sources) > 1:
-            raise SpiralError(f"--input is {flag!r}: {len(sources)} files; allowed: one text file or token store")
+            raise SpiralError(f"--input matches {len(sources)} files; allowed: one text file or token store")
         text = read_text(sources[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:

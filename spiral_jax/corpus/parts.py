@@ -63,7 +63,7 @@ class Part:
     def find(cls, name: str, folder: Path, dtype: np.dtype) -> "Part | None":
         """The part in a folder, if all of it is there; `dtype` is that of an id."""
         content = read_json(folder / f"{name}.json")
-        part = cls.from_json(content) if content and content["name"] == name else None
+        part = cls.from_json(content) if isinstance(content, dict) and content.get("name") == name else None
         return part if part and all(part.is_there(split, folder, dtype) for split in SPLITS) else None
 
     def is_there(self, split: str, folder: Path, dtype: np.dtype) -> bool:
