@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import Diverged, SpiralError
 from spiral_jax.model.registry import blamed, lines_in
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending, end_at_once
@@ -20,7 +20,7 @@ from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
 _NO_CONFIG = "--config is missing; for example --config=experiments/quickstart.py"
 
@@ -58,7 +58,7 @@ def run(
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         own_code.import_files(getattr(values, "import"))
         main(values)
-    except (SpiralError, Interrupted, KeyboardInterrupt) as error:
+    except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
         status, line = _outcome(error)
         print(line, file=sys.stderr)
         sys.exit(status)
@@ -95,7 +95,7 @@ def joined(values: flags.FlagValues) -> Iterator[Processes]:
         ending.finish()
         sys.exit(128 + interrupt.signal)
     except (Exception, KeyboardInterrupt) as error:
-        expected = isinstance(error, SpiralError | KeyboardInterrupt | BrokenPipeError)
+        expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
         ending.leave(*_outcome(error), expected=expected)
         raise
 
@@ -105,6 +105,8 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
     match error:
         case SpiralError():
             return USAGE, f"error: {error}"
+        case Diverged():
+            return DIVERGED, f"diverged: {error}"
         case Interrupted():
             return 128 + error.signal, str(error)
         case KeyboardInterrupt():
