@@ -10,6 +10,7 @@ WORKDIR/
   tokenizer/         what turned text into ids
   data.json          where the token stores are
   cache/             token stores made from data.paths
+  damaged/           checkpoints that were set aside
   .lock              held by the process that trains
   sample.txt         a continuation by the trained model, if asked for
   loss_curve.png     likewise
