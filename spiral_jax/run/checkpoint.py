@@ -198,8 +198,8 @@ class Checkpoints:
     def _restore(self, step: int, **items) -> Mapping[str, Any]:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            # orbax says a great deal; its first words say which array or file it is about.
+        except Exception as error:  # orbax raises no kind of its own, sometimes `Exception` itself
+            # It says a great deal; its first words say which array or file it is about.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise Unreadable(f"{self._folder(step)} is damaged (cannot be restored: {reason})") from error
 
