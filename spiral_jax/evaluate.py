@@ -158,7 +158,7 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
     Raises:
       SpiralError: a batch size below 1.
     """
-    batch_size = config.train.batch_size // config.train.accumulation if batch_size is None else batch_size
+    batch_size = config.train.micro_batch_size if batch_size is None else batch_size
     require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
 
     def on(mesh: MeshConfig) -> RunConfig:

@@ -206,7 +206,7 @@ def open_model(folder: Path, step: int | None, dtype: Dtype | None, mesh: Mesh) 
     data, fsdp, tensor = mesh.devices.shape
     check_divisible((data, fsdp, tensor), config, data * fsdp, 1)
     placed = place(config, mesh, attention_for(mesh, config))
-    return placed, jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
+    return placed, jax.device_put(params, placed.param_shardings)
 
 
 class Shown:

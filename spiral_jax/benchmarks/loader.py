@@ -20,8 +20,6 @@ from spiral_jax.errors import SpiralError
 
 _SYNTHETIC_TOKENS = 2**25
 _WARM_UP_SECONDS = 1.0
-
-
 _RETRY_SECONDS = 10.0  # a measurement does not wait for a server as a run would
 
 

@@ -20,6 +20,7 @@ from spiral_jax.corpus.store_writer import Counts, check_ids
 from spiral_jax.corpus.texts import Invalid, Text, read_piece, split_of
 from spiral_jax.data.atomic import write_text
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.json_files import read_json
 from spiral_jax.data.store import OFFSET_DTYPE, token_dtype
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
@@ -62,7 +63,7 @@ class Part:
     @classmethod
     def find(cls, name: str, folder: Path, dtype: np.dtype) -> "Part | None":
         """The part in a folder, if all of it is there; `dtype` is that of an id."""
-        content = read_json(folder / f"{name}.json")
+        content = json_or_none(folder / f"{name}.json")
         part = cls.from_json(content) if isinstance(content, dict) and content.get("name") == name else None
         return part if part and all(part.is_there(split, folder, dtype) for split in SPLITS) else None
 
@@ -73,11 +74,11 @@ class Part:
         return not size or (path.exists() and path.stat().st_size == size)
 
 
-def read_json(path: Path) -> Any:
+def json_or_none(path: Path) -> Any:
     """What is in a file of JSON, or None if there is no such file or it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except SpiralError:
         return None
 
 

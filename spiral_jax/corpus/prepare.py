@@ -28,14 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.corpus.parts import NAMED, SPLITS, Part, read_json
+from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
 from spiral_jax.corpus.store_writer import Counts, StoreWriter
 from spiral_jax.corpus.texts import SAMPLE_BYTES, sample_texts
 from spiral_jax.corpus.workers import encode_pieces
-from spiral_jax.data.atomic import rename_whole, write_text
+from spiral_jax.data.atomic import partial_of, rename_whole, whole_folder, write_text
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.json_files import write_json
 from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
 from spiral_jax.data.storage import local_path
 from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
@@ -144,11 +145,6 @@ def prepare_folder(
         _build(recipe, folder, report, check)
 
 
-def partial_of(folder: Path) -> Path:
-    """Where a folder is made."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
 def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
     if not config.paths:
         raise SpiralError("data.paths is empty; allowed: files, folders or glob patterns (or set data.stores)")
@@ -201,7 +197,7 @@ def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: N
 
 def _result(folder: Path) -> dict[str, Any]:
     """What `prepared.json` says, or nothing."""
-    content = read_json(folder / RESULT)
+    content = json_or_none(folder / RESULT)
     return content if isinstance(content, dict) else {}
 
 
@@ -255,7 +251,7 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
                 raise SpiralError(f"{field}: no text for {split}{skipped}; allowed: at least one document with text")
         _merge(partial, recipe, tokenizer, parts, check)
         tokenizer.save(partial / "whole")
-        write_text(partial / "whole" / RESULT, json.dumps(result, indent=2) + "\n")
+        write_json(partial / "whole" / RESULT, result)
         rename_whole(partial / "whole", folder)
     except OSError as error:
         raise SpiralError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
@@ -273,7 +269,7 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
 
 def _claim(partial: Path, fingerprint: str) -> None:
     """Makes the partial folder ours: goes on with it, or starts anew if it is of other input or damaged."""
-    is_ours = read_json(partial / "job.json") == {"fingerprint": fingerprint}
+    is_ours = json_or_none(partial / "job.json") == {"fingerprint": fingerprint}
     if not is_ours and partial.exists():
         shutil.rmtree(partial)
     (partial / "parts").mkdir(parents=True, exist_ok=True)
@@ -284,26 +280,24 @@ def _claim(partial: Path, fingerprint: str) -> None:
 
 
 def _tokenizer(partial: Path, recipe: Recipe, report: Report) -> Tokenizer:
-    place, unnamed = partial / "tokenizer", partial / ".tokenizer"
+    place = partial / "tokenizer"
     if has_tokenizer(place):
         return load_tokenizer(place)
-    shutil.rmtree(unnamed, ignore_errors=True)
-    unnamed.mkdir()
     tokenizer = recipe.tokenizer
     if tokenizer is None:
         texts, size = sample_texts(recipe.sources, recipe.config), recipe.config.bpe_vocab_size
         sample_bytes = sum(len(text.encode("utf-8")) for text in texts)
         report(f"data: training a BPE of {size} entries on {sample_bytes / 1e6:.1f} MB")
         tokenizer = train_bpe(texts, size)
-    tokenizer.save(unnamed)
-    rename_whole(unnamed, place)
+    with whole_folder(place) as folder:
+        tokenizer.save(folder)
     return tokenizer
 
 
 def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report, check: Check) -> list[Part]:
     """All parts in order, each in the folder of parts or in a store."""
     folder, listed, dtype = partial / "parts", partial / "parts.json", token_dtype(tokenizer.vocab_size)
-    if content := read_json(listed):
+    if content := json_or_none(listed):
         parts = [Part.from_json(part) for part in content]
         if all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
             report("data: all text is tokenised, going on to put it together")

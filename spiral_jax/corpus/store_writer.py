@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spiral_jax.data.atomic import rename_whole, write_text
+from spiral_jax.data.atomic import partial_of, rename_whole, write_text
 from spiral_jax.data.store import DOCUMENTS, MANIFEST, OFFSET_DTYPE, TOKENS, Manifest, TokenStore, token_dtype
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
@@ -64,12 +64,12 @@ class StoreWriter:
           resume: what `sync` had secured before the process died, as `can_resume` confirms; what was written after it
             is dropped.
         """
-        self._folder, self._partial = Path(folder), _partial_of(Path(folder))
+        self._folder, self._partial = Path(folder), partial_of(Path(folder))
         self._tokenizer = tokenizer
         self._source = source
         self._dtype = token_dtype(tokenizer.vocab_size)
         self.counts = resume or Counts()
-        self._files = {}
+        self._files, self._digests = {}, {}
         with _errors_of_writing(self._folder):
             if resume is None:
                 shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed
@@ -77,11 +77,13 @@ class StoreWriter:
             for name, size in _file_sizes(self.counts, self._dtype).items():
                 self._files[name] = open(self._partial / name, "ab", buffering=2**20)
                 self._files[name].truncate(size)  # of a new store, too: the first document starts at 0
+                with open(self._partial / name, "rb") as kept:
+                    self._digests[name] = hashlib.file_digest(kept, "sha256")
 
     @staticmethod
     def can_resume(folder: Path, counts: Counts, dtype: np.dtype) -> bool:
         """Whether a writer that died left at least so much of a store."""
-        files = {_partial_of(folder) / name: size for name, size in _file_sizes(counts, dtype).items()}
+        files = {partial_of(folder) / name: size for name, size in _file_sizes(counts, dtype).items()}
         return all(path.exists() and path.stat().st_size >= size for path, size in files.items())
 
     def add(self, tokens_N: np.ndarray, *, utf8_bytes: int) -> None:
@@ -108,9 +110,13 @@ class StoreWriter:
           counts: of these tokens.
         """
         with _errors_of_writing(self._folder):
-            self._files[TOKENS].write(np.ascontiguousarray(tokens_N).data)
-            self._files[DOCUMENTS].write((ends_M.astype(OFFSET_DTYPE) + np.uint64(self.counts.tokens)).tobytes())
+            self._write(TOKENS, np.ascontiguousarray(tokens_N).data)
+            self._write(DOCUMENTS, (ends_M.astype(OFFSET_DTYPE) + np.uint64(self.counts.tokens)).tobytes())
         self.counts += counts
+
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        self._files[name].write(content)
+        self._digests[name].update(content)
 
     def sync(self) -> None:
         """Returns once everything that was appended is on disk."""
@@ -143,8 +149,8 @@ class StoreWriter:
                 max_token_id=max(self.counts.max_token_id, self._tokenizer.separator_id),
                 tokenizer_fingerprint=self._tokenizer.fingerprint,
                 source=self._source,
-                tokens_sha256=_sha256(self._partial / TOKENS),
-                documents_sha256=_sha256(self._partial / DOCUMENTS),
+                tokens_sha256=self._digests[TOKENS].hexdigest(),
+                documents_sha256=self._digests[DOCUMENTS].hexdigest(),
             )
             write_text(self._partial / MANIFEST, manifest.to_json())
             rename_whole(self._partial, self._folder)
@@ -165,17 +171,8 @@ class StoreWriter:
             self.abort()
 
 
-def _partial_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
-
-
 def _file_sizes(counts: Counts, dtype: np.dtype) -> dict[str, int]:
     return {TOKENS: counts.tokens * dtype.itemsize, DOCUMENTS: (counts.documents + 1) * OFFSET_DTYPE.itemsize}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_ids(ids_N: np.ndarray, tokenizer: Tokenizer, name: str) -> None:

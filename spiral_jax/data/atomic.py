@@ -5,10 +5,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from etils import epath
 
 from spiral_jax.errors import SpiralError
+
+AnyPath = TypeVar("AnyPath", Path, epath.Path)
+
+
+def partial_of(path: AnyPath) -> AnyPath:
+    """Where a file or folder is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_text(path: Path | epath.Path, text: str) -> None:
@@ -17,7 +25,7 @@ def write_text(path: Path | epath.Path, text: str) -> None:
     Raises:
       SpiralError: it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.partial")
+    scratch = partial_of(path)
     try:
         with scratch.open("wb") as file:
             file.write(text.encode("utf-8"))
@@ -43,7 +51,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
       SpiralError: it cannot be made or written.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
         partial.mkdir(parents=True)
@@ -63,11 +71,11 @@ def rename_whole(partial: Path, folder: Path) -> None:
     """Gives a complete folder its final name so that the name survives a power cut; replaces what was there.
 
     Args:
-      partial: The complete folder, its files already on disk.
-      folder: Its final name, on the same file system.
+      partial: the complete folder, its files already on disk.
+      folder: its final name, on the same file system.
 
     Raises:
-      OSError: The file system refuses.
+      OSError: the file system refuses.
     """
     _sync_folder(partial)
     replaced = folder.with_name(f".{folder.name}.replaced")

@@ -1,4 +1,4 @@
-"""JSON files: the one way to read an object from one, and to write one."""
+"""JSON files: the one way to read and to write them."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,33 @@ from spiral_jax.data.atomic import write_text
 from spiral_jax.errors import SpiralError
 
 
+def read_json(path: Path | epath.Path, allowed: str = "JSON") -> Any:
+    """What a UTF-8 file of JSON holds.
+
+    Args:
+      path: the file.
+      allowed: what it should hold, for errors.
+
+    Raises:
+      SpiralError: the file does not exist, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpiralError(f"{path} does not exist; allowed: a file with {allowed}") from None
+    except OSError as error:
+        raise SpiralError(f"{path} cannot be read ({error.strerror or error}); allowed: {allowed}") from None
+    except (ValueError, RecursionError) as error:
+        raise SpiralError(f"{path} is not JSON ({error}); allowed: {allowed}") from None
+
+
 def read_json_object(path: Path | epath.Path) -> dict[str, Any]:
     """The fields of the JSON object that a UTF-8 file holds.
 
     Raises:
-      SpiralError: the file does not exist, cannot be read, is not JSON, or is JSON but no object.
+      SpiralError: as for `read_json`, or it is JSON but no object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpiralError(f"{path} does not exist; allowed: a file with a JSON object") from None
-    except OSError as error:
-        raise SpiralError(f"{path} cannot be read ({error.strerror or error}); allowed: a JSON object") from None
-    except (ValueError, RecursionError) as error:
-        raise SpiralError(f"{path} is not JSON ({error}); allowed: a JSON object") from None
+    values = read_json(path, "a JSON object")
     if not isinstance(values, dict):
         found = "an array" if isinstance(values, list) else "a single value"
         raise SpiralError(f"{path} is {found}; allowed: a JSON object")

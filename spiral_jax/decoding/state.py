@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from spiral_jax.errors import require
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.parallel.mesh import partition_spec, replicated
+from spiral_jax.parallel.mesh import batch_sharding, partition_spec, replicated
 
 
 class KeyValues(NamedTuple):
@@ -134,7 +134,7 @@ def empty_state(config: ModelConfig, batch: int, capacity: int) -> DecodeState:
 def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Where each array lies: rows over the axes that share the batch, heads over `tensor`, as in training."""
     entries = NamedSharding(mesh, partition_spec(("layers", "batch", "length", "heads", "head_width")))
-    by_row, everywhere = NamedSharding(mesh, partition_spec(("batch",))), replicated(mesh)
+    by_row, everywhere = batch_sharding(mesh), replicated(mesh)
     return _map_by_kind(lambda _: entries, lambda _: by_row, lambda _: everywhere, state)
 
 

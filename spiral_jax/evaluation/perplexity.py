@@ -87,10 +87,10 @@ class WindowScorer:
           placed: its model on its mesh.
           ahead: whether to compile now rather than at the first batch.
         """
-        train, abstract_params = config.train, placed.abstract_params
-        self.batch_size, self.sequence_length = train.batch_size // train.accumulation, train.sequence_length
+        train = config.train
+        self.batch_size, self._sequence_length = train.micro_batch_size, train.sequence_length
         self._placed = placed
-        specs = fsdp.specs_of(jax.tree.map(lambda x: x.sharding, abstract_params))
+        specs = fsdp.specs_of(placed.param_shardings)
         local = fsdp.model_of_a_device(config.model, train, placed.mesh, specs)
 
         def nats(params, windows_BxW, weights_BxL):
@@ -107,7 +107,7 @@ class WindowScorer:
 
     def lowered(self) -> jax.stages.Lowered:
         """The step for the shapes that it is called with."""
-        B, L, batch = self.batch_size, self.sequence_length, self._placed.batch
+        B, L, batch = self.batch_size, self._sequence_length, self._placed.batch
         windows_BxW = jax.ShapeDtypeStruct((B, L + 1), jnp.int32, sharding=batch)
         weights_BxL = jax.ShapeDtypeStruct((B, L), jnp.float32, sharding=batch)
         return self.step.lower(self._placed.abstract_params, windows_BxW, weights_BxL)

@@ -85,8 +85,7 @@ class TaskEvaluation:
         from spiral_jax.evaluation import harness
 
         train = config.train
-        max_length, batch_size = train.sequence_length, train.batch_size // train.accumulation
-        extent = {"max_length": max_length, "batch_size": batch_size}
+        extent = {"max_length": train.sequence_length, "batch_size": train.micro_batch_size}
         scorer = Scorer(placed, **extent, block=train.loss_block)
         generator = Generator(placed, **extent, num_ids=tokenizer.vocab_size)
         self._opened = opened

@@ -13,7 +13,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Linear
-from spiral_jax.model.spiralformer import boxed_params
 
 AXES = ("data", "fsdp", "tensor")
 # Every logical axis has a rule; an axis without one is an error (`partition_spec`).
@@ -182,11 +181,6 @@ def shardings_of(boxed_tree, mesh: Mesh | AbstractMesh):
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(sharding, boxed_tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-
-
-def param_shardings(model: ModelConfig, mesh: Mesh | AbstractMesh):
-    """Where a model's parameters lie on a mesh."""
-    return shardings_of(boxed_params(model), mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -38,10 +38,15 @@ class PlacedModel:
         """Of arrays that every device has whole."""
         return replicated(self.mesh)
 
-    @property
+    @functools.cached_property
     def abstract_params(self) -> Any:
         """The parameters' shapes and dtypes with their shardings, as a tree of ShapeDtypeStructs."""
-        return abstract_params_on(self.model.config, self.mesh)
+        return abstract_params_on(self.model.config, self.mesh)  # traces the model's init: once is enough
+
+    @property
+    def param_shardings(self) -> Any:
+        """Where the parameters lie."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_params)
 
     def put(self, rows: np.ndarray) -> jax.Array:
         """A host array [B, ..] that every process has whole, as a batch on the devices."""

@@ -13,8 +13,9 @@ from etils.epath import Path
 from jax.sharding import Mesh
 
 from spiral_jax.data import atomic
-from spiral_jax.data.json_files import write_json
+from spiral_jax.data.json_files import read_json, write_json
 from spiral_jax.data.prepared import PreparedData
+from spiral_jax.errors import SpiralError
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import save_data
@@ -79,9 +80,9 @@ def write_environment(path: Path, mesh: Mesh) -> None:
 def last_start(path: Path) -> dict[str, Any] | None:
     """What `write_environment` recorded last; None where that is missing or broken."""
     try:
-        start = json.loads(path.read_text(encoding="utf-8"))[-1]
+        start = read_json(path)[-1]
         return start if {"packages", "git_commit"} <= start.keys() else None
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+    except (SpiralError, LookupError, AttributeError, TypeError):
         return None
 
 

@@ -46,6 +46,11 @@ class TrainConfig:
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
 
     @property
+    def micro_batch_size(self) -> int:
+        """Sequences over all devices that are worked on at one time: what fits in training fits in evaluation."""
+        return self.batch_size // self.accumulation
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 

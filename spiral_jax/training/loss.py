@@ -14,7 +14,7 @@ from spiral_jax.model.spiralformer import SpiralFormer, unembed
 def window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block: int) -> jax.Array:
     """-log p of tokens 1..L of windows of L + 1 tokens: nats_BxL, at least float32. For scoring, not for training."""
     h_BxLxD, _ = model.apply({"params": params}, windows_BxW[:, :-1], method="hidden")
-    return nats_and_greedy(model, params, h_BxLxD, windows_BxW[:, 1:], block)[0]
+    return _from_logits(model, params, h_BxLxD, windows_BxW[:, 1:], block, lambda *given: _nats(*given)[0])
 
 
 def nats_and_greedy(
@@ -32,11 +32,19 @@ def nats_and_greedy(
     Returns:
       nats_BxL, at least float32, and greedy_BxL.
     """
+
+    def score(logits_BxPxV: jax.Array, targets_BxP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _nats(logits_BxPxV, targets_BxP)[0], jnp.argmax(logits_BxPxV, axis=-1) == targets_BxP
+
+    return _from_logits(model, params, h_BxLxD, targets_BxL, block, score)
+
+
+def _from_logits(model: SpiralFormer, params, h_BxLxD, targets_BxL, block: int, score: Callable) -> Any:
+    """What `score` makes of each block's logits_BxPxV and targets_BxP, put together over all positions."""
     kernel_DxV, constrain = _head(model, params), model.backend.constrain
 
     def of_block(carry, h_BxPxD, targets_BxP, is_real_P):
-        logits_BxPxV = _logits(h_BxPxD, kernel_DxV, constrain)
-        return carry, (_nats(logits_BxPxV, targets_BxP)[0], jnp.argmax(logits_BxPxV, axis=-1) == targets_BxP)
+        return carry, score(_logits(h_BxPxD, kernel_DxV, constrain), targets_BxP)
 
     return _over_blocks(of_block, None, h_BxLxD, targets_BxL, block)[1]
 

@@ -24,7 +24,7 @@ from spiral_jax.training.schedules import learning_rate
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step reads and writes; of ShapeDtypeStructs, what it will be.
+    """All that a step reads and writes, as arrays or, where only its layout matters, as ShapeDtypeStructs.
 
     Attributes:
       step: optimizer steps done, int32.
@@ -72,7 +72,7 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
     placed = place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
     optimizer = make_optimizer(config.optimizer, config.train.steps, config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
-    state = abstract_state(config, mesh)
+    state = _state_around(config, placed.abstract_params, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     specs = fsdp.specs_of(shardings.params)
     local = fsdp.model_of_a_device(config.model, config.train, mesh, specs)
@@ -106,11 +106,13 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
 
 def abstract_state(config: StepConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """The TrainState's shapes, dtypes and shardings on a mesh, which may be one that is not there."""
-    params = abstract_params_on(config.model, mesh)
-    state = jax.eval_shape(functools.partial(_start, config), params, jax.eval_shape(lambda: jax.random.key(0)))
+    return _state_around(config, abstract_params_on(config.model, mesh), mesh)
 
-    shardings = state_shardings(state.opt_state, params, mesh)
-    opt_state = jax.tree.map(_placed, state.opt_state, shardings)
+
+def _state_around(config: StepConfig, params: Any, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The abstract TrainState that abstract parameters are part of."""
+    state = jax.eval_shape(functools.partial(_start, config), params, jax.eval_shape(lambda: jax.random.key(0)))
+    opt_state = jax.tree.map(_placed, state.opt_state, state_shardings(state.opt_state, params, mesh))
     everywhere = replicated(mesh)
     return TrainState(_placed(state.step, everywhere), params, opt_state, _placed(state.rng, everywhere))
 

@@ -11,10 +11,11 @@ import reference
 from spiral_jax.decoding.decoder import Decoder, Request, bytes_per_row
 from spiral_jax.decoding.sampling import SamplingSettings
 from spiral_jax.errors import SpiralError
+from spiral_jax.model.attention import causal_attention
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
-from spiral_jax.parallel.mesh import MeshConfig, constrain, make_mesh, param_shardings
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.parallel.placed_model import place
 
 V, NUM_IDS, CAPACITY = 20, 18, 44
 STOP = 9
@@ -38,9 +39,9 @@ def requests():
 @functools.cache
 def decoder_of(rows, shape=(1, 1, 1)):
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
-    model = SpiralFormer(CONFIG, Backend(constrain=functools.partial(constrain, mesh)))
-    made = Decoder(model, mesh, rows=rows, capacity=CAPACITY, num_ids=NUM_IDS, stop_ids=(STOP,))
-    return made, param_shardings(model.config, mesh)
+    placed = place(CONFIG, mesh, causal_attention)
+    made = Decoder(placed.model, mesh, rows=rows, capacity=CAPACITY, num_ids=NUM_IDS, stop_ids=(STOP,))
+    return made, placed.param_shardings
 
 
 def texts(weights, requests, *args):

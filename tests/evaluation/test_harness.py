@@ -78,7 +78,7 @@ def pair(tmp_path_factory):
     devices = make_mesh(MeshConfig(4, 2, 1))
     placed = place(MODEL, devices, attention_for(devices, MODEL))
     params = params_from_tensors(MODEL, load_file(folder / "model.safetensors"))
-    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
+    params = jax.device_put(params, placed.param_shardings)
     scorer = Scorer(placed, max_length=MAX_LENGTH, batch_size=3, block=64)
     generator = Generator(placed, max_length=MAX_LENGTH, batch_size=3, num_ids=tokenizer.vocab_size)
     return SpiralLM(tokenizer, scorer, generator, params), theirs

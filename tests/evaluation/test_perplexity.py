@@ -160,7 +160,7 @@ def real(random_model, quick):
     placed = place(config.model, devices, attention_for(devices, config.model))
     nats_of = WindowScorer(config, placed)
     nats_of.step = nats_of.lowered().compile(compiler_options=quick)
-    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed.abstract_params))
+    params = jax.device_put(params, placed.param_shardings)
     return hf_config, tensors, params, nats_of
 
 

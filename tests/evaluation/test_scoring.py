@@ -38,7 +38,7 @@ def on_mesh(weights, mesh=MeshConfig(4, 2, 1)):  # noqa: B008
     """(the placed model, params on its devices)."""
     devices = make_mesh(mesh)
     placed = place(MODEL, devices, attention_for(devices, MODEL))
-    return placed, jax.device_put(weights[2], jax.tree.map(lambda x: x.sharding, placed.abstract_params))
+    return placed, jax.device_put(weights[2], placed.param_shardings)
 
 
 def requests_of(count=40, seed=0) -> list[Request]:

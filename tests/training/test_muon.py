@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import abstract_params
-from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, param_shardings
+from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from spiral_jax.parallel.placed_model import abstract_params_on
 from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import OptimizerConfig
 from spiral_jax.training.optimizers import make_optimizer, optimizers, state_shardings
@@ -135,7 +136,7 @@ def test_on_a_mesh_the_updates_are_the_same(arrays, mesh, quick):
     """Within 1e-5 of the update's norm."""
     plain = updates_of(CONFIG, arrays)
     devices = make_mesh(MeshConfig(*mesh))
-    placed = param_shardings(MODEL, devices)
+    placed = jax.tree.map(lambda x: x.sharding, abstract_params_on(MODEL, devices))
     params, *grads = (jax.device_put(tree, placed) for tree in arrays)
     optimizer = make_optimizer(CONFIG, STEPS, MODEL)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays[0], placed)
