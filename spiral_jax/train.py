@@ -34,7 +34,7 @@ from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, summary
-from spiral_jax.run.checkpoint import Checkpoints, Saves
+from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
     check_dtype,
@@ -49,6 +49,7 @@ from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, 
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.resume import Saved, newest_whole
+from spiral_jax.run.saves import Saves
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
 from spiral_jax.training.tracer import Tracer, parse_profile

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -244,22 +244,6 @@ def _digest_of(meta: Mapping[str, Any]) -> str:
     """Of the text of everything in it but itself."""
     text = json.dumps({key: value for key, value in meta.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Saves:
-    """Saves a run's state when it is due: a `training.loop.Saving`."""
-
-    def __init__(self, checkpoints: Checkpoints, last_step: int, meta: Mapping[str, Any], fingerprints: Sequence[str]):
-        """`meta` is JSON to keep with every checkpoint; `fingerprints` are those of the training tokens."""
-        self._checkpoints, self._last_step = checkpoints, last_step
-        self._meta, self._fingerprints = meta, list(fingerprints)
-
-    def due(self, step: int) -> bool:
-        return self._checkpoints.due(step, self._last_step)
-
-    def __call__(self, step: int, state: Any) -> None:
-        data = {"step": step, "fingerprints": self._fingerprints}
-        self._checkpoints.save(step, state, {**self._meta, "data": data})
 
 
 def restore_for_inference(workdir: Path, abstract_params, step: int | None = None) -> tuple[Any, int]:
