@@ -33,7 +33,7 @@ from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.progress import duration
-from spiral_jax.run import metrics, own_code, summary
+from spiral_jax.run import metrics, own_code, side_files, summary
 from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
@@ -122,6 +122,8 @@ def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes)
     program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
     if processes.is_main:
+        for line in side_files.mend(workdir):
+            processes.say(line)
         save_start(workdir, config, opened.data, program.abstract_state.params, mesh)
     if opened.step < config.train.steps:
         train(config, workdir, program, state, opened, profiled, processes)
@@ -137,7 +139,7 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes)
       SpiralError: a configuration or data that does not continue the run, data that is missing or does not suit it, or
         an `upcycle.source` that does not.
     """
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints = Checkpoints(workdir, config.checkpoint, processes=processes)
     saved = newest_whole(config, workdir, checkpoints, abstract_state(config, mesh), processes)
     for line in own_code.changes(workdir, config.to_dict()) if saved else ():
         processes.say(line)
@@ -196,7 +198,7 @@ def train(
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
-    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
+    saving = Saves(opened.checkpoints, config, data.fingerprints, processes)
     record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
     tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
     try:
@@ -217,7 +219,7 @@ def train(
         tracer.stop()
         if record is not None:
             record.close()
-    opened.checkpoints.wait()
+    saving.finish()
     if stop.signal and done < last:
         raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
 

@@ -13,19 +13,22 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
+from flax.traverse_util import unflatten_dict
 
 from spiral_jax.errors import Damaged, Diverged, SpiralError, require
+from spiral_jax.parallel.processes import ALONE, Processes
+from spiral_jax.run.aside import set_aside
 from spiral_jax.run.digest import Array, outline, path_name, summary
+from spiral_jax.run.orbax_words import disk_trouble, first_words
 
 FORMAT = 3
-DAMAGED = "damaged"  # the folder, beside `checkpoints`, of what was set aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,36 +40,50 @@ class CheckpointConfig:
       keep: newest checkpoints to keep.
       keep_every_steps: checkpoints at multiples of this (itself a multiple of `every_steps`) are kept for good; 0
         for none.
+      on_failure: what a save that fails (a full disk, say) does to the run: `stop` ends it, with status 2; `go_on` says
+        so and tries again when the next one is due, but if the last one fails, it ends with status 2, too. Several
+        processes always stop.
     """
 
     every_steps: int = 1000
     keep: int = 3
     keep_every_steps: int = 0
+    on_failure: Literal["stop", "go_on"] = "stop"
 
     def __post_init__(self):
         for field, least in (("every_steps", 1), ("keep", 1), ("keep_every_steps", 0)):
             require(getattr(self, field) >= least, f"checkpoint.{field}", getattr(self, field), f"{least} or more")
+        require(self.on_failure in ("stop", "go_on"), "checkpoint.on_failure", self.on_failure, "stop, go_on")
         kept, every = self.keep_every_steps, self.every_steps
         require(kept % every == 0, "checkpoint.keep_every_steps", kept, f"multiples of checkpoint.every_steps {every}")
 
 
-class Unreadable(Damaged):
-    """Files that cannot be read, perhaps on this process alone."""
+class SaveFailed(SpiralError):
+    """A checkpoint that could not be written; those before it are whole."""
 
 
 class Checkpoints:
     """The checkpoints of one run directory, which all processes see; all of them make the same calls."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        config: CheckpointConfig = CheckpointConfig(),
+        *,
+        read_only: bool = False,
+        processes: Processes = ALONE,
+    ):
         """Opens WORKDIR/checkpoints.
 
         Args:
           workdir: absolute; orbax refuses relative directories at the first save only.
           config: cadence and retention.
           read_only: for readers: nothing is created or removed.
+          processes: that agree on what can be read. By default each finds out for itself.
         """
-        self.directory = workdir / "checkpoints"
-        self._config = config
+        self.directory = Path(workdir) / "checkpoints"
+        self._config, self._processes = config, processes
+        self._saving: int | None = None  # the step whose save is not known to be complete
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -78,6 +95,12 @@ class Checkpoints:
             ),
             item_names=("params", "training", "meta"),
         )
+        # Reads by itself: a process that cannot must not leave the others waiting for it in a barrier.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, or None."""
@@ -100,6 +123,7 @@ class Checkpoints:
 
         Raises:
           Diverged: a number of the state is not finite. Such a state is never saved.
+          SaveFailed: this save could not be started, or the one before has failed.
         """
         if step in self.steps():
             return
@@ -116,16 +140,42 @@ class Checkpoints:
         self.wait()
 
     def _save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        self.wait()
         found = summary(items)
         if found.not_finite:
             raise Diverged(f"step {step}: {found.not_finite[0]} is not finite and is not saved; {self._last_good()}")
         meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
         meta["digest"] = _digest_of(meta)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)))
+        try:
+            self._check_that_it_is_there()
+            self._remove_unfinished()
+            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
+        except Exception as error:  # of any kind
+            raise self._failed(step, error) from error
+        self._saving = step
 
-    def _last_good(self) -> str:
-        steps = self.steps()
+    def _check_that_it_is_there(self) -> None:
+        """orbax would make it anew, where a run was moved away from."""
+        if not self.directory.is_dir():
+            raise SpiralError(f"{self.directory} is not there any more")
+
+    def _failed(self, step: int, error: Exception) -> SaveFailed:
+        """After this, the step can be saved again: orbax itself would keep it in its list, and a part of it on disk."""
+        last_good = self._last_good(but=step)
+        self._remove_unfinished()
+        with contextlib.suppress(OSError):  # of a disk that is gone
+            self.reload()
+        return SaveFailed(f"{self._folder(step)} cannot be saved ({disk_trouble(error)}); {last_good}")
+
+    def _remove_unfinished(self) -> None:
+        """What a kill or a full disk has left of saves; it may be what fills the disk."""
+        with contextlib.suppress(OSError):  # of a write that goes on behind a failed one: the next call gets it
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+                path.rmtree(missing_ok=True)
+
+    def _last_good(self, but: int | None = None) -> str:
+        steps = [step for step in self.steps() if step != but]
         return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
 
     def load_meta(self, step: int) -> dict[str, Any]:
@@ -162,46 +212,76 @@ class Checkpoints:
         """The parameters alone, likewise."""
         return self._restore_arrays(step, {"params": abstract_params})["params"]
 
-    def is_whole(self, step: int, abstract_params) -> bool:
-        """Whether the parameters can be restored."""
+    def is_whole(self, step: int) -> bool:
+        """Whether the parameters can be restored; read on the host, by this process alone."""
         try:
-            self.restore_params(step, abstract_params)
+            arrays = self.load_meta(step)["arrays"]
+            params = {
+                tuple(path.split("/")): on_host(jax.ShapeDtypeStruct(shape, np.dtype(dtype)))
+                for path, (dtype, shape, _) in arrays.items()
+                if path.startswith("params/")
+            }
+            self._restore_arrays(step, unflatten_dict(params))
             return True
-        except Damaged:
+        except SpiralError:
             return False
 
     def set_aside(self, step: int) -> str:
-        """Moves a damaged checkpoint out of the way, to WORKDIR/damaged, where its step can be saved again.
+        """Moves a damaged checkpoint out of the way, where its step can be saved again.
 
         Returns:
           Where it is now.
         """
-        folder = self.directory.parent / DAMAGED
-        folder.mkdir(exist_ok=True)
-        number = sum(path.name.startswith(f"{step}.") for path in folder.iterdir())
-        place = folder / f"{step}.{number}"
-        self._folder(step).rename(place)
-        return str(place)
+        return str(set_aside(self._folder(step), self.directory.parent))
 
     def reload(self) -> None:
         """Looks again at which checkpoints there are."""
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns once every save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns once every save is complete on disk.
+
+        Raises:
+          SaveFailed: it is not.
+        """
+        step, self._saving = self._saving, None
+        error: Exception | None = None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as failure:  # of any kind
+            error = failure
+        # What counts is what is there: if an older one could not be removed, that does no harm. Process 0 has put it
+        # there; others may see it later.
+        complete = self._folder(step).is_dir() if step is not None and jax.process_index() == 0 else error is None
+        if step is not None and not complete:
+            raise self._failed(step, error or SpiralError("it is not there")) from error
+
+    def check(self) -> None:
+        """As `wait`, but if a save goes on, it returns at once.
+
+        On several processes it always does: asking orbax can take as long as the slowest of them.
+        """
+        if self._saving is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits for saves, then frees threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._reader.close()
+            self._manager.close()
 
     def _restore(self, step: int, **items) -> Mapping[str, Any]:
+        restored, reason = {}, None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self._reader.restore(self._folder(step), args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises no kind of its own, sometimes `Exception` itself
-            # It says a great deal; its first words say which array or file it is about.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise Unreadable(f"{self._folder(step)} is damaged (cannot be restored: {reason})") from error
+            reason = first_words(error)
+        reason = self._processes.first_of("what could be restored", reason)
+        if reason is not None:
+            raise self._damaged(step, f"cannot be restored: {reason}")
+        return restored
 
     def _restore_arrays(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
         """Items as they were saved, in the dtypes of `abstract`."""
@@ -244,52 +324,6 @@ def _digest_of(meta: Mapping[str, Any]) -> str:
     """Of the text of everything in it but itself."""
     text = json.dumps({key: value for key, value in meta.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def restore_for_inference(workdir: Path, abstract_params, step: int | None = None) -> tuple[Any, int]:
-    """Parameters of a run's newest checkpoint (or of `step`), laid out as `abstract_params` says.
-
-    Returns:
-      params and the step they were saved at.
-
-    Raises:
-      SpiralError: the run has no such checkpoint.
-    """
-    with _reading(workdir, step) as (checkpoints, step):
-        try:
-            return checkpoints.restore_params(step, abstract_params), step
-        except Damaged as error:
-            whole = next((s for s in reversed(checkpoints.steps()) if checkpoints.is_whole(s, abstract_params)), None)
-            raise SpiralError(f"{error}; allowed: {'another run' if whole is None else f'--step={whole}'}") from error
-
-
-def read_meta(workdir: Path, step: int | None = None) -> tuple[dict[str, Any], int]:
-    """What was saved beside the parameters that `restore_for_inference` restores, and the step.
-
-    Raises:
-      SpiralError: the run has no such checkpoint, or one of another version.
-    """
-    with _reading(workdir, step) as (checkpoints, step):
-        return checkpoints.load_meta(step), step
-
-
-@contextlib.contextmanager
-def _reading(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, int]]:
-    """A run's checkpoints, and which of them is meant."""
-    if not (workdir / "checkpoints").is_dir():
-        raise SpiralError(f"{workdir} has no checkpoints; allowed: the directory of a run")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        steps = checkpoints.steps()
-        if step is None and steps:
-            step = steps[-1]
-        if step not in steps:
-            raise SpiralError(
-                f"{checkpoints.directory} has no checkpoint of step {step}; allowed: {steps or 'a trained run'}"
-            )
-        yield checkpoints, step
-    finally:
-        checkpoints.close()
 
 
 def on_host(abstract_tree):

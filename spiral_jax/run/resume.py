@@ -8,7 +8,7 @@ from etils.epath import Path
 from spiral_jax.errors import Damaged, SpiralError
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import own_code
-from spiral_jax.run.checkpoint import Checkpoints, Unreadable
+from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
 
 
@@ -44,8 +44,7 @@ def newest_whole(
       None if there is no checkpoint.
 
     Raises:
-      SpiralError: a configuration that does not continue the run; there are checkpoints, but none is whole; or one of
-        several processes cannot read its part, as it cannot know what the others read.
+      SpiralError: a configuration that does not continue the run, or there are checkpoints, but none is whole.
     """
     damaged: dict[int, Damaged] = {}
     steps = processes.from_main("the checkpoints", checkpoints.steps)
@@ -53,8 +52,6 @@ def newest_whole(
         try:
             saved = _restore(config, workdir, checkpoints, step, abstract_state)
         except Damaged as error:
-            if processes.several and isinstance(error, Unreadable):
-                raise
             damaged[step] = error
             continue
         for newer, damage in damaged.items():

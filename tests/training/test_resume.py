@@ -55,8 +55,8 @@ def sabotage(kind, step):
             return write(self, row)
         while not (self._path.parent / "checkpoints" / "10").is_dir():
             time.sleep(0.01)  # it is being saved meanwhile
-        self._file.write('{"step": %d, "loss": 1.' % step)
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write('{"step": %d, "loss": 1.' % step)
         os.kill(os.getpid(), signal.SIGKILL)
 
     metrics.MetricsWriter.write = write_and_die
