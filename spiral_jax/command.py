@@ -17,7 +17,7 @@ from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending, end_at_once
 from spiral_jax.parallel.join import Unjoined, join
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.run import orbax_words, own_code
+from spiral_jax.run import failures, own_code
 from spiral_jax.run.config import RunConfig
 
 OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
@@ -49,7 +49,7 @@ def run(
     # orbax logs every step of a save, and warns when a checkpoint is opened for reading only; what a user should see
     # is printed by the commands, and failures are raised.
     logging.set_verbosity(logging.ERROR)
-    orbax_words.silence()
+    failures.silence()
     try:
         rest = _parse(values, verb)
         if values.help:

@@ -26,7 +26,7 @@ from spiral_jax.errors import Damaged, Diverged, SpiralError, require
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run.aside import set_aside
 from spiral_jax.run.digest import Array, outline, path_name, summary
-from spiral_jax.run.orbax_words import disk_trouble, first_words
+from spiral_jax.run.failures import disk_trouble, first_words
 
 FORMAT = 3
 

@@ -17,7 +17,7 @@ from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
 from spiral_jax.run.aside import DAMAGED
-from spiral_jax.run.orbax_words import first_words
+from spiral_jax.run.failures import first_words
 from spiral_jax.run.row_file import RowFile
 from spiral_jax.run.tensorboard import Board
 

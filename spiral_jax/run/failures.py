@@ -12,7 +12,7 @@ _OS_ERROR = re.compile(r"([^:\[\]\n]+) \[os_error_code=")
 
 
 def first_words(error: BaseException) -> str:
-    """What failed, in at most one line. orbax says a great deal; its first words say which array or file it is about."""
+    """What failed, in one line at most. orbax says a great deal; it says first which array or file it is about."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
