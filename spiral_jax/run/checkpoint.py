@@ -103,11 +103,11 @@ class Checkpoints:
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
+        """The last of `steps`, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps there are complete checkpoints of, oldest first."""
+        """The steps there are complete checkpoints of, oldest first; until `wait`, also the one that is being saved."""
         return sorted(self._manager.all_steps())
 
     def due(self, step: int, last_step: int) -> bool:
@@ -147,26 +147,29 @@ class Checkpoints:
         meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
         meta["digest"] = _digest_of(meta)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        if not self._is_there():
+            raise self._failed(step)
+        self._remove_unfinished()
         try:
-            self._check_that_it_is_there()
-            self._remove_unfinished()
             self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
         except Exception as error:  # of any kind
             raise self._failed(step, error) from error
         self._saving = step
 
-    def _check_that_it_is_there(self) -> None:
-        """orbax would make it anew, where a run was moved away from."""
-        if not self.directory.is_dir():
-            raise SpiralError(f"{self.directory} is not there any more")
+    def _is_there(self) -> bool:
+        """Whether the run is still where it began: orbax would begin another one at its old place."""
+        return self.directory.is_dir()
 
-    def _failed(self, step: int, error: Exception) -> SaveFailed:
+    def _failed(self, step: int, error: Exception | None = None) -> SaveFailed:
         """After this, the step can be saved again: orbax itself would keep it in its list, and a part of it on disk."""
+        reason = "it is not there" if error is None else disk_trouble(error)
+        if not self._is_there():
+            reason = f"{self.directory} is not there any more"
         last_good = self._last_good(but=step)
         self._remove_unfinished()
         with contextlib.suppress(OSError):  # of a disk that is gone
             self.reload()
-        return SaveFailed(f"{self._folder(step)} cannot be saved ({disk_trouble(error)}); {last_good}")
+        return SaveFailed(f"{self._folder(step)} cannot be saved ({reason}); {last_good}")
 
     def _remove_unfinished(self) -> None:
         """What a kill or a full disk has left of saves; it may be what fills the disk."""
@@ -254,7 +257,7 @@ class Checkpoints:
         # there; others may see it later.
         complete = self._folder(step).is_dir() if step is not None and jax.process_index() == 0 else error is None
         if step is not None and not complete:
-            raise self._failed(step, error or SpiralError("it is not there")) from error
+            raise self._failed(step, error) from error
 
     def check(self) -> None:
         """As `wait`, but if a save goes on, it returns at once.

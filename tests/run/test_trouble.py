@@ -209,6 +209,32 @@ def test_side_files_stop_no_resume_and_lose_no_row(folder, copy, capsys):
     assert call(evaluate, f"--workdir={copy}", "--json") == (0, "")
 
 
+def lose(checkpoint):
+    (checkpoint / "training" / "_METADATA").unlink()
+
+
+def halve(checkpoint):
+    path = checkpoint / "params" / "manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace_by_another(checkpoint):
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("6"), checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lose, halve, replace_by_another])
+def test_train_falls_back(folder, copy, capsys, damage):
+    damage(copy / "checkpoints" / str(STEPS))
+    capsys.readouterr()
+    assert run(folder, copy) == (0, "")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "damaged" in line)
+    assert line.startswith(f"{copy}/checkpoints/{STEPS} is damaged (")
+    assert line.endswith(f"; it is now {copy}/damaged/{STEPS}.0, and the run goes on from step 6")
+    assert_same_run(folder, copy)
+
+
 def readers(workdir, output):
     return {
         "evaluate": lambda *flags: call(evaluate, f"--workdir={workdir}", "--json", *flags),
