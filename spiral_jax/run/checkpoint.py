@@ -26,7 +26,7 @@ from spiral_jax.errors import Damaged, Diverged, SpiralError, require
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run.aside import set_aside
 from spiral_jax.run.digest import Array, outline, path_name, summary
-from spiral_jax.run.failures import disk_trouble, first_words
+from spiral_jax.run.failures import disk_trouble, finish_threads, first_words
 
 FORMAT = 3
 
@@ -166,6 +166,11 @@ class Checkpoints:
         if not self._is_there():
             reason = f"{self.directory} is not there any more"
         last_good = self._last_good(but=step)
+        finish_threads(seconds=5)
+        for _ in range(9):  # of one save there may be several errors, and the next one would fail with each
+            with contextlib.suppress(Exception):
+                self._manager.check_for_errors()
+                break
         self._remove_unfinished()
         with contextlib.suppress(OSError):  # of a disk that is gone
             self.reload()
@@ -173,7 +178,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """What a kill or a full disk has left of saves; it may be what fills the disk."""
-        with contextlib.suppress(OSError):  # of a write that goes on behind a failed one: the next call gets it
+        with contextlib.suppress(OSError):  # of a write that goes on all the same: the next call gets it
             for path in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
                 path.rmtree(missing_ok=True)
 

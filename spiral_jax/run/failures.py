@@ -4,6 +4,8 @@ import functools
 import logging
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,15 @@ def disk_trouble(error: BaseException) -> str:
             return match[1].strip()
         one = one.__cause__ or one.__context__
     return first_words(error)
+
+
+def finish_threads(seconds: float) -> None:
+    """Waits for the threads of orbax, so long at most: writes that go on behind the one that failed."""
+    deadline = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax.") or thread.name == "async_save":
+            # Their own `join` may raise what ended them, which is known.
+            threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
 
 
 def silence() -> None:

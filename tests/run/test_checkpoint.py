@@ -200,43 +200,6 @@ def damaged(saved, tmp_path, change) -> str:
     return ""
 
 
-def files_of(folder) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.mark.parametrize("flips", [24, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_flipped_bit_changes_nothing_or_is_damage(saved, tmp_path, flips):
-    """In any file, large ones more often: never other arrays without a word."""
-    rng, folder = np.random.default_rng(flips), saved[0] / "checkpoints" / "4"
-    files = files_of(folder)
-    share = np.sqrt([(folder / name).stat().st_size for name in files])
-    said = []
-    for name in rng.choice(files, size=flips, p=share / share.sum()):
-
-        def flip(folder, name=name):
-            raw = bytearray((folder / name).read_bytes())
-            raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
-            (folder / name).write_bytes(raw)
-
-        said.append(damaged(saved, tmp_path, flip))
-    assert sum(map(bool, said)) > flips / 3
-
-
-@pytest.mark.slow
-def test_a_file_lost_or_halved_changes_nothing_or_is_damage(saved, tmp_path):
-    said = {}
-    for name in files_of(saved[0] / "checkpoints" / "4"):
-        said[name, "lost"] = damaged(saved, tmp_path, lambda folder, name=name: (folder / name).unlink())
-        said[name, "half"] = damaged(
-            saved,
-            tmp_path,
-            lambda folder, name=name: (folder / name).write_bytes(
-                (folder / name).read_bytes()[: -(-(folder / name).stat().st_size // 2)]
-            ),
-        )
-    assert any(said.values())
-
-
 def test_one_value_changed_in_its_file_is_damage(saved, tmp_path):
     """Readable by every library, and wrong: written anew with another number in one array."""
     _, state = saved

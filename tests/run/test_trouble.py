@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -47,13 +48,15 @@ def run(folder, workdir, *flags) -> tuple[int, str]:
     return call(train, f"--config={folder}/config.py", f"--workdir={workdir}", *flags)
 
 
-def at_row(monkeypatch, step, action):
-    """Does something when the row of a step is recorded, which is right before the save of that step."""
+def at_row(monkeypatch, step, action, saved=None):
+    """Does something when the row of a step is recorded, right before its save, and when `saved` is complete."""
     record = Record.__call__
 
     def record_and_act(self, row):
         record(self, row)
         if row["step"] == step:
+            while saved is not None and not saved.is_dir():
+                time.sleep(0.01)
             action()
 
     monkeypatch.setattr(Record, "__call__", record_and_act)
@@ -102,7 +105,7 @@ def test_trouble_at_a_save_is_one_line_and_the_run_goes_on_once_it_is_over(folde
     with small_disk(tmp_path / "disk", megabytes=8) as disk:
         workdir = disk.folder / "run"
         with monkeypatch.context() as patch:
-            at_row(patch, 4, act(disk))
+            at_row(patch, 4, act(disk), workdir / "checkpoints/2")
             status, errors = run(folder, workdir)
         (line,) = errors_of(errors)
         assert status == 2 and line.startswith(f"error: {workdir}/checkpoints/4 cannot be saved ("), errors
@@ -142,7 +145,7 @@ def test_a_run_whose_last_save_fails_is_not_finished(folder, tmp_path, monkeypat
     with small_disk(tmp_path / "disk", megabytes=8) as disk:
         workdir = disk.folder / "run"
         with monkeypatch.context() as patch:
-            at_row(patch, 8, fill(disk))
+            at_row(patch, 8, fill(disk), workdir / "checkpoints/6")
             status, errors = run(folder, workdir, "--config.checkpoint.on_failure=go_on")
         (line,) = errors_of(errors)
         assert status == 2 and line.startswith(f"error: {workdir}/checkpoints/8 cannot be saved (")
