@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.errors import SpiralError, blamed, lines_in
+from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending, end_at_once
 from spiral_jax.parallel.join import Unjoined, join
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.run import own_code
+from spiral_jax.run import failures, own_code
 from spiral_jax.run.config import RunConfig
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
 _NO_CONFIG = "--config is missing; for example --config=experiments/quickstart.py"
 
@@ -48,6 +48,7 @@ def run(
     # orbax logs every step of a save, and warns when a checkpoint is opened for reading only; what a user should see
     # is printed by the commands, and failures are raised.
     logging.set_verbosity(logging.ERROR)
+    failures.silence()
     try:
         rest = _parse(values, verb)
         if values.help:
@@ -57,7 +58,7 @@ def run(
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         own_code.import_files(getattr(values, "import"))
         main(values)
-    except (SpiralError, Interrupted, KeyboardInterrupt) as error:
+    except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
         status, line = _outcome(error)
         print(line, file=sys.stderr)
         sys.exit(status)
@@ -94,7 +95,7 @@ def joined(values: flags.FlagValues) -> Iterator[Processes]:
         ending.finish()
         sys.exit(128 + interrupt.signal)
     except (Exception, KeyboardInterrupt) as error:
-        expected = isinstance(error, SpiralError | KeyboardInterrupt | BrokenPipeError)
+        expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
         ending.leave(*_outcome(error), expected=expected)
         raise
 
@@ -104,6 +105,8 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
     match error:
         case SpiralError():
             return USAGE, f"error: {error}"
+        case Diverged():
+            return DIVERGED, f"diverged: {error}"
         case Interrupted():
             return 128 + error.signal, str(error)
         case KeyboardInterrupt():

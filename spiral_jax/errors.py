@@ -16,6 +16,14 @@ class SpiralError(Exception):
     """
 
 
+class Damaged(SpiralError):
+    """A checkpoint whose files are not what was saved; an older one may be whole."""
+
+
+class Diverged(Exception):
+    """Training whose numbers are no numbers any more; the message is a single line. Commands exit with status 44."""
+
+
 def require(ok: bool, field: str, value, allowed: str) -> None:
     """Raises SpiralError naming a configuration field, the value found and what is allowed, unless `ok`."""
     if not ok:

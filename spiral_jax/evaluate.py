@@ -39,9 +39,9 @@ from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, round
 from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.run.checkpoint import restore_for_inference
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import load_config, run_directory, tokenizer_of, validation_store_of
+from spiral_jax.run.reading import restore_for_inference
 
 
 def define(values: flags.FlagValues) -> None:
@@ -75,7 +75,7 @@ def main(values: flags.FlagValues) -> None:
 
 def evaluate_text(values: flags.FlagValues, workdir: Path, processes: Processes) -> None:
     """Perplexity."""
-    config = on_these_devices(load_config(workdir, processes), values.batch_size)
+    config = on_these_devices(load_config(workdir, processes, values.step), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
 
@@ -114,7 +114,7 @@ def evaluate_text(values: flags.FlagValues, workdir: Path, processes: Processes)
 
 def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
     """Tasks of the LM Evaluation Harness."""
-    config = on_these_devices(load_config(workdir), values.batch_size)
+    config = on_these_devices(load_config(workdir, step=values.step), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     opened = open_tasks(
         values.tasks,

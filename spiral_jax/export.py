@@ -25,11 +25,11 @@ from spiral_jax.data.atomic import whole_folder, write_text
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run import own_code
-from spiral_jax.run.checkpoint import read_meta
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import read_model, run_directory, tokenizer_of
 from spiral_jax.run.metrics import read_rows
 from spiral_jax.run.provenance import last_start
+from spiral_jax.run.reading import read_meta
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What `transformers` runs a SpiralFormer with; copied as they are.

@@ -34,8 +34,8 @@ from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
-from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
+from spiral_jax.run.reading import read_meta
 
 
 def define(values: flags.FlagValues) -> None:
@@ -59,7 +59,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     folder = run_directory(values.workdir)
-    tokenizer, max_length = tokenizer_and_length(folder)
+    tokenizer, max_length = tokenizer_and_length(folder, values.step)
     prompts = read_prompts(values.prompt, values.input)
     settings = sampling_of(values)
     for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
@@ -100,11 +100,12 @@ def main(values: flags.FlagValues) -> None:
     print(report(model.config, decoder, requests, shown.tokens, first - begin, seconds), file=sys.stderr, flush=True)
 
 
-def tokenizer_and_length(folder: Path) -> tuple[Tokenizer, int]:
+def tokenizer_and_length(folder: Path, step: int | None) -> tuple[Tokenizer, int]:
     """What a model's texts are made of, and the tokens it was trained with at a time."""
     if is_huggingface(folder):
         return load_tokenizer(folder), read_config(folder)[1]
-    return tokenizer_of(folder), RunConfig.load(folder).train.sequence_length
+    meta, _ = read_meta(folder, step)
+    return tokenizer_of(folder), meta["config"]["train"]["sequence_length"]
 
 
 def read_prompts(flag: Sequence[str], path: str) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 from etils.epath import Path
+from jax.sharding import Mesh
 
 from spiral_jax import command
 from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
@@ -32,8 +33,8 @@ from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.progress import duration
-from spiral_jax.run import metrics, own_code, summary
-from spiral_jax.run.checkpoint import Checkpoints, Saves
+from spiral_jax.run import metrics, own_code, side_files, summary
+from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
     check_dtype,
@@ -47,8 +48,10 @@ from spiral_jax.run.directory import (
 from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
+from spiral_jax.run.resume import Saved, newest_whole
+from spiral_jax.run.saves import Saves
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
-from spiral_jax.training.step import Program, TrainState, make_program
+from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
 from spiral_jax.training.tracer import Tracer, parse_profile
 
 
@@ -95,7 +98,7 @@ class Opened(NamedTuple):
       order: which windows come when.
       tasks: of the harness, None for none.
       checkpoints: of the run's directory.
-      saved_step: the newest of them; 0 is of imported parameters, not trained here yet; None if there is none.
+      saved: the newest of them that is whole, restored; None if there is none.
       given: parameters to start from, of another model; None for none.
     """
 
@@ -103,41 +106,44 @@ class Opened(NamedTuple):
     order: WindowOrder
     tasks: OpenTasks | None
     checkpoints: Checkpoints
-    saved_step: int | None
+    saved: Saved | None
     given: dict[str, Any] | None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.saved.step if self.saved else 0
 
 
 def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes) -> None:
     """The run in `workdir`, from wherever it stands."""
-    opened = open_run(config, workdir, processes)
-    program = make_program(config, make_mesh(config.mesh))
+    mesh = make_mesh(config.mesh)
+    opened = open_run(config, workdir, mesh, processes)
+    program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
     if processes.is_main:
-        save_start(workdir, config, opened.data, program.abstract_state.params, program.placed.mesh)
-    if (opened.saved_step or 0) < config.train.steps:
+        for line in side_files.mend(workdir):
+            processes.say(line)
+        save_start(workdir, config, opened.data, program.abstract_state.params, mesh)
+    if opened.step < config.train.steps:
         train(config, workdir, program, state, opened, profiled, processes)
     opened.checkpoints.close()
     if processes.is_main:
         finish(config, workdir, opened.data, processes)
 
 
-def open_run(config: RunConfig, workdir: Path, processes: Processes) -> Opened:
-    """Opens what the run stands on, and checks it against its newest checkpoint.
+def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes) -> Opened:
+    """Opens what the run stands on, and checks it against its newest checkpoint that is whole.
 
     Raises:
       SpiralError: a configuration or data that does not continue the run, data that is missing or does not suit it, or
         an `upcycle.source` that does not.
     """
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    saved_step = processes.from_main("the newest checkpoint", checkpoints.latest_step)
-    fingerprints = None
-    if saved_step is not None:
-        meta = checkpoints.load_meta(saved_step)
-        own_code.check_registered(workdir, meta["config"])
-        config.check_resume(RunConfig.from_dict(meta["config"]), saved_step)
-        for line in own_code.changes(workdir, config.to_dict()):
-            processes.say(line)
-        fingerprints = meta["data"]["fingerprints"]
+    checkpoints = Checkpoints(workdir, config.checkpoint, processes=processes)
+    saved = newest_whole(config, workdir, checkpoints, abstract_state(config, mesh), processes)
+    for line in own_code.changes(workdir, config.to_dict()) if saved else ():
+        processes.say(line)
+    fingerprints = saved.fingerprints if saved else None
     data = prepare_data(config, workdir, fingerprints, processes)
     check_data(config, data)
     if fingerprints:
@@ -145,20 +151,19 @@ def open_run(config: RunConfig, workdir: Path, processes: Processes) -> Opened:
     order = window_order(config, data)
     tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
     given = None
-    if saved_step is None and config.upcycle.source:
+    if saved is None and config.upcycle.source:
         given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
-    return Opened(data, order, tasks, checkpoints, saved_step, given)
+    return Opened(data, order, tasks, checkpoints, saved, given)
 
 
 def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened, processes: Processes) -> TrainState:
     """Where the run starts: at its newest checkpoint, at parameters from elsewhere, or at random ones."""
-    if opened.saved_step:
-        state = opened.checkpoints.restore(opened.saved_step, program.abstract_state)
-        processes.say(f"resuming after step {opened.saved_step} of {config.train.steps}")
-        return state
+    if opened.saved and opened.step:
+        processes.say(f"resuming after step {opened.step} of {config.train.steps}")
+        return opened.saved.arrays
     state = program.init(jax.random.key(config.seed))
-    if opened.saved_step == 0:
-        state = state.replace(params=opened.checkpoints.restore_params(0, program.abstract_state.params))
+    if opened.saved:
+        state = state.replace(params=opened.saved.arrays)
         processes.say("starting from the imported parameters")
         if tokenizer_of(workdir).fingerprint != opened.data.tokenizer.fingerprint:
             processes.say("note: the data is in another tokenizer's ids than the one imported with them")
@@ -181,7 +186,7 @@ def train(
     processes: Processes,
 ) -> None:
     """The steps that are left."""
-    first, last, data = (opened.saved_step or 0) + 1, config.train.steps, opened.data
+    first, last, data = opened.step + 1, config.train.steps, opened.data
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
@@ -193,7 +198,7 @@ def train(
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
-    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
+    saving = Saves(opened.checkpoints, config, data.fingerprints, processes)
     record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
     tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
     try:
@@ -214,7 +219,7 @@ def train(
         tracer.stop()
         if record is not None:
             record.close()
-    opened.checkpoints.wait()
+    saving.finish()
     if stop.signal and done < last:
         raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
 

@@ -209,7 +209,7 @@ def test_evaluate_agrees_with_the_run_and_scores_files(folder, capsys):
 def test_bad_evaluation_input(folder, tmp_path):
     for arguments, named in (
         ((), "--workdir"),
-        ((f"--workdir={tmp_path}",), "config.json"),
+        ((f"--workdir={tmp_path}",), "has no checkpoints"),
         (("--workdir=/no/run",), "/no/run"),
         ((f"--workdir={folder}/run", "--step=3"), "step 3"),
         ((f"--workdir={folder}/run", "--input=/no/file"), "/no/file"),

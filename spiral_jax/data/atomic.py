@@ -20,18 +20,35 @@ def partial_of(path: AnyPath) -> AnyPath:
 
 
 def write_text(path: Path | epath.Path, text: str) -> None:
-    """Writes a UTF-8 file beside `path` and renames it, so that a kill leaves the old content or the new, never a part.
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path | epath.Path, content: bytes) -> None:
+    """Writes a file beside `path` and renames it, so that a kill leaves the old content or the new, never a part.
 
     Raises:
       SpiralError: it cannot be written.
     """
     scratch = partial_of(path)
+    with written(path):
+        try:
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)  # a part of it would stay on a full disk
+            raise
+
+
+@contextlib.contextmanager
+def written(path: Path | epath.Path) -> Iterator[None]:
+    """What the disk refuses in here is a SpiralError that names `path`."""
     try:
-        with scratch.open("wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        yield
     except OSError as error:
         raise SpiralError(f"{path}: cannot be written ({error.strerror or error})") from error
 

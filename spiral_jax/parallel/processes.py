@@ -67,12 +67,30 @@ class Processes:
             value = make()
             self.client.key_value_set(key, json.dumps(value))
             return value
+        return self._said(key, 0, what)
+
+    def first_of(self, what: str, value: Any) -> Any:
+        """The value of the first process that has one, on every process; None if none has.
+
+        Args:
+          what: as for `from_main`.
+          value: of this process: JSON, or None.
+        """
+        if not self.several:
+            return value
+        key = self.key(what)
+        self.client.key_value_set(f"{key}/{self.id}", json.dumps(value))
+        values = [self._said(f"{key}/{process}", process, what) for process in range(self.count)]
+        return next((value for value in values if value is not None), None)
+
+    def _said(self, key: str, process: int, what: str) -> Any:
+        """The value of a key that a process is to set."""
         for seconds in itertools.count(1):
             # By the second: Python sees Ctrl-C only between two calls.
             if (text := self.get(key, seconds=1)) is not None:
                 return json.loads(text)
             if seconds % _SECONDS_BETWEEN_LINES == 0:
-                line = f"process {self.id}: waiting for process 0: {what} ({seconds} s)"
+                line = f"process {self.id}: waiting for process {process}: {what} ({seconds} s)"
                 print(line, file=sys.stderr, flush=True)
 
     def barrier(self, what: str) -> None:

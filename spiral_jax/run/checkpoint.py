@@ -1,24 +1,34 @@
 """Saving and restoring runs. The only file that imports orbax.
 
-A checkpoint holds three items: `params`; `training` (optimizer state, step, RNG); `meta` (JSON: configuration and
-data state). Parameters are an item of their own so that scoring and sampling read nothing else. Step 0
-is of imported parameters and has no `training`. Saves are asynchronous and atomic: a step's directory appears under
-its final name when all of it is written.
+A checkpoint holds three items: `params`; `training` (optimizer state, step, RNG); `meta` (JSON: configuration, data
+state, the step, and digests). Parameters are an item of their own so that scoring and sampling read nothing else.
+Step 0 is of imported parameters and has no `training`. Saves are asynchronous and atomic: a step's directory appears
+under its final name when all of it is written.
+
+Nothing that was not saved is ever restored: the digest of every array (`run.digest`) is compared with the one in
+`meta`, `meta` with a digest of its own text, and the folder's name with the step in both. What differs is `Damaged`.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
+from flax.traverse_util import unflatten_dict
 
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import Damaged, Diverged, SpiralError, require
+from spiral_jax.parallel.processes import ALONE, Processes
+from spiral_jax.run.aside import set_aside
+from spiral_jax.run.digest import Array, outline, path_name, summary
+from spiral_jax.run.failures import disk_trouble, finish_threads, first_words
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +40,50 @@ class CheckpointConfig:
       keep: newest checkpoints to keep.
       keep_every_steps: checkpoints at multiples of this (itself a multiple of `every_steps`) are kept for good; 0
         for none.
+      on_failure: what a save that fails (a full disk, say) does to the run: `stop` ends it, with status 2; `go_on` says
+        so and tries again when the next one is due, but if the last one fails, it ends with status 2, too. Several
+        processes always stop.
     """
 
     every_steps: int = 1000
     keep: int = 3
     keep_every_steps: int = 0
+    on_failure: Literal["stop", "go_on"] = "stop"
 
     def __post_init__(self):
         for field, least in (("every_steps", 1), ("keep", 1), ("keep_every_steps", 0)):
             require(getattr(self, field) >= least, f"checkpoint.{field}", getattr(self, field), f"{least} or more")
+        require(self.on_failure in ("stop", "go_on"), "checkpoint.on_failure", self.on_failure, "stop, go_on")
         kept, every = self.keep_every_steps, self.every_steps
         require(kept % every == 0, "checkpoint.keep_every_steps", kept, f"multiples of checkpoint.every_steps {every}")
+
+
+class SaveFailed(SpiralError):
+    """A checkpoint that could not be written; those before it are whole."""
 
 
 class Checkpoints:
     """The checkpoints of one run directory, which all processes see; all of them make the same calls."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        config: CheckpointConfig = CheckpointConfig(),
+        *,
+        read_only: bool = False,
+        processes: Processes = ALONE,
+    ):
         """Opens WORKDIR/checkpoints.
 
         Args:
           workdir: absolute; orbax refuses relative directories at the first save only.
           config: cadence and retention.
           read_only: for readers: nothing is created or removed.
+          processes: that agree on what can be read. By default each finds out for itself.
         """
-        self.directory = workdir / "checkpoints"
-        self._config = config
+        self.directory = Path(workdir) / "checkpoints"
+        self._config, self._processes = config, processes
+        self._saving: int | None = None  # the step whose save is not known to be complete
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -67,13 +95,19 @@ class Checkpoints:
             ),
             item_names=("params", "training", "meta"),
         )
+        # Reads by itself: a process that cannot must not leave the others waiting for it in a barrier.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
+        """The last of `steps`, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps there are complete checkpoints of, oldest first."""
+        """The steps there are complete checkpoints of, oldest first; until `wait`, also the one that is being saved."""
         return sorted(self._manager.all_steps())
 
     def due(self, step: int, last_step: int) -> bool:
@@ -86,18 +120,14 @@ class Checkpoints:
           step: optimizer steps done.
           state: a `training.step.TrainState`.
           meta: JSON values; `load_meta` returns them.
+
+        Raises:
+          Diverged: a number of the state is not finite. Such a state is never saved.
+          SaveFailed: this save could not be started, or the one before has failed.
         """
         if step in self.steps():
             return
-        training = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(training),
-                meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
-            ),
-        )
+        self._save(step, {"params": state.params, "training": _training(state)}, meta)
 
     def save_start(self, params, meta: Mapping[str, Any]) -> None:
         """Saves parameters that come from elsewhere as step 0, and waits. Nothing is trained: no optimizer state.
@@ -106,107 +136,202 @@ class Checkpoints:
           params: NumPy or JAX arrays.
           meta: as for `save`.
         """
-        items = {
-            "params": ocp.args.StandardSave(params),
-            "meta": ocp.args.JsonSave({"format": FORMAT, **meta}),
-        }
-        self._manager.save(0, args=ocp.args.Composite(**items))
+        self._save(0, {"params": params}, meta)
         self.wait()
 
+    def _save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        self.wait()
+        found = summary(items)
+        if found.not_finite:
+            raise Diverged(f"step {step}: {found.not_finite[0]} is not finite and is not saved; {self._last_good()}")
+        meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
+        meta["digest"] = _digest_of(meta)
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        if not self._is_there():
+            raise self._failed(step)
+        self._remove_unfinished()
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
+        except Exception as error:  # of any kind
+            raise self._failed(step, error) from error
+        self._saving = step
+
+    def _is_there(self) -> bool:
+        """Whether the run is still where it began: orbax would begin another one at its old place."""
+        return self.directory.is_dir()
+
+    def _failed(self, step: int, error: Exception | None = None) -> SaveFailed:
+        """After this, the step can be saved again: orbax itself would keep it in its list, and a part of it on disk."""
+        reason = "it is not there" if error is None else disk_trouble(error)
+        if not self._is_there():
+            reason = f"{self.directory} is not there any more"
+        last_good = self._last_good(but=step)
+        finish_threads(seconds=5)
+        for _ in range(9):  # of one save there may be several errors, and the next one would fail with each
+            with contextlib.suppress(Exception):
+                self._manager.check_for_errors()
+                break
+        self._remove_unfinished()
+        with contextlib.suppress(OSError):  # of a disk that is gone
+            self.reload()
+        return SaveFailed(f"{self._folder(step)} cannot be saved ({reason}); {last_good}")
+
+    def _remove_unfinished(self) -> None:
+        """What a kill or a full disk has left of saves; it may be what fills the disk."""
+        with contextlib.suppress(OSError):  # of a write that goes on all the same: the next call gets it
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+                path.rmtree(missing_ok=True)
+
+    def _last_good(self, but: int | None = None) -> str:
+        steps = [step for step in self.steps() if step != but]
+        return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
+
     def load_meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved with a checkpoint."""
+        """The JSON saved with a checkpoint.
+
+        Raises:
+          Damaged: it is not what was saved, or that of another step.
+          SpiralError: it is of another version.
+        """
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        if meta.get("format") != FORMAT:
-            raise SpiralError(f"{self.directory / str(step)} has format {meta.get('format')!r}; allowed: {FORMAT}")
+        if not isinstance(meta, dict):
+            raise self._damaged(step, "meta is no JSON object")
+        if "digest" not in meta and isinstance(meta.get("format"), int):  # of versions that had none
+            raise SpiralError(f"{self._folder(step)} has format {meta['format']}; allowed: {FORMAT}")
+        if _digest_of(meta) != meta.get("digest"):
+            raise self._damaged(step, "meta is not what was saved")
+        require(meta["format"] == FORMAT, f"{self._folder(step)}: format", meta["format"], str(FORMAT))
+        if meta["step"] != step:
+            raise self._damaged(step, f"it is the checkpoint of step {meta['step']}")
         return meta
 
     def restore(self, step: int, abstract_state):
-        """A TrainState laid out as `abstract_state` says (shapes, dtypes, shardings)."""
-        training = {"step": abstract_state.step, "opt_state": abstract_state.opt_state, "rng": abstract_state.rng}
-        items = self._restore(
-            step,
-            params=ocp.args.StandardRestore(abstract_state.params),
-            training=ocp.args.StandardRestore(training),
-        )
+        """A TrainState laid out as `abstract_state` says (shapes, dtypes, shardings).
+
+        Raises:
+          Damaged: its arrays cannot be read, or are not those that were saved.
+        """
+        items = self._restore_arrays(step, {"params": abstract_state.params, "training": _training(abstract_state)})
+        if int(items["training"]["step"]) != step:
+            raise self._damaged(step, f"its state is that of step {int(items['training']['step'])}")
         return abstract_state.replace(params=items["params"], **items["training"])
 
     def restore_params(self, step: int, abstract_params):
-        """The parameters alone."""
-        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
+        """The parameters alone, likewise."""
+        return self._restore_arrays(step, {"params": abstract_params})["params"]
+
+    def is_whole(self, step: int) -> bool:
+        """Whether the parameters can be restored; read on the host, by this process alone."""
+        try:
+            arrays = self.load_meta(step)["arrays"]
+            params = {
+                tuple(path.split("/")): on_host(jax.ShapeDtypeStruct(shape, np.dtype(dtype)))
+                for path, (dtype, shape, _) in arrays.items()
+                if path.startswith("params/")
+            }
+            self._restore_arrays(step, unflatten_dict(params))
+            return True
+        except SpiralError:
+            return False
+
+    def set_aside(self, step: int) -> str:
+        """Moves a damaged checkpoint out of the way, where its step can be saved again.
+
+        Returns:
+          Where it is now.
+        """
+        return str(set_aside(self._folder(step), self.directory.parent))
+
+    def reload(self) -> None:
+        """Looks again at which checkpoints there are."""
+        self._manager.reload()
 
     def wait(self) -> None:
-        """Returns once every save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns once every save is complete on disk.
+
+        Raises:
+          SaveFailed: it is not.
+        """
+        step, self._saving = self._saving, None
+        error: Exception | None = None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as failure:  # of any kind
+            error = failure
+        # What counts is what is there: if an older one could not be removed, that does no harm. Process 0 has put it
+        # there; others may see it later.
+        complete = self._folder(step).is_dir() if step is not None and jax.process_index() == 0 else error is None
+        if step is not None and not complete:
+            raise self._failed(step, error) from error
+
+    def check(self) -> None:
+        """As `wait`, but if a save goes on, it returns at once.
+
+        On several processes it always does: asking orbax can take as long as the slowest of them.
+        """
+        if self._saving is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits for saves, then frees threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._reader.close()
+            self._manager.close()
 
     def _restore(self, step: int, **items) -> Mapping[str, Any]:
+        restored, reason = {}, None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            # orbax says a great deal; its first words say which array or file it is about.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise SpiralError(f"{self.directory / str(step)}: the checkpoint cannot be restored: {reason}") from error
+            restored = self._reader.restore(self._folder(step), args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax raises no kind of its own, sometimes `Exception` itself
+            reason = first_words(error)
+        reason = self._processes.first_of("what could be restored", reason)
+        if reason is not None:
+            raise self._damaged(step, f"cannot be restored: {reason}")
+        return restored
+
+    def _restore_arrays(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Items as they were saved, in the dtypes of `abstract`."""
+        saved = {path: Array(dtype, tuple(shape), digest)
+                 for path, (dtype, shape, digest) in self.load_meta(step)["arrays"].items()
+                 if path.partition("/")[0] in abstract}  # fmt: skip
+        wanted = outline(abstract)
+        for path in sorted(saved.keys() | wanted.keys()):
+            ours, theirs = wanted.get(path), saved.get(path)
+            if ours is None or theirs is None or ours.shape != theirs.shape:
+                raise SpiralError(
+                    f"{self._folder(step)}: {path} is {theirs or 'missing'}; allowed: {ours or 'no such'}"
+                )
+
+        def as_saved(path, x):
+            like = jax.ShapeDtypeStruct(x.shape, np.dtype(saved[path_name(path)].dtype))
+            return on_host(like) if isinstance(x, np.ndarray) else like.update(sharding=x.sharding)
+
+        stored = jax.tree_util.tree_map_with_path(as_saved, dict(abstract))
+        items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in stored.items()})
+        items = {name: items[name] for name in abstract}
+        found = summary(items).arrays
+        others = [path for path in found if found[path] != saved[path]]
+        if others:
+            raise self._damaged(step, f"{others[0]} is not what was saved, {len(others)} of {len(found)} arrays")
+        return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), items, dict(abstract))
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _damaged(self, step: int, what: str) -> Damaged:
+        return Damaged(f"{self._folder(step)} is damaged ({what})")
 
 
-class Saves:
-    """Saves a run's state when it is due: a `training.loop.Saving`."""
-
-    def __init__(self, checkpoints: Checkpoints, last_step: int, meta: Mapping[str, Any], fingerprints: Sequence[str]):
-        """`meta` is JSON to keep with every checkpoint; `fingerprints` are those of the training tokens."""
-        self._checkpoints, self._last_step = checkpoints, last_step
-        self._meta, self._fingerprints = meta, list(fingerprints)
-
-    def due(self, step: int) -> bool:
-        return self._checkpoints.due(step, self._last_step)
-
-    def __call__(self, step: int, state: Any) -> None:
-        data = {"step": step, "fingerprints": self._fingerprints}
-        self._checkpoints.save(step, state, {**self._meta, "data": data})
+def _training(state) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
 
 
-def restore_for_inference(workdir: Path, abstract_params, step: int | None = None) -> tuple[Any, int]:
-    """Parameters of a run's newest checkpoint (or of `step`), laid out as `abstract_params` says.
-
-    Returns:
-      params and the step they were saved at.
-
-    Raises:
-      SpiralError: the run has no such checkpoint.
-    """
-    with _reading(workdir, step) as (checkpoints, step):
-        return checkpoints.restore_params(step, abstract_params), step
-
-
-def read_meta(workdir: Path, step: int | None = None) -> tuple[dict[str, Any], int]:
-    """What was saved beside the parameters that `restore_for_inference` restores, and the step.
-
-    Raises:
-      SpiralError: the run has no such checkpoint, or one of another version.
-    """
-    with _reading(workdir, step) as (checkpoints, step):
-        return checkpoints.load_meta(step), step
-
-
-@contextlib.contextmanager
-def _reading(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, int]]:
-    """A run's checkpoints, and which of them is meant."""
-    if not (workdir / "checkpoints").is_dir():
-        raise SpiralError(f"{workdir} has no checkpoints; allowed: the directory of a run")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        steps = checkpoints.steps()
-        if step is None and steps:
-            step = steps[-1]
-        if step not in steps:
-            raise SpiralError(
-                f"{checkpoints.directory} has no checkpoint of step {step}; allowed: {steps or 'a trained run'}"
-            )
-        yield checkpoints, step
-    finally:
-        checkpoints.close()
+def _digest_of(meta: Mapping[str, Any]) -> str:
+    """Of the text of everything in it but itself."""
+    text = json.dumps({key: value for key, value in meta.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def on_host(abstract_tree):

@@ -18,12 +18,11 @@ from ml_collections import config_dict
 from spiral_jax.convert.architecture import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
 from spiral_jax.data.config import DataConfig
-from spiral_jax.data.json_files import read_json_object, write_json
+from spiral_jax.data.json_files import write_json
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.declarations import check_operators
-from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import CheckpointConfig
 from spiral_jax.run.metrics import LoggingConfig
 from spiral_jax.run.summary import SummaryConfig
@@ -89,17 +88,6 @@ class RunConfig(StepConfig):
         check_operators(config.model)
         check_optimizer(config.optimizer, config.train.steps, config.model)
         return config
-
-    @classmethod
-    def load(cls, workdir: Path) -> "RunConfig":
-        """Reads the `config.json` of a run's directory.
-
-        Raises:
-          SpiralError: no such file, not JSON, not a configuration, or one that names what nobody has registered.
-        """
-        values = read_json_object(workdir / "config.json")
-        own_code.check_registered(workdir, values)
-        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary that JSON can hold."""

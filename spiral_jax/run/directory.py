@@ -1,7 +1,7 @@
 """A run's directory: what training leaves there, and how the other commands read it back.
 
 WORKDIR/
-  config.json        the configuration, every field
+  config.json        the configuration, every field, for people: commands read the one in the checkpoint
   parameters.txt     one line per array
   own_code.json      files of the user's own that the configuration names, with their hashes
   environment.json   command, git commit, versions and devices of every start
@@ -10,6 +10,7 @@ WORKDIR/
   tokenizer/         what turned text into ids
   data.json          where the token stores are
   cache/             token stores made from data.paths
+  damaged/           checkpoints, files and lines that were set aside
   .lock              held by the process that trains
   sample.txt         a continuation by the trained model, if asked for
   loss_curve.png     likewise
@@ -33,6 +34,7 @@ import jax
 from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
+from spiral_jax.data import atomic
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
@@ -44,8 +46,10 @@ from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run import own_code
-from spiral_jax.run.checkpoint import on_host, restore_for_inference
+from spiral_jax.run.aside import set_aside
+from spiral_jax.run.checkpoint import on_host
 from spiral_jax.run.config import RunConfig
+from spiral_jax.run.reading import read_meta, restore_for_inference
 
 
 def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None) -> tuple[SpiralFormer, Any]:
@@ -79,20 +83,25 @@ def read_model(
         require(step is None, "step", step, f"none, as {folder} is no run")
         config, _ = read_config(folder, dtype or "float32")
         return config, read_params(folder, config)
-    config = load_config(folder, processes).model
+    config = load_config(folder, processes, step).model
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     params, _ = restore_for_inference(folder, on_host(abstract_params(config)), step)
     return config, params
 
 
-def load_config(workdir: Path, processes: Processes = ALONE) -> RunConfig:
-    """A run's configuration; process 0 says on stderr if code of the user's own has changed since.
+def load_config(workdir: Path, processes: Processes = ALONE, step: int | None = None) -> RunConfig:
+    """The configuration that a run's newest checkpoint (or that of `step`) was saved with.
+
+    Unlike `config.json`, which is for people, that one is known to be what was saved. Process 0 says on stderr if code
+    of the user's own has changed since.
 
     Raises:
-      SpiralError: as for `RunConfig.load`.
+      SpiralError: no such checkpoint, a damaged one, or one that names what nobody has registered.
     """
-    config = RunConfig.load(workdir)
+    meta, _ = read_meta(workdir, step)
+    own_code.check_registered(workdir, meta["config"])
+    config = RunConfig.from_dict(meta["config"])
     for line in own_code.changes(workdir, config.to_dict()):
         processes.say(line, file=sys.stderr)
     return config
@@ -147,7 +156,8 @@ def _run_path(place: str | os.PathLike) -> Path:
 def save_data(workdir: Path, data: PreparedData) -> None:
     """Leaves the tokenizer and the stores' places in the run's directory."""
     folder = workdir / "tokenizer"
-    folder.mkdir(exist_ok=True)
+    with atomic.written(folder):
+        folder.mkdir(exist_ok=True)
     data.tokenizer.save(folder)
     places = {
         "train": [_relative(source.name, workdir) for source in data.train],
@@ -197,7 +207,12 @@ def claim(workdir: Path) -> Iterator[None]:
     Raises:
       SpiralError: another process holds it.
     """
-    with (workdir / ".lock").open("w") as lock:
+    path = workdir / ".lock"
+    if path.is_dir():
+        set_aside(path, workdir)
+    with atomic.written(path):
+        file = path.open("w")
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

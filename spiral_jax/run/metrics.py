@@ -1,11 +1,14 @@
 """What a run reports while it trains: JSON lines first, TensorBoard and W&B if asked for, a line on the terminal."""
 
 import dataclasses
+import functools
 import importlib
+import io
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils.epath import Path
@@ -13,6 +16,10 @@ from etils.epath import Path
 from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
+from spiral_jax.run.aside import DAMAGED
+from spiral_jax.run.failures import first_words
+from spiral_jax.run.row_file import RowFile
+from spiral_jax.run.tensorboard import Board
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +61,65 @@ class MetricsWriter:
           SpiralError: an extra that is not installed.
         """
         self._path = workdir / "metrics.jsonl"
-        self._mirrors = []
+        self._mirrors: list[_Mirror] = []
         if config.tensorboard:
             tensorboardx = _optional("tensorboardX", "tensorboard", "logging.tensorboard")
-            board = tensorboardx.SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
-            self._mirrors.append((lambda row: _to_tensorboard(board, row), board.close))
+            board = Board(tensorboardx, workdir / "tensorboard", last_step + 1)
+            self._mirrors.append(_Mirror("TensorBoard", lambda row: board.write(row["step"], _flat(row)), board.close))
         if config.wandb:
             wandb = _optional("wandb", "wandb", "logging.wandb")
             run = wandb.init(project=config.wandb, dir=str(workdir), id=_wandb_id(workdir), resume="allow")
-            self._mirrors.append((lambda row: run.log(_flat(row), step=row["step"]), run.finish))
-        _drop_rows_after(self._path, last_step)
-        self._file = self._path.open("a", encoding="utf-8")
+            self._mirrors.append(_Mirror("W&B", lambda row: run.log(_flat(row), step=row["step"]), run.finish))
+        for line in drop_rows_after(self._path, last_step):
+            _say(line)
+        self._rows = RowFile(self._path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row; `step` is its key, values are JSON values."""
+        """Writes one row; `step` is its key, values are JSON values. A disk that refuses it stops no training."""
         # JSON has no NaN: if a value is no finite number, it is written as null.
         row = {name: _finite(value) for name, value in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        for write, _ in self._mirrors:
-            write(row)
+        failed_before = self._rows.failure is not None
+        self._rows.write(row)
+        if self._rows.failure is not None and not failed_before:
+            _say(
+                f"note: {self._path}: cannot be written ({self._rows.failure}); training goes on, and the rows are "
+                "written once they can be"
+            )
+        elif failed_before and self._rows.failure is None:
+            _say(f"note: {self._path}: written again, every row of it")
+        for mirror in self._mirrors:
+            mirror.write(row)
 
     def close(self) -> None:
-        self._file.close()
-        for _, close in self._mirrors:
-            close()
+        self._rows.close()
+        if self._rows.num_unwritten:
+            _say(f"note: {self._path}: cannot be written ({self._rows.failure}); its last {self._rows.num_unwritten} "
+                 "rows are lost")  # fmt: skip
+        for mirror in self._mirrors:
+            mirror.close()
+
+
+class _Mirror:
+    """A place where rows go as well; one that fails is left out from then on."""
+
+    def __init__(self, name: str, write: Callable[[dict[str, Any]], None], close: Callable[[], None]):
+        self._name, self._write, self._close = name, write, close
+        self._works = True
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._attempt(functools.partial(self._write, row))
+
+    def close(self) -> None:
+        self._attempt(self._close)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        if not self._works:
+            return
+        try:
+            work()
+        except Exception as error:  # of a library that is not needed
+            self._works = False
+            _say(f"note: {self._name} takes no rows any more ({first_words(error)}); metrics.jsonl has them")
 
 
 def check_extras(config: LoggingConfig) -> None:
@@ -90,16 +131,46 @@ def check_extras(config: LoggingConfig) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, none if it is missing; a last line cut short by a crash is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """Rows of a metrics.jsonl, none if it is missing; lines that hold none are left out."""
+    return [row for line in _lines(path) if (row := _row(line)) is not None]
+
+
+def drop_rows_after(path: Path, last_step: int) -> list[str]:
+    """Drops the rows of steps after `last_step`, so that no step appears twice after a resume; others keep every bit.
+
+    Broken lines, wherever they are, go to WORKDIR/damaged/metrics.jsonl.lines. If the last one has no end, it was cut
+    short by a kill, and is dropped.
+
+    Args:
+      path: the metrics.jsonl of a run.
+      last_step: the step the run continues from.
+
+    Returns:
+      A line if there were broken ones.
+
+    Raises:
+      SpiralError: the disk refuses.
+    """
+    lines = _lines(path)
+    rows = [_row(line) for line in lines]
+    kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= last_step]
+    broken = [n for n, (line, row) in enumerate(zip(lines, rows, strict=True), 1) if row is None and line.strip()]
+    if broken and broken[-1] == len(lines) and not lines[-1].endswith(b"\n"):
+        broken.pop()
+    said = []
+    if broken:
+        place = path.parent / DAMAGED / f"{path.name}.lines"
+        with atomic.written(place):
+            place.parent.mkdir(exist_ok=True)
+            with place.open("ab") as file:
+                file.write(b"".join(lines[n - 1].rstrip(b"\n") + b"\n" for n in broken))
+        numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
+        which = f"line {numbers} is" if len(broken) == 1 else f"lines {numbers} are"
+        said = [f"note: {path}: {which} damaged and now in {place}; {len(kept)} rows are kept"]
+    content = b"".join(line.rstrip(b"\n") + b"\n" for line in kept)
+    if content != b"".join(lines):
+        atomic.write_bytes(path, content)
+    return said
 
 
 def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
@@ -121,11 +192,22 @@ def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> 
     return "  ".join(parts)
 
 
-def _drop_rows_after(path: Path, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = [row for row in read_rows(path) if row["step"] <= last_step]
-    atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+def _lines(path: Path) -> list[bytes]:
+    return io.BytesIO(path.read_bytes()).readlines() if path.exists() else []
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds: an object with a step."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _finite(value):
@@ -150,11 +232,6 @@ def _flat(row: Mapping[str, Any]) -> dict[str, float]:
         elif name != "step" and value is not None:
             flat[name] = value
     return flat
-
-
-def _to_tensorboard(board, row: Mapping[str, Any]) -> None:
-    for name, value in _flat(row).items():
-        board.add_scalar(name, value, row["step"])
 
 
 def _wandb_id(workdir: Path) -> str:

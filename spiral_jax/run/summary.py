@@ -1,12 +1,14 @@
 """What a finished run shows a person: a sampled continuation and its loss curve."""
 
 import dataclasses
+import io
 from typing import Any
 
 import jax
 import numpy as np
 from etils.epath import Path
 
+from spiral_jax.data import atomic
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.decoding.decoder import Decoder, Request, text_before_stop
@@ -101,9 +103,9 @@ def plot_loss(workdir: Path) -> Path:
     axes.set(xlabel="step", ylabel="loss, nats per token", title=workdir.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = workdir / "loss_curve.png"
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    path, image = workdir / "loss_curve.png", io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    atomic.write_bytes(path, image.getvalue())
     return path
 
 

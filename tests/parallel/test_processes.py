@@ -1,5 +1,8 @@
 """What the processes of a run tell each other."""
 
+import concurrent.futures
+import time
+
 import jax
 import pytest
 from pairs import both_end, flags_of
@@ -68,6 +71,25 @@ def test_a_process_that_waits_for_process_0_says_so_every_minute(capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"process 1: waiting for process 0: a long word ({seconds} s)" for seconds in (60, 120)
     ]
+
+
+class Waiting(Store):
+    """A store in which a value may come later than who waits for it."""
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        if key not in self.values:
+            time.sleep(0.001)
+            raise jax.errors.JaxRuntimeError(self.error)
+        return self.values[key]
+
+
+@pytest.mark.parametrize("values, first", [((None, "b", "c"), "b"), (("a", None, None), "a"), ((None,) * 3, None)])
+def test_the_first_value_is_that_of_every_process(values, first):
+    store = Waiting(seconds=0)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda process: Processes(process, 3, store).first_of("a word", values[process]), range(3))
+    assert list(found) == [first] * 3
+    assert ALONE.first_of("a word", values[0]) == values[0]
 
 
 def test_a_process_does_not_wait_for_a_coordinator_that_is_gone():

@@ -2,54 +2,29 @@
 
 import dataclasses
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from states import CONFIG, META, assert_bitwise_equal, random_state
 
 import spiral_jax
-from spiral_jax.errors import SpiralError
-from spiral_jax.model.config import ModelConfig
+from spiral_jax.errors import Damaged, Diverged, SpiralError
 from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, restore_for_inference
+from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints
 from spiral_jax.run.config import RunConfig
-from spiral_jax.training.config import TrainConfig
+from spiral_jax.run.reading import restore_for_inference
 from spiral_jax.training.step import abstract_state
 
 # orbax leaves reads unfinished when one of them fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-CONFIG = RunConfig(
-    model=ModelConfig(vocab_size=64, d_model=32, num_heads=4, prelude_layers=1, core_layers=1, coda_layers=0,
-                      chunks=(2, 1), dtype="float32"),
-    train=TrainConfig(steps=10, batch_size=8, sequence_length=16),
-)  # fmt: skip
-META = {"config": CONFIG.to_dict(), "data": {"step": 4, "fingerprint": "abc"}}
-
 
 def abstract(mesh=(1, 1, 1), config=CONFIG):
     """The state's shapes and shardings on a mesh of as many devices as it needs."""
     return abstract_state(config, make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)]))
-
-
-def random_state(layout, seed=0):
-    """A state with every number of it random, laid out as `layout` says."""
-    rng = np.random.default_rng(seed)
-
-    def draw(x):
-        if np.issubdtype(x.dtype, np.integer):
-            return rng.integers(1000, size=x.shape).astype(x.dtype)
-        return rng.normal(size=x.shape).astype(x.dtype)
-
-    return jax.device_put(jax.tree.map(draw, layout), jax.tree.map(lambda x: x.sharding, layout))
-
-
-def assert_bitwise_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +108,6 @@ def test_no_such_step_is_refused(saved):
 def test_load_without_a_run_is_one_line(tmp_path):
     with pytest.raises(SpiralError, match=r"nowhere does not exist; allowed: the directory of a run$"):
         spiral_jax.load(tmp_path / "nowhere")
-    with pytest.raises(SpiralError, match=r"config\.json"):
-        spiral_jax.load(tmp_path)
-    CONFIG.save(tmp_path / "config.json")
     with pytest.raises(SpiralError, match="has no checkpoints; allowed: "):
         spiral_jax.load(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -147,7 +119,7 @@ def test_load_without_a_run_is_one_line(tmp_path):
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
     """Saving is asynchronous; the next step overwrites the state's memory."""
     layout = abstract((1, 8, 1))
-    state = random_state(layout)
+    state = random_state(layout, step=1)
     expected = jax.tree.map(np.array, state)
     next_step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
@@ -162,9 +134,8 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
 
 def kept(workdir, steps, **fields) -> list[int]:
     checkpoints = Checkpoints(workdir, CheckpointConfig(**fields))
-    state = random_state(abstract())
     for step in steps:
-        checkpoints.save(step, state, META)
+        checkpoints.save(step, random_state(abstract(), step), META)
     checkpoints.close()
     reopened = Checkpoints(workdir, read_only=True)
     found = reopened.steps()
@@ -183,10 +154,10 @@ def test_multiples_of_the_interval_are_kept_for_good(tmp_path):
 
 def test_saving_a_step_again_changes_nothing(tmp_path):
     layout, checkpoints = abstract(), Checkpoints(tmp_path)
-    checkpoints.save(3, random_state(layout, seed=0), META)
-    checkpoints.save(3, random_state(layout, seed=1), META)
+    checkpoints.save(3, random_state(layout, step=3), META)
+    checkpoints.save(3, random_state(layout, step=3, seed=1), META)
     checkpoints.wait()
-    assert_bitwise_equal(checkpoints.restore(3, layout), random_state(layout, seed=0))
+    assert_bitwise_equal(checkpoints.restore(3, layout), random_state(layout, step=3))
     checkpoints.close()
 
 
@@ -207,6 +178,73 @@ def test_an_unfinished_save_is_no_checkpoint(saved, tmp_path):
     reopened = Checkpoints(tmp_path, read_only=True)
     assert reopened.latest_step() is None
     reopened.close()
+
+
+def damaged(saved, tmp_path, change) -> str:
+    """What is said of a copy of the checkpoint in which a file was changed; "" if its arrays are those saved."""
+    workdir, state = saved
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    change(tmp_path / "checkpoints" / "4")
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    try:
+        meta = checkpoints.load_meta(4)
+        restored = checkpoints.restore(4, abstract((2, 2, 2)))
+    except Damaged as error:
+        assert "\n" not in str(error) and str(tmp_path / "checkpoints" / "4") in str(error)
+        return str(error)
+    finally:
+        checkpoints.close()
+        shutil.rmtree(tmp_path / "checkpoints")
+    assert_bitwise_equal(restored, state)
+    assert meta["data"] == META["data"]
+    return ""
+
+
+def test_one_value_changed_in_its_file_is_damage(saved, tmp_path):
+    """Readable by every library, and wrong: written anew with another number in one array."""
+    _, state = saved
+    checkpoints = Checkpoints(tmp_path)
+    other = state.replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1), state.params))
+    checkpoints.save(4, other, META)
+    checkpoints.close()
+    swapped = damaged(saved, tmp_path / "x", lambda folder: (shutil.rmtree(folder / "params"),
+                      shutil.copytree(tmp_path / "checkpoints" / "4" / "params", folder / "params")))  # fmt: skip
+    assert "is not what was saved" in swapped
+
+
+def test_under_the_name_of_another_step_it_is_damage(saved, tmp_path):
+    workdir, _ = saved
+    shutil.copytree(workdir / "checkpoints" / "4", tmp_path / "checkpoints" / "9")
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    with pytest.raises(Damaged, match=r"checkpoints/9 is damaged \(it is the checkpoint of step 4\)$"):
+        checkpoints.load_meta(9)
+    checkpoints.close()
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    state = random_state(abstract())
+    kernel = state.params["head"]["kernel"]
+    state.params["head"]["kernel"] = kernel.at[3, 4].set(np.inf)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(Diverged, match=r"^step 4: params/head/kernel is not finite .* there is no checkpoint$"):
+        checkpoints.save(4, state, META)
+    assert checkpoints.steps() == []
+    checkpoints.close()
+
+
+def test_what_is_set_aside_is_in_nobodys_way(tmp_path):
+    layout, checkpoints = abstract(), Checkpoints(tmp_path)
+    for step in (3, 4):
+        checkpoints.save(step, random_state(layout, step), META)
+    checkpoints.wait()
+    assert checkpoints.set_aside(4) == str(tmp_path / "damaged" / "4.0")
+    checkpoints.reload()
+    assert checkpoints.steps() == [3]
+    checkpoints.save(4, random_state(layout, 4, seed=2), META)
+    checkpoints.wait()
+    assert_bitwise_equal(checkpoints.restore(4, layout), random_state(layout, 4, seed=2))
+    assert checkpoints.set_aside(4) == str(tmp_path / "damaged" / "4.1")
+    checkpoints.close()
 
 
 @pytest.mark.parametrize("damage", ["array", "meta"])

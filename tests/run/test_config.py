@@ -65,10 +65,8 @@ def test_default_config_is_the_default():
 def test_json_round_trip(tmp_path):
     config = config_of(model__offsets=(1, 0, 0), optimizer__warmup_steps=3, logging__peak_flops=1e12, seed=5)
     config.save(tmp_path / "config.json")
-    assert RunConfig.load(tmp_path) == config
+    assert RunConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    RunConfig().save(tmp_path / "config.json")
-    assert RunConfig.load(tmp_path) == RunConfig()
 
 
 def test_fields_that_people_override_most_are_there():
@@ -193,17 +191,6 @@ def test_integers_are_numbers_and_lists_are_tuples():
     config = RunConfig.from_dict({"optimizer": {"clip_norm": 1}, "model": {"chunks": [2, 1]}})
     assert type(config.optimizer.clip_norm) is float
     assert config.model.chunks == (2, 1)
-
-
-@pytest.mark.parametrize("content", [None, "{", "[1]", '{"train": {"steps": "many"}}'])
-def test_a_broken_config_json_is_one_line(tmp_path, content):
-    path = tmp_path / "config.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(SpiralError) as error:
-        RunConfig.load(path.parent)
-    assert "\n" not in str(error.value)
-    assert "config.json" in str(error.value) or "train.steps" in str(error.value)
 
 
 # What may change on resume.

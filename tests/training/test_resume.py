@@ -7,6 +7,7 @@ row of a step, so that every run stops at the same place.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,8 @@ def sabotage(kind, step):
             return write(self, row)
         while not (self._path.parent / "checkpoints" / "10").is_dir():
             time.sleep(0.01)  # it is being saved meanwhile
-        self._file.write('{"step": %d, "loss": 1.' % step)
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write('{"step": %d, "loss": 1.' % step)
         os.kill(os.getpid(), signal.SIGKILL)
 
     metrics.MetricsWriter.write = write_and_die
@@ -171,16 +172,20 @@ def test_the_kill_was_a_kill(interrupted):
     assert lines[-1] == '{"step": 13, "loss": 1.'
 
 
+def assert_same_rows(found, expected):
+    """JSON holds the shortest text that reads back as the same float: equal text, equal bits."""
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    for a, b in zip(expected, found, strict=True):
+        assert {name: a[name] for name in COMPARED} == {name: b[name] for name in COMPARED}
+
+
 def test_resuming_is_bitwise(straight, interrupted):
     """Same rows, no step twice, same parameters, as if nothing had happened."""
     *_, finished = interrupted
     assert finished.returncode == 0, finished.stderr
     assert "resuming after step 10 of 20" in finished.stdout
     expected, found = (read_rows(run.workdir / "metrics.jsonl") for run in (straight, finished))
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    for a, b in zip(expected, found, strict=True):
-        # JSON holds the shortest text that reads back as the same float: equal text, equal bits.
-        assert {name: a[name] for name in COMPARED} == {name: b[name] for name in COMPARED}
+    assert_same_rows(found, expected)
     for step in (10, 20):
         assert expected[step - 1]["validation_loss"] == found[step - 1]["validation_loss"]
     # The evaluation may change on resume.
@@ -224,3 +229,59 @@ def test_resuming_on_another_mesh_continues_the_run(train, straight):
     for a, b in zip(expected, found, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["learning_rate"] == a["learning_rate"] and b["tokens"] == a["tokens"]
+
+
+def flip_a_bit(folder: Path) -> None:
+    """In the largest file of the parameters."""
+    path = max(
+        (path for path in (folder / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    path.write_bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def damaged(train, straight):
+    """A copy of the finished run whose newest checkpoint is damaged, and what evaluate says of it; then run again."""
+    workdir = straight.workdir.with_name("damaged")
+    shutil.copytree(straight.workdir, workdir)
+    flip_a_bit(workdir / "checkpoints" / "20")
+    command = [sys.executable, "-m", "spiral_jax.evaluate", f"--workdir={workdir}"]
+    on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+    refused = subprocess.run(command, cwd=ROOT, env=on_cpu, capture_output=True, text=True, timeout=300, check=False)
+    return refused, train("damaged")
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_resumed(damaged, straight):
+    """In a line; the end is that of the run whose checkpoint was whole, bit by bit."""
+    _, done = damaged
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "is damaged" in line]
+    folder = done.workdir / "checkpoints" / "20"
+    assert len(lines) == 1 and lines[0].startswith(f"{folder} is damaged (")
+    assert lines[0].endswith(f"; it is now {done.workdir}/damaged/20.0, and the run goes on from step 10")
+    assert "resuming after step 10 of 20" in done.stdout and "Traceback" not in done.stderr
+    assert_same_rows(read_rows(done.workdir / "metrics.jsonl"), read_rows(straight.workdir / "metrics.jsonl"))
+    _, params = spiral_jax.load(done.workdir)
+    _, wanted = spiral_jax.load(straight.workdir)
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True))
+
+
+def test_readers_refuse_a_damaged_checkpoint_and_name_one_that_is_whole(damaged):
+    refused, done = damaged
+    errors = refused.stderr.splitlines()
+    assert refused.returncode == 2 and refused.stdout == "" and len(errors) == 1, refused.stderr
+    assert errors[0].startswith(f"error: {done.workdir}/checkpoints/20 is damaged (")
+    assert errors[0].endswith("; allowed: --step=10")
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(train, straight):
+    workdir = straight.workdir.with_name("lost")
+    shutil.copytree(straight.workdir, workdir)
+    for step in (10, 20):
+        flip_a_bit(workdir / "checkpoints" / str(step))
+    done = train("lost")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "none of 2 checkpoints is whole; allowed: another --workdir" in line
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "20"]
