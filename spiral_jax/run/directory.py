@@ -11,7 +11,7 @@ WORKDIR/
   data.json          where the token stores are
   cache/             token stores made from data.paths
   damaged/           checkpoints that were set aside
-  .lock              held by the process that trains
+  .lock              which process trains
   sample.txt         a continuation by the trained model, if asked for
   loss_curve.png     likewise
   profile/           traces of --profile
@@ -22,12 +22,10 @@ Each is reached by the path that `run_directory` or `open_workdir` gives, an `et
 only way that files of a run are opened.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -189,21 +187,6 @@ def check_same_data(config: DataConfig, data: PreparedData, fingerprints: Sequen
             f"data.stores has {len(sources)} stores; allowed: the {len(fingerprints)} that the run in {workdir} began "
             "with, or more with data.weights"
         )
-
-
-@contextlib.contextmanager
-def claim(workdir: Path) -> Iterator[None]:
-    """Holds a run's directory, so that two processes do not write one run.
-
-    Raises:
-      SpiralError: another process holds it.
-    """
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SpiralError(f"--workdir {workdir}: another process is training there") from None
-        yield
 
 
 def tokenizer_of(workdir: Path) -> Tokenizer:

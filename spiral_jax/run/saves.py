@@ -1,22 +1,68 @@
 """When a run is saved."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.parallel.deadlines import Watchdog
+from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints
+from spiral_jax.run.claim import Claim
+
+
+class Clock:
+    """Whether it is time for a checkpoint by `checkpoint.every_minutes`; asked on process 0, which decides for all."""
+
+    def __init__(self, config: CheckpointConfig):
+        self._seconds = 60 * config.every_minutes
+        self._begin = time.monotonic()
+
+    def restart(self) -> None:
+        """From now on."""
+        self._begin = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Once: it then starts again."""
+        if not self._seconds or time.monotonic() - self._begin < self._seconds:
+            return False
+        self.restart()
+        return True
 
 
 class Saves:
     """Saves a run's state when it is due: a `training.loop.Saving`."""
 
-    def __init__(self, checkpoints: Checkpoints, last_step: int, meta: Mapping[str, Any], fingerprints: Sequence[str]):
-        """`meta` is JSON to keep with every checkpoint; `fingerprints` are those of the training tokens."""
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        last_step: int,
+        meta: Mapping[str, Any],
+        fingerprints: Sequence[str],
+        *,
+        claim: Claim,
+        watchdog: Watchdog,
+        clock: Clock,
+    ):
+        """Saves nothing yet.
+
+        Args:
+          checkpoints: where to.
+          last_step: which is always saved.
+          meta: JSON to keep with every checkpoint.
+          fingerprints: those of the training tokens.
+          claim: without which nothing is written.
+          watchdog: to which a save is announced.
+          clock: for the time since the last one.
+        """
         self._checkpoints, self._last_step = checkpoints, last_step
         self._meta, self._fingerprints = meta, list(fingerprints)
+        self._claim, self._watchdog, self._clock = claim, watchdog, clock
 
     def due(self, step: int) -> bool:
         return self._checkpoints.due(step, self._last_step)
 
     def __call__(self, step: int, state: Any) -> None:
+        self._claim.check()
+        self._watchdog.expect(f"the save of step {step}", "save_minutes")
+        self._clock.restart()
         data = {"step": step, "fingerprints": self._fingerprints}
         self._checkpoints.save(step, state, {**self._meta, "data": data})
