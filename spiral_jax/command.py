@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.errors import Diverged, Hung, SpiralError
-from spiral_jax.model.registry import blamed, lines_in
+from spiral_jax.errors import Diverged, Hung, SpiralError, blamed, lines_in
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.ending import Ending

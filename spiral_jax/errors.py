@@ -1,4 +1,9 @@
-"""The one exception type for mistakes a user can make."""
+"""The one exception type for mistakes a user can make, in what they give us or in code of their own."""
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
 
 
 class SpiralError(Exception):
@@ -28,3 +33,35 @@ def require(ok: bool, field: str, value, allowed: str) -> None:
     """Raises SpiralError naming a configuration field, the value found and what is allowed, unless `ok`."""
     if not ok:
         raise SpiralError(f"{field} is {value!r}; allowed: {allowed}")
+
+
+@contextlib.contextmanager
+def guarded(where: str, file: str) -> Iterator[None]:
+    """Makes one line of whatever code of the user's own raises in the block.
+
+    Args:
+      where: how the line begins.
+      file: the real path of the file with the code.
+
+    Raises:
+      SpiralError: the block raised something; a SpiralError is passed on as it is.
+    """
+    try:
+        yield
+    except SpiralError:
+        raise
+    except Exception as error:
+        raise blamed(error, where, file) from error
+
+
+def blamed(error: Exception, where: str, file: str) -> SpiralError:
+    """The one line of `guarded`: what the code is for, the last line of the file that was reached, and the reason."""
+    lines = lines_in(error, file)
+    place = f", line {lines[-1]}" if lines else ""
+    return SpiralError(f"{where}{place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def lines_in(error: Exception, file: str) -> list[int]:
+    """Lines of a file (its real path) that an exception came through, the outermost first."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.lineno for frame in frames if frame.lineno and os.path.realpath(frame.filename) == file]

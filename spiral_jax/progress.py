@@ -55,8 +55,8 @@ class Progress:
         if self.done > self._skipped and self.is_due():
             share = min(self.done / self._total, 1.0) if self._total else 1.0
             self._report(
-                f"{self._label}: {self._show(self.done)} of {self._show(self._total)} ({share:.0%}), "
-                f"{self._show(self._rate())}/s, {duration(self.seconds_left())} left"
+                f"{self._label}: {self._show(self.done)} of {self._show(self._total)} {self._unit} ({share:.0%}), "
+                f"{self._show(self._rate())} {self._unit}/s, {duration(self.seconds_left())} left"
             )
 
     def is_due(self, at_once: bool = False) -> bool:
@@ -76,8 +76,9 @@ class Progress:
         return (self.done - self._skipped) / max(time.monotonic() - self._begin, 1e-9)
 
     def _show(self, amount: float) -> str:
-        shown = f"{amount / self._scale:,.1f}" if self._scale != 1 else f"{amount:,.0f}"
-        return f"{shown} {self._unit}".rstrip()
+        amount /= self._scale
+        whole = self._scale == 1 and (amount >= 10 or amount == int(amount))
+        return f"{amount:,.0f}" if whole else f"{amount:,.1f}"
 
 
 def duration(seconds: float) -> str:

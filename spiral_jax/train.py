@@ -12,7 +12,13 @@ pods and under Slurm they find each other; elsewhere each is told where process 
 python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0    and 1 on the other
 """
 
-import contextlib
+from spiral_jax.parallel import signals
+
+if __name__ == "__main__":
+    signals.end_with_nothing_to_save()  # already during the imports, which take seconds
+
+# ruff: isort: split
+# ruff: noqa: E402
 import time
 from typing import Any, NamedTuple
 
@@ -29,17 +35,19 @@ from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
 from spiral_jax.evaluation.validation import Validation
+from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
+from spiral_jax.parallel.signals import SAVED, StopRequest
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, summary
 from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.run.claim import Claim, claim
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
     check_dtype,
     check_same_data,
-    claim,
     load,
     open_workdir,
     read_model,
@@ -49,7 +57,7 @@ from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, 
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.resume import Saved, newest_whole
-from spiral_jax.run.saves import Saves
+from spiral_jax.run.saves import Clock, Saves
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
 from spiral_jax.training.tracer import Tracer, parse_profile
@@ -68,7 +76,12 @@ def main(values: flags.FlagValues) -> None:
     profiled = parse_profile(values.profile)
     check_dtype(config.model.dtype, "model.dtype")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
-    with command.joined(values) as processes:
+    with (
+        Watchdog(config.deadlines) as watchdog,
+        StopRequest() as request,
+        command.joined(values, request, watchdog, silence=config.deadlines.silence_seconds) as processes,
+    ):
+        watchdog.expect("the start", "start_minutes")
         workdir = open_workdir(values.workdir)
         metrics.check_extras(config.logging)
         summary.check_extras(config.summary)
@@ -85,9 +98,18 @@ def main(values: flags.FlagValues) -> None:
             f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
         )
-        with claim(workdir) if processes.is_main else contextlib.nullcontext():
+        with claim(workdir, processes, watchdog.end) as claimed:
+            request.continued = claimed.continued
             processes.check_shared(workdir, "--workdir")
-            run(config, workdir, profiled, processes)
+            run(config, workdir, profiled, processes, Guards(request, watchdog, claimed))
+
+
+class Guards(NamedTuple):
+    """What stands around a run: signals, deadlines, and the claim on its directory."""
+
+    request: StopRequest
+    watchdog: Watchdog
+    claim: Claim
 
 
 class Opened(NamedTuple):
@@ -115,22 +137,24 @@ class Opened(NamedTuple):
         return self.saved.step if self.saved else 0
 
 
-def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes) -> None:
+def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes, guards: Guards) -> None:
     """The run in `workdir`, from wherever it stands."""
     mesh = make_mesh(config.mesh)
-    opened = open_run(config, workdir, mesh, processes)
+    opened = open_run(config, workdir, mesh, processes, guards.watchdog)
     program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
     if processes.is_main:
         save_start(workdir, config, opened.data, program.abstract_state.params, mesh)
     if opened.step < config.train.steps:
-        train(config, workdir, program, state, opened, profiled, processes)
+        train(config, workdir, program, state, opened, profiled, processes, guards)
+    guards.watchdog.expect("the end", "exit_minutes")
+    guards.claim.check()
     opened.checkpoints.close()
     if processes.is_main:
         finish(config, workdir, opened.data, processes)
 
 
-def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes) -> Opened:
+def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes, watchdog: Watchdog) -> Opened:
     """Opens what the run stands on, and checks it against its newest checkpoint that is whole.
 
     Raises:
@@ -142,7 +166,9 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes)
     for line in own_code.changes(workdir, config.to_dict()) if saved else ():
         processes.say(line)
     fingerprints = saved.fingerprints if saved else None
+    watchdog.expect_nothing()
     data = prepare_data(config, workdir, fingerprints, processes)
+    watchdog.expect("the start", "start_minutes")
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
@@ -182,26 +208,43 @@ def train(
     opened: Opened,
     profiled: range,
     processes: Processes,
+    guards: Guards,
 ) -> None:
     """The steps that are left."""
     first, last, data = opened.step + 1, config.train.steps, opened.data
+    request, watchdog, claimed = guards
+    clock = Clock(config.checkpoint)
+    stop = AgreedStop(lambda: request.signal, program.placed.mesh, clock.is_due)
+
+    def between_batches() -> None:
+        watchdog.expect("a batch of the evaluation", "evaluation_minutes")
+        stop.check()
+
+    watchdog.expect_nothing()
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
     if data.validation is not None:
-        evaluations.append(Validation(config.evaluation, config, program.placed, data.validation, data.tokenizer))
+        evaluations.append(Validation(config.evaluation, config, program.placed, data.validation, data.tokenizer, between_batches))
     if opened.tasks is not None:
         tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer)
-        evaluations.append(TasksOfRun(config.evaluation, last, tasks))
+        evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches))
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
-    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
-    record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
-    tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
+    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints,
+                   claim=claimed, watchdog=watchdog, clock=clock, asked=stop.take_save)  # fmt: skip
+    writes = processes.is_main
+    record = Record(workdir, config, opened.order, first - 1, evaluations, claimed) if writes else None
+    tracer = Tracer(workdir / "profile", profiled if writes else range(0))
+
+    def before_step(step: int) -> None:
+        watchdog.expect(f"step {step}", "step_minutes")
+        tracer(step)
+
+    request.hold()
     try:
-        with command.StopRequest() as request, host_batches:
-            stop = AgreedStop(lambda: request.signal, program.placed.mesh)
+        with host_batches:
             _, done = fit(
                 state,
                 range(first, last + 1),
@@ -210,16 +253,19 @@ def train(
                 recorder=Recorder(record or (lambda row: None)),
                 evaluations=evaluations,
                 saving=saving,
-                before_step=tracer,
+                before_step=before_step,
                 should_stop=stop,
             )
     finally:
         tracer.stop()
         if record is not None:
             record.close()
+    watchdog.expect(f"the save of step {done}", "save_minutes")
     opened.checkpoints.wait()
-    if stop.signal and done < last:
-        raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
+    watchdog.expect("the end", "exit_minutes")
+    if stop.signal:
+        raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", SAVED)
+    request.saved()
 
 
 def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Processes) -> None:
@@ -232,7 +278,7 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
     if config.summary.sample_tokens and processes.several:
-        print(f"no sample: its parameters would have to fit one of the {processes.count} processes")
+        print("no sample: the parameters may not fit one process; python -m spiral_jax.generate makes texts")
     elif config.summary.sample_tokens and data.validation is not None:
         model, params = load(workdir)
         text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)

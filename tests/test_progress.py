@@ -15,13 +15,13 @@ def test_share_rate_and_time_left_every_few_seconds(monkeypatch):
     assert lines == []
     now = 104.0
     shown.advance(1e6)
-    assert lines == ["data: tokenising: 4.0 MB of 10.0 MB (40%), 0.5 MB/s, 12s left"]
+    assert lines == ["data: tokenising: 4.0 of 10.0 MB (40%), 0.5 MB/s, 12s left"]
     now = 105.0
     shown.advance(1e6)
     assert len(lines) == 1
     now = 110.0
     shown.advance(6e6)  # more than was expected
-    assert lines[1] == "data: tokenising: 11.0 MB of 10.0 MB (100%), 0.9 MB/s, 0s left"
+    assert lines[1] == "data: tokenising: 11.0 of 10.0 MB (100%), 0.9 MB/s, 0s left"
 
 
 def test_whole_numbers_of_things(monkeypatch):
@@ -31,7 +31,17 @@ def test_whole_numbers_of_things(monkeypatch):
     shown = Progress("scored", 4000, unit="batches", report=lines.append)
     now = 4.0
     shown.advance(1000)
-    assert lines == ["scored: 1,000 batches of 4,000 batches (25%), 250 batches/s, 12s left"]
+    assert lines == ["scored: 1,000 of 4,000 batches (25%), 250 batches/s, 12s left"]
+
+
+def test_slower_than_one_a_second(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    lines = []
+    shown = Progress("scored", 4, unit="batches", report=lines.append)
+    now = 2.5
+    shown.advance(1)
+    assert lines == ["scored: 1 of 4 batches (25%), 0.4 batches/s, 8s left"]
 
 
 @pytest.mark.parametrize(

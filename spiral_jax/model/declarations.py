@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import SpiralError, guarded, require
 from spiral_jax.model import iteration
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Linear, Operator
 from spiral_jax.model.pooling import poolings
-from spiral_jax.model.registry import Registry, guarded
+from spiral_jax.model.registry import Registry
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
 

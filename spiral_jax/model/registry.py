@@ -5,13 +5,10 @@ package did not register itself is code of the user's own: the hash of its file 
 raises is reported in one line that names the file.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -112,38 +109,6 @@ class Registry(Generic[T]):
         """Where what has a name was registered; raises SpiralError if nothing is."""
         self.check(name)
         return self._entries[name][1]
-
-
-@contextlib.contextmanager
-def guarded(where: str, file: str) -> Iterator[None]:
-    """Makes one line of whatever code of the user's own raises in the block.
-
-    Args:
-      where: how the line begins.
-      file: the real path of the file with the code.
-
-    Raises:
-      SpiralError: the block raised something; a SpiralError is passed on as it is.
-    """
-    try:
-        yield
-    except SpiralError:
-        raise
-    except Exception as error:
-        raise blamed(error, where, file) from error
-
-
-def blamed(error: Exception, where: str, file: str) -> SpiralError:
-    """The one line of `guarded`: what the code is for, the last line of the file that was reached, and the reason."""
-    lines = lines_in(error, file)
-    place = f", line {lines[-1]}" if lines else ""
-    return SpiralError(f"{where}{place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-def lines_in(error: Exception, file: str) -> list[int]:
-    """Lines of a file (its real path) that an exception came through, the outermost first."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame.lineno for frame in frames if frame.lineno and os.path.realpath(frame.filename) == file]
 
 
 def _is_same_file_again(before: Code, now: Code) -> bool:

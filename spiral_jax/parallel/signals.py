@@ -18,7 +18,15 @@ from spiral_jax.parallel.leaving import end_at_once
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAVED = 42  # the status of what is saved but not finished
+_NOTHING = "stopped with nothing to save"
 _SECONDS_OF_REPEATS = 2.0  # a terminal, a launcher and a cluster may each send the one signal that is meant
+
+
+def end_with_nothing_to_save() -> None:
+    """While a program imports what it needs: signals end it, with the status that a `StopRequest` gives them."""
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: end_at_once(128 + number, _NOTHING))
 
 
 class _Meaning(enum.Enum):
@@ -62,7 +70,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before:
+        # After a request the process is about to end, with a status that a repeat of the signal must not change.
+        if self._before and self.signal is None:
             signal.set_wakeup_fd(self._fd_before)
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -104,7 +113,7 @@ class StopRequest:
     def _act(self, number: int) -> None:
         match self._meaning:
             case _Meaning.END:
-                self.end(128 + number, "stopped with nothing to save")
+                self.end(128 + number, _NOTHING)
             case _Meaning.REQUEST:
                 self.end(128 + number, "stopped again, before it was saved; the same command resumes")
             case _Meaning.SAVED:

@@ -23,6 +23,7 @@ from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.declarations import check_operators
+from spiral_jax.parallel.deadlines import DeadlineConfig
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import CheckpointConfig
 from spiral_jax.run.metrics import LoggingConfig
@@ -36,6 +37,7 @@ from spiral_jax.training.schedules import schedules
 MUTABLE = (
     "mesh.",
     "checkpoint.",
+    "deadlines.",
     "evaluation.",
     "logging.",
     "summary.",
@@ -68,6 +70,7 @@ class RunConfig(StepConfig):
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     logging: LoggingConfig = LoggingConfig()
     summary: SummaryConfig = SummaryConfig()
 

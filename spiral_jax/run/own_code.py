@@ -12,9 +12,9 @@ from typing import Any
 from etils.epath import Path
 
 from spiral_jax.data.json_files import read_json_object, write_json
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, guarded
 from spiral_jax.model.pooling import poolings
-from spiral_jax.model.registry import Registry, guarded
+from spiral_jax.model.registry import Registry
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
 from spiral_jax.training.optimizers import optimizers

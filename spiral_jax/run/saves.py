@@ -1,7 +1,7 @@
 """When a run is saved."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spiral_jax.parallel.deadlines import Watchdog
@@ -41,6 +41,7 @@ class Saves:
         claim: Claim,
         watchdog: Watchdog,
         clock: Clock,
+        asked: Callable[[], bool],
     ):
         """Saves nothing yet.
 
@@ -52,13 +53,15 @@ class Saves:
           claim: without which nothing is written.
           watchdog: to which a save is announced.
           clock: for the time since the last one.
+          asked: whether all processes have agreed to save now.
         """
         self._checkpoints, self._last_step = checkpoints, last_step
         self._meta, self._fingerprints = meta, list(fingerprints)
-        self._claim, self._watchdog, self._clock = claim, watchdog, clock
+        self._claim, self._watchdog, self._clock, self._asked = claim, watchdog, clock, asked
 
     def due(self, step: int) -> bool:
-        return self._checkpoints.due(step, self._last_step)
+        asked = self._asked()
+        return asked or self._checkpoints.due(step, self._last_step)
 
     def __call__(self, step: int, state: Any) -> None:
         self._claim.check()

@@ -138,7 +138,7 @@ def test_progress_counts_to_the_end(monkeypatch):
     seen = []
     monkeypatch.setattr("spiral_jax.progress.time.monotonic", itertools.count(0, 10).__next__)
     scored(source_of(100), 8, report=seen.append)
-    shares = [f"scoring: {n} batches of 5 batches ({n / 5:.0%}), " for n in range(1, 6)]  # 13 windows, 3 at a time
+    shares = [f"scoring: {n} of 5 batches ({n / 5:.0%}), " for n in range(1, 6)]  # 13 windows, 3 at a time
     assert [line.startswith(share) for line, share in zip(seen, shares, strict=True)] == [True] * 5
 
 

@@ -3,7 +3,7 @@
 import pytest
 from pairs import both_end, flags_of
 
-from spiral_jax.run.directory import claim
+from spiral_jax.run.claim import claim
 
 
 def test_what_only_process_0_can_see_ends_the_others_too(folder, start):

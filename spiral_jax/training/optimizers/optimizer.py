@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from spiral_jax.errors import require
+from spiral_jax.errors import guarded, require
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.registry import Registry, guarded
+from spiral_jax.model.registry import Registry
 from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import replicated
 from spiral_jax.training.schedules import learning_rate, schedules
