@@ -13,14 +13,13 @@ from ml_collections import config_flags
 
 from spiral_jax.errors import Diverged, Hung, SpiralError, blamed, lines_in
 from spiral_jax.parallel import gloo
-from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
 from spiral_jax.parallel.leaving import HUNG, end_at_once
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.parallel.signals import StopRequest
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
+from spiral_jax.run.guards import Guards
 
 OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
@@ -71,14 +70,12 @@ def run(
 
 
 @contextlib.contextmanager
-def joined(
-    values: flags.FlagValues, *guards: StopRequest | Watchdog, silence: float = 60.0
-) -> Iterator[Processes]:
+def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: float = 60.0) -> Iterator[Processes]:
     """The processes of a command that runs on several: what ends one of them in here ends all, with its status.
 
     Args:
       values: with the flags of `parallel.process_flags.define_processes`.
-      guards: what may end this process from a thread, and then the others, too.
+      guards: of this process; they then end the others, too.
       silence: seconds after which a process that says nothing is gone.
 
     Raises:
@@ -91,8 +88,8 @@ def joined(
         print(line, file=sys.stderr, flush=True)
         end_at_once(status)
     ending = Ending(processes, silence)
-    for guard in guards:
-        guard.end = ending.at_once
+    if guards is not None:
+        guards.end = ending.at_once
     try:
         with gloo.silenced() if processes.several else contextlib.nullcontext():
             yield processes

@@ -25,8 +25,10 @@ class Diverged(Exception):
 
 
 class Hung(Exception):
-    """A run that this process cannot go on with, though nothing is wrong with what it was given: another process has it,
-    or is gone. The message is a single line. Commands exit with status 43, and may be started again."""
+    """A run that this process cannot go on with: another one has it, or is gone. The message is a single line.
+
+    Commands exit with status 43, and may be started again.
+    """
 
 
 def require(ok: bool, field: str, value, allowed: str) -> None:

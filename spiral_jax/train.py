@@ -12,13 +12,15 @@ pods and under Slurm they find each other; elsewhere each is told where process 
 python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0    and 1 on the other
 """
 
+import os
+
 from spiral_jax.parallel import signals
 
 if __name__ == "__main__":
     signals.end_with_nothing_to_save()  # already during the imports, which take seconds
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of a lost process C++ would say first what a line says better
 
 # ruff: isort: split
-# ruff: noqa: E402
 import time
 from typing import Any, NamedTuple
 
@@ -29,7 +31,6 @@ from jax.sharding import Mesh
 
 from spiral_jax import command
 from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
-from spiral_jax.data import atomic
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
@@ -39,20 +40,21 @@ from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.parallel.signals import SAVED, StopRequest
+from spiral_jax.parallel.signals import SAVED
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, summary
 from spiral_jax.run.checkpoint import Checkpoints
-from spiral_jax.run.claim import Claim, claim
+from spiral_jax.run.claim import claim
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
     check_dtype,
     check_same_data,
-    load,
     open_workdir,
     read_model,
     tokenizer_of,
 )
+from spiral_jax.run.finish import finish
+from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
@@ -77,11 +79,9 @@ def main(values: flags.FlagValues) -> None:
     check_dtype(config.model.dtype, "model.dtype")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
     with (
-        Watchdog(config.deadlines) as watchdog,
-        StopRequest() as request,
-        command.joined(values, request, watchdog, silence=config.deadlines.silence_seconds) as processes,
+        Guards(config.deadlines) as guards,
+        command.joined(values, guards, silence=config.deadlines.silence_seconds) as processes,
     ):
-        watchdog.expect("the start", "start_minutes")
         workdir = open_workdir(values.workdir)
         metrics.check_extras(config.logging)
         summary.check_extras(config.summary)
@@ -98,18 +98,9 @@ def main(values: flags.FlagValues) -> None:
             f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
         )
-        with claim(workdir, processes, watchdog.end) as claimed:
-            request.continued = claimed.continued
+        with claim(workdir, processes, guards.end) as guards.claim:
             processes.check_shared(workdir, "--workdir")
-            run(config, workdir, profiled, processes, Guards(request, watchdog, claimed))
-
-
-class Guards(NamedTuple):
-    """What stands around a run: signals, deadlines, and the claim on its directory."""
-
-    request: StopRequest
-    watchdog: Watchdog
-    claim: Claim
+            run(config, workdir, profiled, processes, guards)
 
 
 class Opened(NamedTuple):
@@ -148,7 +139,7 @@ def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes,
     if opened.step < config.train.steps:
         train(config, workdir, program, state, opened, profiled, processes, guards)
     guards.watchdog.expect("the end", "exit_minutes")
-    guards.claim.check()
+    guards.check_claim()
     opened.checkpoints.close()
     if processes.is_main:
         finish(config, workdir, opened.data, processes)
@@ -212,20 +203,20 @@ def train(
 ) -> None:
     """The steps that are left."""
     first, last, data = opened.step + 1, config.train.steps, opened.data
-    request, watchdog, claimed = guards
     clock = Clock(config.checkpoint)
-    stop = AgreedStop(lambda: request.signal, program.placed.mesh, clock.is_due)
+    stop = AgreedStop(lambda: guards.request.signal, program.placed.mesh, clock.is_due)
 
     def between_batches() -> None:
-        watchdog.expect("a batch of the evaluation", "evaluation_minutes")
+        guards.watchdog.expect("a batch of the evaluation", "evaluation_minutes")
         stop.check()
 
-    watchdog.expect_nothing()
+    guards.watchdog.expect_nothing()
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
     if data.validation is not None:
-        evaluations.append(Validation(config.evaluation, config, program.placed, data.validation, data.tokenizer, between_batches))
+        store, placed = data.validation, program.placed
+        evaluations.append(Validation(config.evaluation, config, placed, store, data.tokenizer, between_batches))
     if opened.tasks is not None:
         tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer)
         evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches))
@@ -233,16 +224,16 @@ def train(
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
     saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints,
-                   claim=claimed, watchdog=watchdog, clock=clock, asked=stop.take_save)  # fmt: skip
+                   guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
     writes = processes.is_main
-    record = Record(workdir, config, opened.order, first - 1, evaluations, claimed) if writes else None
+    record = Record(workdir, config, opened.order, first - 1, evaluations, guards) if writes else None
     tracer = Tracer(workdir / "profile", profiled if writes else range(0))
 
     def before_step(step: int) -> None:
-        watchdog.expect(f"step {step}", "step_minutes")
+        guards.watchdog.expect(f"step {step}", "step_minutes")
         tracer(step)
 
-    request.hold()
+    guards.request.hold()
     try:
         with host_batches:
             _, done = fit(
@@ -260,36 +251,12 @@ def train(
         tracer.stop()
         if record is not None:
             record.close()
-    watchdog.expect(f"the save of step {done}", "save_minutes")
+    guards.watchdog.expect(f"the save of step {done}", "save_minutes")
     opened.checkpoints.wait()
-    watchdog.expect("the end", "exit_minutes")
+    guards.watchdog.expect("the end", "exit_minutes")
+    guards.request.saved(answered=stop.signal is not None)
     if stop.signal:
         raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", SAVED)
-    request.saved()
-
-
-def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Processes) -> None:
-    """Says how the run ended and where everything is."""
-    rows = metrics.read_rows(workdir / "metrics.jsonl")
-    print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
-    evaluated = [row for row in rows if "validation_loss" in row]
-    if evaluated:
-        last = evaluated[-1]
-        print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
-              f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
-    if config.summary.sample_tokens and processes.several:
-        print("no sample: the parameters may not fit one process; python -m spiral_jax.generate makes texts")
-    elif config.summary.sample_tokens and data.validation is not None:
-        model, params = load(workdir)
-        text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
-        atomic.write_text(workdir / "sample.txt", text)
-        print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    if config.summary.plot:
-        print(f"loss curve   {summary.plot_loss(workdir)}")
-    print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
-    files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
-    more = [*(f" --import={file}" for file in files), "" if data.validation is not None else " --input=FILE"]
-    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 from spiral_jax.errors import require
-from spiral_jax.parallel.leaving import HUNG, end_at_once
+from spiral_jax.parallel.leaving import HUNG, End, end_at_once
 
 _SECONDS_OF_A_TICK = 0.5
 _SECONDS_OF_A_STOP = 5.0  # a tick that comes so late is that of a process that did not run
@@ -51,12 +50,10 @@ class Watchdog:
 
     Attributes:
       config: the deadlines.
-      end: ends the process with a status and a line.
     """
 
-    def __init__(self, config: DeadlineConfig):
-        self.config = config
-        self.end: Callable[[int, str], None] = end_at_once
+    def __init__(self, config: DeadlineConfig, end: End = end_at_once):
+        self.config, self._end = config, end
         self._expected: tuple[str, str, float] | None = None  # what, the field, the last moment by time.monotonic()
         self._lock, self._closed = threading.Lock(), threading.Event()
 
@@ -93,5 +90,5 @@ class Watchdog:
             if now > last:
                 minutes = getattr(self.config, field)
                 faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-                self.end(HUNG, f"error: {what} did not end in {minutes:g} min; allowed by deadlines.{field}")
+                self._end(HUNG, f"error: {what} did not end in {minutes:g} min; allowed by deadlines.{field}")
                 return

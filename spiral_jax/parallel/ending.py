@@ -1,8 +1,8 @@
 """Several processes end together: with the status, and the last line, of the one that failed first.
 
 A process that fails says so in jax's key-value store before it ends, and a thread of each of the others waits for just
-that: nobody is left in a collective. A process that can say nothing any more is found by its heartbeats. jax alone would
-miss it after 100 seconds, and abort the others without saying which it was.
+that: nobody is left in a collective. A process that can say nothing any more is missed by its heartbeats. jax alone
+would miss it after 100 seconds, and abort the others without saying which it was.
 """
 
 import contextlib

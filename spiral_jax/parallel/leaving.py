@@ -4,8 +4,10 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import NoReturn
 
+End = Callable[[int, str], None]  # ends the process with a status and a line
 HUNG = 43  # the status of a process that did not get on, or lost another one
 _SECONDS_TO_PRINT = 2.0
 

@@ -8,13 +8,11 @@ writes the number of each signal to a socket, whatever the main thread does, and
 import enum
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
-from spiral_jax.parallel.leaving import end_at_once
+from spiral_jax.parallel.leaving import End, end_at_once
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAVED = 42  # the status of what is saved but not finished
@@ -44,14 +42,17 @@ class StopRequest:
 
     Attributes:
       signal: the one that asks the process to stop; None before it has come.
-      end: ends the process with a status and a line.
-      continued: called when the process goes on after it was stopped (SIGSTOP, Ctrl-Z).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: End = end_at_once, continued: Callable[[], None] = lambda: None):
+        """Hears nothing yet.
+
+        Args:
+          end: ends the process.
+          continued: called when the process goes on after it was stopped (SIGSTOP, Ctrl-Z).
+        """
         self.signal: int | None = None
-        self.end: Callable[[int, str], None] = end_at_once
-        self.continued: Callable[[], None] = lambda: None
+        self._end, self._continued = end, continued
         self._meaning, self._asked, self._lock = _Meaning.END, 0.0, threading.Lock()
 
     def __enter__(self) -> "StopRequest":
@@ -67,9 +68,7 @@ class StopRequest:
         threading.Thread(target=self._read, name="signals", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception) -> None:
         # After a request the process is about to end, with a status that a repeat of the signal must not change.
         if self._before and self.signal is None:
             signal.set_wakeup_fd(self._fd_before)
@@ -82,18 +81,18 @@ class StopRequest:
         with self._lock:
             self._meaning = _Meaning.REQUEST
 
-    def saved(self) -> None:
-        """From here on everything is saved, and a signal that nobody has answered ends the process."""
+    def saved(self, *, answered: bool = False) -> None:
+        """From here on everything is saved. A request that nobody has `answered` ends the process."""
         with self._lock:
             self._meaning = _Meaning.SAVED
-        if self.signal is not None:
+        if self.signal is not None and not answered:
             self._act(self.signal)
 
     def _read(self) -> None:
         while numbers := self._numbers.recv(64):
             for number in numbers:
                 if number == signal.SIGCONT:
-                    self.continued()
+                    self._continued()
                 elif number in self._before:
                     self._take(number)
         self._numbers.close()
@@ -113,8 +112,8 @@ class StopRequest:
     def _act(self, number: int) -> None:
         match self._meaning:
             case _Meaning.END:
-                self.end(128 + number, _NOTHING)
+                self._end(128 + number, _NOTHING)
             case _Meaning.REQUEST:
-                self.end(128 + number, "stopped again, before it was saved; the same command resumes")
+                self._end(128 + number, "stopped again, before it was saved; the same command resumes")
             case _Meaning.SAVED:
-                self.end(SAVED, "stopped, and everything is saved; the same command goes on")
+                self._end(SAVED, "stopped, and everything is saved; the same command goes on")

@@ -14,13 +14,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 from etils.epath import Path
 
 from spiral_jax.errors import Hung, SpiralError
-from spiral_jax.parallel.leaving import HUNG, end_at_once
+from spiral_jax.parallel.leaving import HUNG, End, end_at_once
 from spiral_jax.parallel.processes import ALONE, Processes
 
 SECONDS_OF_SILENCE = 20.0  # after which an owner is gone
@@ -31,7 +31,7 @@ _SECONDS_OF_A_LOOK = 5.0  # of processes that do not beat, and that the director
 class Claim:
     """A start's hold on a run's directory."""
 
-    def __init__(self, workdir: Path, owner: str, end: Callable[[int, str], None]):
+    def __init__(self, workdir: Path, owner: str, end: End):
         """Holds nothing yet.
 
         Args:
@@ -118,7 +118,9 @@ class Claim:
         while time.monotonic() < deadline:
             time.sleep(_SECONDS_OF_A_BEAT / 2)
             if (now := _read(self._path)) != owner:
-                raise SpiralError(f"--workdir {self._workdir}: another process is training there ({_name(now or owner)})")
+                raise SpiralError(
+                    f"--workdir {self._workdir}: another process is training there ({_name(now or owner)})"
+                )
 
     def _beat(self, file: IO[str], number: int) -> None:
         text = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": f"{number:012}"}
@@ -139,9 +141,7 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(
-    workdir: Path, processes: Processes = ALONE, end: Callable[[int, str], None] = end_at_once
-) -> Iterator[Claim]:
+def claim(workdir: Path, processes: Processes = ALONE, end: End = end_at_once) -> Iterator[Claim]:
     """Holds a run's directory, so that two starts do not write one run.
 
     Args:

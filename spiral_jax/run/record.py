@@ -9,8 +9,8 @@ from etils.epath import Path
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.hardware import peak_flops
 from spiral_jax.progress import Progress
-from spiral_jax.run.claim import Claim
 from spiral_jax.run.config import RunConfig
+from spiral_jax.run.guards import Guards
 from spiral_jax.run.metrics import MetricsWriter, step_line
 from spiral_jax.training.loop import Evaluation
 
@@ -25,7 +25,7 @@ class Record:
         order: WindowOrder,
         start_step: int,
         evaluations: Sequence[Evaluation],
-        claim: Claim,
+        guards: Guards,
     ):
         """Opens metrics.jsonl behind the row of `start_step`.
 
@@ -35,9 +35,9 @@ class Record:
           order: which windows a step takes.
           start_step: the step the run continues from.
           evaluations: of which a step has the values: its row is written whatever `logging.every_steps` says.
-          claim: without which nothing is written.
+          guards: of which the claim allows it to be written.
         """
-        self._claim = claim
+        self._guards = guards
         self._config, self._order, self._evaluations = config, order, evaluations
         self._writer = MetricsWriter(workdir, config.logging, last_step=start_step)
         # By the clock since now: evaluations and checkpoints take their time, too.
@@ -46,7 +46,7 @@ class Record:
         self._first_step = start_step + 1
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self._claim.check()
+        self._guards.check_claim()
         row, step = complete_row(self._config, self._order, row), row["step"]
         is_evaluated = any(evaluation.due(step) for evaluation in self._evaluations)
         is_last = step == self._config.train.steps

@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints
-from spiral_jax.run.claim import Claim
+from spiral_jax.run.guards import Guards
 
 
 class Clock:
@@ -38,8 +37,7 @@ class Saves:
         meta: Mapping[str, Any],
         fingerprints: Sequence[str],
         *,
-        claim: Claim,
-        watchdog: Watchdog,
+        guards: Guards,
         clock: Clock,
         asked: Callable[[], bool],
     ):
@@ -50,22 +48,21 @@ class Saves:
           last_step: which is always saved.
           meta: JSON to keep with every checkpoint.
           fingerprints: those of the training tokens.
-          claim: without which nothing is written.
-          watchdog: to which a save is announced.
+          guards: of which the claim allows a save, and the watchdog expects it.
           clock: for the time since the last one.
           asked: whether all processes have agreed to save now.
         """
         self._checkpoints, self._last_step = checkpoints, last_step
         self._meta, self._fingerprints = meta, list(fingerprints)
-        self._claim, self._watchdog, self._clock, self._asked = claim, watchdog, clock, asked
+        self._guards, self._clock, self._asked = guards, clock, asked
 
     def due(self, step: int) -> bool:
         asked = self._asked()
         return asked or self._checkpoints.due(step, self._last_step)
 
     def __call__(self, step: int, state: Any) -> None:
-        self._claim.check()
-        self._watchdog.expect(f"the save of step {step}", "save_minutes")
+        self._guards.check_claim()
+        self._guards.watchdog.expect(f"the save of step {step}", "save_minutes")
         self._clock.restart()
         data = {"step": step, "fingerprints": self._fingerprints}
         self._checkpoints.save(step, state, {**self._meta, "data": data})
