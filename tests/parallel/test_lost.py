@@ -99,3 +99,14 @@ def test_a_short_stop_ends_nothing(folder, alone):
     finally:
         for process in running:
             process.kill()
+
+
+@pytest.mark.slow
+def test_checkpoints_by_time_are_of_the_same_steps_on_all(folder, start):
+    """Process 0 decides."""
+    flags = (*flags_of(folder, "timed"), "--config.checkpoint.every_steps=100", "--config.checkpoint.keep=9")
+    done = start("train", *flags, "--config.checkpoint.every_minutes=1e-9")
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    # Agreed one step late, as everything is.
+    steps = sorted(int(path.name) for path in (folder / "timed/checkpoints").iterdir())
+    assert steps == list(range(2, STEPS + 1))
