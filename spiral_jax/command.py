@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.errors import Diverged, Hung, SpiralError, blamed, lines_in
+from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
-from spiral_jax.parallel.leaving import HUNG, end_at_once
+from spiral_jax.parallel.leaving import end_at_once
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
@@ -31,8 +31,8 @@ def run(
 ) -> None:
     """Parses the command line, runs `main`, and exits.
 
-    A mistake of the user's is one line on stderr and status 2; `Interrupted`, `Hung` and `Diverged` have statuses of
-    their own; an interrupt is 128 + signal; anything else that is raised is a defect, with traceback and status 1.
+    A mistake of the user's is one line on stderr and status 2; `Interrupted` and `Diverged` have statuses of their
+    own; an interrupt is 128 + signal; anything else that is raised is a defect, with traceback and status 1.
 
     Args:
       verb: the command's name.
@@ -59,7 +59,7 @@ def run(
             raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         own_code.import_files(getattr(values, "import"))
         main(values)
-    except (SpiralError, Diverged, Hung, Interrupted, KeyboardInterrupt) as error:
+    except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
         status, line = _outcome(error)
         print(line, file=sys.stderr)
         sys.exit(status)
@@ -100,7 +100,7 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
         ending.finish()
         sys.exit(interrupt.status)
     except (Exception, KeyboardInterrupt) as error:
-        expected = isinstance(error, SpiralError | Diverged | Hung | KeyboardInterrupt | BrokenPipeError)
+        expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
         ending.leave(*_outcome(error), expected=expected)
         raise
 
@@ -112,8 +112,6 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
             return USAGE, f"error: {error}"
         case Diverged():
             return DIVERGED, f"diverged: {error}"
-        case Hung():
-            return HUNG, f"error: {error}"
         case Interrupted():
             return error.status, str(error)
         case KeyboardInterrupt():

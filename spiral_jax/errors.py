@@ -24,13 +24,6 @@ class Diverged(Exception):
     """Training whose numbers are no numbers any more; the message is a single line. Commands exit with status 44."""
 
 
-class Hung(Exception):
-    """A run that this process cannot go on with: another one has it, or is gone. The message is a single line.
-
-    Commands exit with status 43, and may be started again.
-    """
-
-
 def require(ok: bool, field: str, value, allowed: str) -> None:
     """Raises SpiralError naming a configuration field, the value found and what is allowed, unless `ok`."""
     if not ok:

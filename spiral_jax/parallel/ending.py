@@ -38,7 +38,7 @@ class Ending:
             self._watcher.start()
             self._heartbeats = Heartbeats(processes, silence, self.lost)
             if processes.lost is not None:
-                processes.lost.act = lambda: self.lost(0)
+                processes.lost.act = self._lost_by_jax
 
     def finish(self) -> None:
         """Waits until every process has done its work; until then the failure of any of them still ends all."""
@@ -77,7 +77,16 @@ class Ending:
     def lost(self, process: int) -> None:
         """Ends this process, as another one is gone, and the others that are not."""
         self._lock.acquire()
-        self._end_with_others(HUNG, f"error: process {process} is gone; the same command resumes")
+        line = f"error: process {process} is gone; the same command resumes"
+        if process == 0:  # and the store with it, in which the others would be told
+            end_at_once(HUNG, line)
+        self._end_with_others(HUNG, line)
+
+    def _lost_by_jax(self) -> None:
+        """jax has lost process 0; there, it does not say which."""
+        if not self._processes.is_main:
+            self.lost(0)
+        self.at_once(HUNG, "error: another process is gone; the same command resumes")
 
     def _end_with_others(self, status: int, text: str) -> NoReturn:
         self._in_time(status, text)

@@ -68,9 +68,7 @@ class Heartbeats:
                 client.key_value_set(f"{_FOLDER}/{self._processes.id}", str(beats), allow_overwrite=True)
                 counts = self._all_counts() if self._processes.is_main else {0: str(beats)}
             except jax.errors.JaxRuntimeError:
-                if not self._closed.is_set():
-                    self._gone(0)
-                return
+                continue  # it may be the network
             for other in self._heard:
                 if counts.get(other) != self._counts.get(other):
                     self._heard[other] = time.monotonic()

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from etils.epath import Path
 
-from spiral_jax.errors import Hung, SpiralError
+from spiral_jax.errors import SpiralError
 from spiral_jax.parallel.leaving import HUNG, End, end_at_once
 from spiral_jax.parallel.processes import ALONE, Processes
 
@@ -31,7 +31,7 @@ _SECONDS_OF_A_LOOK = 5.0  # of processes that do not beat, and that the director
 class Claim:
     """A start's hold on a run's directory."""
 
-    def __init__(self, workdir: Path, owner: str, end: End):
+    def __init__(self, workdir: Path, owner: str, end: End = end_at_once):
         """Holds nothing yet.
 
         Args:
@@ -84,27 +84,19 @@ class Claim:
         self._thread.join(_SECONDS_OF_A_BEAT)
 
     def check(self) -> None:
-        """Before anything is written.
-
-        Raises:
-          Hung: the directory belongs to another start.
-        """
+        """Before anything is written: ends the process if the directory belongs to another start."""
         if time.monotonic() - self._seen > _SECONDS_OF_A_LOOK:
-            self._look()
+            self.look()
 
-    def continued(self) -> None:
-        """Ends the process if it was stopped for so long that another start has the directory."""
-        try:
-            self._look()
-        except Hung as error:
-            self._end(HUNG, f"error: {error}")
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """The same, however sure that is."""
         owner = _read(self._path)
         if owner is not None and owner.get("owner") != self._owner:
-            raise Hung(
-                f"the run in {self._workdir} was taken over by {_name(owner)} while this process was stopped; "
-                "it ends and writes nothing"
+            # Without a way out, on which a save that was going on would be finished.
+            self._end(
+                HUNG,
+                f"error: the run in {self._workdir} was taken over by {_name(owner)} while this process was stopped; "
+                "it ends and writes nothing",
             )
         self._seen = time.monotonic()
 
@@ -129,7 +121,7 @@ class Claim:
     def _keep(self) -> None:
         beats = 0
         while not self._closed.wait(_SECONDS_OF_A_LOOK if self._file is None else _SECONDS_OF_A_BEAT):
-            self.continued()
+            self.look()
             beats += 1
             # A disk in trouble is reported by what writes to it.
             with contextlib.suppress(OSError):
@@ -141,13 +133,12 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, processes: Processes = ALONE, end: End = end_at_once) -> Iterator[Claim]:
+def claim(workdir: Path, processes: Processes = ALONE) -> Iterator[Claim]:
     """Holds a run's directory, so that two starts do not write one run.
 
     Args:
       workdir: of the run.
       processes: of this start; process 0 takes the directory for all.
-      end: as for `Claim`.
 
     Raises:
       SpiralError: another process holds it.
@@ -158,10 +149,10 @@ def claim(workdir: Path, processes: Processes = ALONE, end: End = end_at_once) -
         return owner
 
     owner = uuid.uuid4().hex
-    held = Claim(workdir, owner, end)
+    held = Claim(workdir, owner)
     theirs = processes.from_main("the claim", take)
     if theirs != owner:
-        held = Claim(workdir, theirs, end)
+        held = Claim(workdir, theirs)
     held.keep()
     try:
         yield held

@@ -34,11 +34,7 @@ class Guards:
         self.request.__exit__()
 
     def check_claim(self) -> None:
-        """Before anything is written.
-
-        Raises:
-          Hung: the directory belongs to another start.
-        """
+        """Before anything is written: ends the process if the directory belongs to another start."""
         if self.claim is not None:
             self.claim.check()
 
@@ -47,4 +43,4 @@ class Guards:
 
     def _continued(self) -> None:
         if self.claim is not None:
-            self.claim.continued()
+            self.claim.look()
