@@ -226,7 +226,7 @@ def train(
     saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints,
                    guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
     writes = processes.is_main
-    record = Record(workdir, config, opened.order, first - 1, evaluations, guards) if writes else None
+    record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
     tracer = Tracer(workdir / "profile", profiled if writes else range(0))
 
     def before_step(step: int) -> None:

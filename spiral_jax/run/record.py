@@ -1,6 +1,6 @@
 """A run's rows: completed with what follows from a step's number and time, written, and shown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.hardware import peak_flops
 from spiral_jax.progress import Progress
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.guards import Guards
 from spiral_jax.run.metrics import MetricsWriter, step_line
 from spiral_jax.training.loop import Evaluation
 
@@ -25,7 +24,7 @@ class Record:
         order: WindowOrder,
         start_step: int,
         evaluations: Sequence[Evaluation],
-        guards: Guards,
+        check: Callable[[], None] = lambda: None,
     ):
         """Opens metrics.jsonl behind the row of `start_step`.
 
@@ -35,9 +34,9 @@ class Record:
           order: which windows a step takes.
           start_step: the step the run continues from.
           evaluations: of which a step has the values: its row is written whatever `logging.every_steps` says.
-          guards: of which the claim allows it to be written.
+          check: called before a row is written, which it may prevent.
         """
-        self._guards = guards
+        self._check = check
         self._config, self._order, self._evaluations = config, order, evaluations
         self._writer = MetricsWriter(workdir, config.logging, last_step=start_step)
         # By the clock since now: evaluations and checkpoints take their time, too.
@@ -46,7 +45,7 @@ class Record:
         self._first_step = start_step + 1
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self._guards.check_claim()
+        self._check()
         row, step = complete_row(self._config, self._order, row), row["step"]
         is_evaluated = any(evaluation.due(step) for evaluation in self._evaluations)
         is_last = step == self._config.train.steps
