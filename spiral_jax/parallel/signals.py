@@ -73,7 +73,8 @@ class StopRequest:
         if self._before and self.signal is None:
             signal.set_wakeup_fd(self._fd_before)
             for number, handler in self._before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # of C code, which Python cannot put back
+                    signal.signal(number, handler)
             self._written.close()  # ends the thread
 
     def hold(self) -> None:

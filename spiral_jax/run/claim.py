@@ -50,17 +50,14 @@ class Claim:
         Raises:
           SpiralError: another process holds it.
         """
-        if not self._path.exists():
-            self._path.touch()
-        file, owner = self._path.open("r+", encoding="utf-8"), _read(self._path)
+        file, owner = _open(self._path), _read(self._path)
         # Locks of network file systems may not reach other machines.
         replaces = not _try_lock(file) or (owner is not None and owner.get("host") != socket.gethostname())
         if replaces:
             file.close()
             self._wait_for_silence(owner)
             new = self._path.with_name(f".lock.{self._owner}")
-            new.touch()
-            file = new.open("r+", encoding="utf-8")
+            file = _open(new)
             _try_lock(file)
             self._beat(file, 0)
             new.rename(self._path)
@@ -158,6 +155,13 @@ def claim(workdir: Path, processes: Processes = ALONE) -> Iterator[Claim]:
         yield held
     finally:
         held.release()
+
+
+def _open(path: Path) -> IO[str]:
+    """For writing anywhere in it, a mode that these paths do not have."""
+    file = path.open("a", encoding="utf-8")
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_APPEND)
+    return file
 
 
 def _try_lock(file) -> bool:

@@ -43,9 +43,9 @@ class Program:
     def end(self, seconds=5.0):
         try:
             begin = time.monotonic()
-            out, errors = self.process.communicate(timeout=20)
+            out, errors = self.process.stdout.read(), self.process.stderr.read()  # until it has ended
             assert time.monotonic() - begin < seconds
-            return self.process.returncode, out, errors
+            return self.process.wait(), out, errors
         finally:
             self.process.kill()
 
@@ -145,10 +145,10 @@ def test_during_the_imports_of_train(number):
     code = """
 import builtins, runpy
 load = builtins.__import__
-def slow(name, *rest):
+def slow(name, *rest, **more):
     if name.startswith("jax"):
         say("there"); time.sleep(20)
-    return load(name, *rest)
+    return load(name, *rest, **more)
 builtins.__import__ = slow
 sys.argv = ["train", "--help"]
 runpy.run_module("spiral_jax.train", run_name="__main__", alter_sys=True)
