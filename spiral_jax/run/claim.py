@@ -27,6 +27,8 @@ SECONDS_OF_SILENCE = 20.0  # after which an owner is gone
 _SECONDS_OF_A_BEAT = 1.0
 _SECONDS_OF_A_LOOK = 5.0  # of processes that do not beat, and that the directory is trusted to be ours after one
 
+_RELEASED = "____released"  # in place of a number
+
 
 class Claim:
     """A start's hold on a run's directory."""
@@ -52,22 +54,23 @@ class Claim:
         """
         file, owner = _open(self._path), _read(self._path)
         # Locks of network file systems may not reach other machines.
-        replaces = not _try_lock(file) or (owner is not None and owner.get("host") != socket.gethostname())
+        elsewhere = owner is not None and owner.get("host") != socket.gethostname() and owner.get("beat") != _RELEASED
+        replaces = not _try_lock(file) or elsewhere
         if replaces:
             file.close()
             self._wait_for_silence(owner)
             new = self._path.with_name(f".lock.{self._owner}")
             file = _open(new)
             _try_lock(file)
-            self._beat(file, 0)
-            new.rename(self._path)
+            self._beat(file, f"{0:012}")
+            new.replace(self._path)
         elif not _is_at(file, self._path):  # replaced since it was opened
             file.close()
             self.take()
             return
         else:
             file.truncate(0)
-            self._beat(file, 0)
+            self._beat(file, f"{0:012}")
         self._file, self._seen = file, time.monotonic()
 
     def keep(self) -> None:
@@ -111,8 +114,8 @@ class Claim:
                     f"--workdir {self._workdir}: another process is training there ({_name(now or owner)})"
                 )
 
-    def _beat(self, file: IO[str], number: int) -> None:
-        text = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": f"{number:012}"}
+    def _beat(self, file: IO[str], beat: str) -> None:
+        text = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
         os.pwrite(file.fileno(), json.dumps(text).encode(), 0)  # of one length, and so never read by half
 
     def _keep(self) -> None:
@@ -123,10 +126,12 @@ class Claim:
             # A disk in trouble is reported by what writes to it.
             with contextlib.suppress(OSError):
                 if self._file is not None:
-                    self._beat(self._file, beats)
+                    self._beat(self._file, f"{beats:012}")
         if self._file is not None:
             with contextlib.suppress(OSError), self._file as file:
-                file.truncate(0)
+                self._beat(
+                    file, _RELEASED
+                )  # its name stays: one that was stopped before this start began looks for its own
 
 
 @contextlib.contextmanager

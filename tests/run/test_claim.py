@@ -71,11 +71,12 @@ def test_a_stopped_owner_is_replaced_and_when_it_goes_on_ends_and_writes_nothing
     begin = time.monotonic()
     with claim(Path(tmp_path)) as held:
         assert time.monotonic() - begin >= 6
-        rows = (tmp_path / "rows").read_text()
-        holder.send_signal(signal.SIGCONT)
-        _, errors = holder.communicate(timeout=10)
-        assert (tmp_path / "rows").read_text() == rows
         held.look()  # still ours
+    # After that start has finished, too.
+    rows = (tmp_path / "rows").read_text()
+    holder.send_signal(signal.SIGCONT)
+    _, errors = holder.communicate(timeout=10)
+    assert (tmp_path / "rows").read_text() == rows
     assert holder.returncode == 43
     assert errors.startswith(f"error: the run in {tmp_path} was taken over by process ") and errors.count("\n") == 1
 
@@ -104,7 +105,17 @@ def test_a_file_that_says_nothing_stops_nobody(tmp_path, content):
     with claim(Path(tmp_path)) as held:
         held.look()
         assert owner_of(tmp_path)["host"] == socket.gethostname()
-    assert (tmp_path / ".lock").read_bytes() == b""
+    assert owner_of(tmp_path)["beat"] == "____released"
+
+
+def test_what_was_released_is_taken_at_once_from_any_machine(tmp_path):
+    with claim(Path(tmp_path)):
+        pass
+    text = (tmp_path / ".lock").read_text()
+    (tmp_path / ".lock").write_text(text.replace(socket.gethostname(), "elsewhere"))
+    begin = time.monotonic()
+    with claim(Path(tmp_path)):
+        assert time.monotonic() - begin < 0.5
 
 
 def test_the_directory_of_another_start_is_not_written(tmp_path, monkeypatch):
