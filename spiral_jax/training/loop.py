@@ -108,7 +108,8 @@ class AgreedStop:
             numbers = np.broadcast_to(np.asarray(asked, np.int32), self._shape)
             asked_Dx2 = jax.make_array_from_callback(self._shape, self._by_device, numbers.__getitem__)
             before, self._answer = self._answer, self._largest(asked_Dx2)
-            asked = (0, 0) if before is None else tuple(np.asarray(before).tolist())
+            signal, save = (0, 0) if before is None else np.asarray(before)
+            asked = int(signal), int(save)
         self.signal = asked[0] or None
         self._save |= bool(asked[1])
         return self.signal is not None
