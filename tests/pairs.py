@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
-STEPS, STOPPED, BATCH, WINDOW = 6, 4, 8, 17
+STEPS, STOPPED, BATCH, WINDOW = 6, 5, 8, 17
 CONFIG = """
 import os, signal, time
 import numpy as np
@@ -52,6 +52,7 @@ def sabotage(record, kind, process, step):
             while kind in ("SIGKILL", "SIGSTOP") and record and not os.path.isdir(f"{record}/checkpoints/3"):
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.Signals[kind])
+            time.sleep(0.3)  # a thread takes it
         return batch
 
     pipeline.TrainBatches.__next__ = read_and_act

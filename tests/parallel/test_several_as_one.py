@@ -33,8 +33,8 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def stopped(folder, start):
-    """Two processes, of which the second is asked to stop in step 3."""
-    return start("train", *flags_of(folder, "two"), sabotage=f"{folder}/two:SIGTERM:1:3")
+    """Two processes, of which the second is asked to stop in step 4."""
+    return start("train", *flags_of(folder, "two"), sabotage=f"{folder}/two:SIGTERM:1:4")
 
 
 @pytest.fixture(scope="module")
