@@ -13,11 +13,13 @@ from ml_collections import config_flags
 
 from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in
 from spiral_jax.parallel import gloo
-from spiral_jax.parallel.ending import Ending, end_at_once
+from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
+from spiral_jax.parallel.leaving import end_at_once
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import failures, own_code
 from spiral_jax.run.config import RunConfig
+from spiral_jax.run.guards import Guards
 
 OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
@@ -29,8 +31,8 @@ def run(
 ) -> None:
     """Parses the command line, runs `main`, and exits.
 
-    A mistake of the user's is one line on stderr and status 2; an interrupt is 128 + signal; anything else that is
-    raised is a defect, with traceback and status 1.
+    A mistake of the user's is one line on stderr and status 2; `Interrupted` and `Diverged` have statuses of their
+    own; an interrupt is 128 + signal; anything else that is raised is a defect, with traceback and status 1.
 
     Args:
       verb: the command's name.
@@ -69,22 +71,26 @@ def run(
 
 
 @contextlib.contextmanager
-def joined(values: flags.FlagValues) -> Iterator[Processes]:
+def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: float = 60.0) -> Iterator[Processes]:
     """The processes of a command that runs on several: what ends one of them in here ends all, with its status.
 
     Args:
       values: with the flags of `parallel.process_flags.define_processes`.
+      guards: of this process; they then end the others, too.
+      silence: seconds after which a process that says nothing is gone.
 
     Raises:
       SpiralError: as for `join`.
     """
     try:
-        processes = join(values)
+        processes = join(values, silence)
     except Unjoined as error:
         status, line = _outcome(error.__cause__)
         print(line, file=sys.stderr, flush=True)
         end_at_once(status)
-    ending = Ending(processes)
+    ending = Ending(processes, silence)
+    if guards is not None:
+        guards.end = ending.at_once
     try:
         with gloo.silenced() if processes.several else contextlib.nullcontext():
             yield processes
@@ -93,7 +99,7 @@ def joined(values: flags.FlagValues) -> Iterator[Processes]:
         # All processes stop after the same step.
         processes.say(str(interrupt), file=sys.stderr)
         ending.finish()
-        sys.exit(128 + interrupt.signal)
+        sys.exit(interrupt.status)
     except (Exception, KeyboardInterrupt) as error:
         expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
         ending.leave(*_outcome(error), expected=expected)
@@ -108,7 +114,7 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
         case Diverged():
             return DIVERGED, f"diverged: {error}"
         case Interrupted():
-            return 128 + error.signal, str(error)
+            return error.status, str(error)
         case KeyboardInterrupt():
             return 128 + signal.SIGINT, "interrupted"
         case BrokenPipeError():
@@ -117,29 +123,11 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM), and saved what it had."""
+    """The command was asked to stop, and kept what it had."""
 
-    def __init__(self, message: str, signal_number: int):
+    def __init__(self, message: str, status: int):
         super().__init__(message)
-        self.signal = signal_number
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that the train loop reads; the second one acts at once."""
-
-    signal: int | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _frame) -> None:
-        self.signal = number
-        self.__exit__()
+        self.status = status
 
 
 def define_config(values: flags.FlagValues) -> None:

@@ -14,6 +14,7 @@ from spiral_jax import command
 from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
+from spiral_jax.parallel.signals import StopRequest
 
 # What fields of the configuration are called here; the others have the same name.
 _FLAGS = {"paths": "input", "validation_paths": "validation_input"}
@@ -77,12 +78,13 @@ def main(values: flags.FlagValues) -> None:
             raise SpiralError(f"--{flag} goes with --inspect only")
     fields = {field: getattr(values, _FLAGS.get(field, field)) for field in _FIELDS}
     fields = {field: tuple(value) if isinstance(value, list) else value for field, value in fields.items()}
-    with command.StopRequest() as stop:
+    with StopRequest() as stop:
+        stop.hold()
 
         def check() -> None:
             if stop.signal is not None:
                 message = f"stopped; the same command goes on from here ({values.output} is not complete)"
-                raise command.Interrupted(message, stop.signal)
+                raise command.Interrupted(message, 128 + stop.signal)
 
         try:
             prepare_folder(DataConfig(**fields), values.output, report=_report, check=check)

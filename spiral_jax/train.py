@@ -12,7 +12,15 @@ pods and under Slurm they find each other; elsewhere each is told where process 
 python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0    and 1 on the other
 """
 
-import contextlib
+import os
+
+from spiral_jax.parallel import signals
+
+if __name__ == "__main__":
+    signals.end_with_nothing_to_save()  # already during the imports, which take seconds
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of a lost process C++ would say first what a line says better
+
+# ruff: isort: split
 import time
 from typing import Any, NamedTuple
 
@@ -23,33 +31,35 @@ from jax.sharding import Mesh
 
 from spiral_jax import command
 from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
-from spiral_jax.data import atomic
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
 from spiral_jax.evaluation.validation import Validation
+from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
+from spiral_jax.parallel.signals import SAVED
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, side_files, summary
 from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.run.claim import claim
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
     check_dtype,
     check_same_data,
-    claim,
-    load,
     open_workdir,
     read_model,
     tokenizer_of,
 )
+from spiral_jax.run.finish import finish
+from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.resume import Saved, newest_whole
-from spiral_jax.run.saves import Saves
+from spiral_jax.run.saves import Clock, Saves
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
 from spiral_jax.training.tracer import Tracer, parse_profile
@@ -68,7 +78,10 @@ def main(values: flags.FlagValues) -> None:
     profiled = parse_profile(values.profile)
     check_dtype(config.model.dtype, "model.dtype")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
-    with command.joined(values) as processes:
+    with (
+        Guards(config.deadlines) as guards,
+        command.joined(values, guards, silence=config.deadlines.silence_seconds) as processes,
+    ):
         workdir = open_workdir(values.workdir)
         metrics.check_extras(config.logging)
         summary.check_extras(config.summary)
@@ -85,9 +98,9 @@ def main(values: flags.FlagValues) -> None:
             f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
         )
-        with claim(workdir) if processes.is_main else contextlib.nullcontext():
+        with claim(workdir, processes) as guards.claim:
             processes.check_shared(workdir, "--workdir")
-            run(config, workdir, profiled, processes)
+            run(config, workdir, profiled, processes, guards)
 
 
 class Opened(NamedTuple):
@@ -115,10 +128,10 @@ class Opened(NamedTuple):
         return self.saved.step if self.saved else 0
 
 
-def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes) -> None:
+def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes, guards: Guards) -> None:
     """The run in `workdir`, from wherever it stands."""
     mesh = make_mesh(config.mesh)
-    opened = open_run(config, workdir, mesh, processes)
+    opened = open_run(config, workdir, mesh, processes, guards.watchdog)
     program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
     if processes.is_main:
@@ -126,13 +139,15 @@ def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes)
             processes.say(line)
         save_start(workdir, config, opened.data, program.abstract_state.params, mesh)
     if opened.step < config.train.steps:
-        train(config, workdir, program, state, opened, profiled, processes)
+        train(config, workdir, program, state, opened, profiled, processes, guards)
+    guards.watchdog.expect("the end", "exit_minutes")
+    guards.check_claim()
     opened.checkpoints.close()
     if processes.is_main:
         finish(config, workdir, opened.data, processes)
 
 
-def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes) -> Opened:
+def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes, watchdog: Watchdog) -> Opened:
     """Opens what the run stands on, and checks it against its newest checkpoint that is whole.
 
     Raises:
@@ -144,7 +159,9 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes)
     for line in own_code.changes(workdir, config.to_dict()) if saved else ():
         processes.say(line)
     fingerprints = saved.fingerprints if saved else None
+    watchdog.expect_nothing()
     data = prepare_data(config, workdir, fingerprints, processes)
+    watchdog.expect("the start", "start_minutes")
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
@@ -184,26 +201,43 @@ def train(
     opened: Opened,
     profiled: range,
     processes: Processes,
+    guards: Guards,
 ) -> None:
     """The steps that are left."""
     first, last, data = opened.step + 1, config.train.steps, opened.data
+    clock = Clock(config.checkpoint)
+    stop = AgreedStop(lambda: guards.request.signal, program.placed.mesh, clock.is_due)
+
+    def between_batches() -> None:
+        guards.watchdog.expect("a batch of the evaluation", "evaluation_minutes")
+        stop.check()
+
+    guards.watchdog.expect_nothing()
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
     if data.validation is not None:
-        evaluations.append(Validation(config.evaluation, config, program.placed, data.validation, data.tokenizer))
+        store, placed = data.validation, program.placed
+        evaluations.append(Validation(config.evaluation, config, placed, store, data.tokenizer, between_batches))
     if opened.tasks is not None:
         tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer)
-        evaluations.append(TasksOfRun(config.evaluation, last, tasks))
+        evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches))
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
-    saving = Saves(opened.checkpoints, config, data.fingerprints, processes)
-    record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
-    tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
+    saving = Saves(opened.checkpoints, config, data.fingerprints, processes,
+                   guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
+    writes = processes.is_main
+    record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
+    tracer = Tracer(workdir / "profile", profiled if writes else range(0))
+
+    def before_step(step: int) -> None:
+        guards.watchdog.expect(f"step {step}", "step_minutes")
+        tracer(step)
+
+    guards.request.hold()
     try:
-        with command.StopRequest() as request, host_batches:
-            stop = AgreedStop(lambda: request.signal, program.placed.mesh)
+        with host_batches:
             _, done = fit(
                 state,
                 range(first, last + 1),
@@ -212,40 +246,18 @@ def train(
                 recorder=Recorder(record or (lambda row: None)),
                 evaluations=evaluations,
                 saving=saving,
-                before_step=tracer,
+                before_step=before_step,
                 should_stop=stop,
             )
     finally:
         tracer.stop()
         if record is not None:
             record.close()
-    saving.finish()
-    if stop.signal and done < last:
-        raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", stop.signal)
-
-
-def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Processes) -> None:
-    """Says how the run ended and where everything is."""
-    rows = metrics.read_rows(workdir / "metrics.jsonl")
-    print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
-    evaluated = [row for row in rows if "validation_loss" in row]
-    if evaluated:
-        last = evaluated[-1]
-        print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
-              f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
-    if config.summary.sample_tokens and processes.several:
-        print("no sample: the parameters may not fit one process; python -m spiral_jax.generate makes texts")
-    elif config.summary.sample_tokens and data.validation is not None:
-        model, params = load(workdir)
-        text = summary.sample_continuation(model, params, config.summary, data.validation, data.tokenizer, config.seed)
-        atomic.write_text(workdir / "sample.txt", text)
-        print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    if config.summary.plot:
-        print(f"loss curve   {summary.plot_loss(workdir)}")
-    print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
-    files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
-    more = [*(f" --import={file}" for file in files), "" if data.validation is not None else " --input=FILE"]
-    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)
+    saving.finish(done)
+    guards.watchdog.expect("the end", "exit_minutes")
+    guards.request.saved(answered=stop.signal is not None)
+    if stop.signal:
+        raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", SAVED)
 
 
 if __name__ == "__main__":

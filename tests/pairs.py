@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
-STEPS, STOPPED, BATCH, WINDOW = 6, 4, 8, 17
+STEPS, STOPPED, BATCH, WINDOW = 6, 5, 8, 17
 CONFIG = """
-import os, signal
+import os, signal, time
 import numpy as np
 from spiral_jax.run import metrics
 from spiral_jax.run.config import default_config
@@ -49,7 +49,10 @@ def sabotage(record, kind, process, step):
                 raise SpiralError("a file of process 1: broken")
             if kind == "crash":
                 raise RuntimeError("a defect")
+            while kind in ("SIGKILL", "SIGSTOP") and record and not os.path.isdir(f"{record}/checkpoints/3"):
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.Signals[kind])
+            time.sleep(0.3)  # a thread takes it
         return batch
 
     pipeline.TrainBatches.__next__ = read_and_act
@@ -90,11 +93,22 @@ def run_pair(folder, verb, *flags, sabotage="", first=(), second=(), timeout=120
       folder: where they run.
       verb: what they run.
       flags: of both.
-      sabotage: RECORD:KIND:PROCESS:STEP for the configuration file.
+      sabotage: RECORD:KIND:PROCESS:STEP for the configuration file; RECORD is a run's directory, or nothing.
       first: flags of process 0 alone.
       second: flags of process 1 alone.
       timeout: seconds, after which the test fails.
     """
+    running = start_pair(folder, verb, *flags, sabotage=sabotage, first=first, second=second)
+    try:
+        deadline = time.monotonic() + timeout
+        return [finished(process, deadline - time.monotonic()) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def start_pair(folder, verb, *flags, sabotage="", first=(), second=()) -> list[subprocess.Popen]:
+    """As `run_pair`, but just started."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true",
@@ -111,16 +125,13 @@ def run_pair(folder, verb, *flags, sabotage="", first=(), second=(), timeout=120
                 command, env=environment | extra, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         )
-    try:
-        deadline = time.monotonic() + timeout
-        done = []
-        for process in running:
-            out, errors = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            done.append(SimpleNamespace(returncode=process.returncode, stdout=out, stderr=errors))
-        return done
-    finally:
-        for process in running:
-            process.kill()
+    return running
+
+
+def finished(process: subprocess.Popen, timeout: float) -> SimpleNamespace:
+    """What a process has come to."""
+    out, errors = process.communicate(timeout=max(0.1, timeout))
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=errors)
 
 
 def both_end(done, named: str, status=2):

@@ -11,7 +11,7 @@ import pytest
 from verbs import call
 
 from spiral_jax import describe, evaluate, train
-from spiral_jax.run.directory import claim
+from spiral_jax.run.claim import claim
 
 ROOT = Path(__file__).parent.parent
 TINY = """

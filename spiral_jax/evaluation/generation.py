@@ -37,6 +37,7 @@ class Generator:
         max_new_tokens: int,
         is_done: Sequence[IsDone],
         report: Callable[[str], None] = lambda line: None,
+        check: Callable[[], None] = lambda: None,
     ) -> list[list[int]]:
         """Continues prompts.
 
@@ -46,6 +47,7 @@ class Generator:
           max_new_tokens: the most tokens to add to each, below `max_length`.
           is_done: for each prompt, new tokens to whether it ends there.
           report: takes a line about the progress every few seconds.
+          check: called after every token; raises to leave the rest.
 
         Returns:
           The new tokens of each prompt, the one that ended it included.
@@ -57,6 +59,7 @@ class Generator:
         capacity = bucket_of(max(map(len, prompts), default=0) + max_new_tokens, self.max_length)
         progress = Progress(f"generating {len(prompts):,} texts", len(prompts), unit="texts", report=report, seconds=5)
         for token in self._decoder(capacity).run(params, requests):
+            check()
             new_ids[longest_first[token.request]].append(token.id)
             if token.end:
                 progress.advance(1)

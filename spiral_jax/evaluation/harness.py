@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,13 @@ class SpiralLM(LM):
     """A model as the harness wants it: texts in, log-probabilities or texts out."""
 
     def __init__(self, tokenizer: Tokenizer, scorer: Scorer, generator: Generator, params: Any):
-        """Ties together what is needed to answer requests; `params` may be replaced between evaluations."""
+        """Ties together what is needed to answer requests; `params` may be replaced between evaluations.
+
+        So may `check`, which is called between batches, and raises to leave the rest.
+        """
         super().__init__()
         self.params = params
+        self.check: Callable[[], None] = lambda: None
         self._tokenizer = tokenizer
         self._scorer = scorer
         self._generator = generator
@@ -54,12 +58,12 @@ class SpiralLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would give it."""
         encoded = encode_pairs(self._tokenizer, [request.args for request in requests])
-        return [(result.logp, result.greedy) for result in self._scorer(self.params, encoded, _report)]
+        return [(result.logp, result.greedy) for result in self._scorer(self.params, encoded, _report, self.check)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-probability of each whole text, after a separator."""
         encoded = encode_documents(self._tokenizer, [request.args[0] for request in requests])
-        return [result.logp for result in self._scorer(self.params, encoded, _report)]
+        return [result.logp for result in self._scorer(self.params, encoded, _report, self.check)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The greedy continuation of each context up to a stop text, a separator or so many tokens."""
@@ -74,6 +78,7 @@ class SpiralLM(LM):
                 max_new_tokens=max_new_tokens,
                 is_done=[settings[i].is_done(self._tokenizer) for i in chosen],
                 report=_report,
+                check=self.check,
             )
             for i, ids in zip(chosen, generated, strict=True):
                 texts[i] = settings[i].text(self._tokenizer, ids)

@@ -129,6 +129,7 @@ def score(
     stride: int | None = None,
     max_batches: int = 0,
     report: Report = lambda line: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Score:
     """Scores a token stream.
 
@@ -145,6 +146,7 @@ def score(
       max_batches: stop after so many batches; 0 for the whole stream. Bytes are then counted by the stream's mean
         bytes per token.
       report: takes a line about the progress every few seconds.
+      check: called before every batch; raises to leave the rest.
 
     Raises:
       SpiralError: an empty stream, or a stride outside 1..L.
@@ -161,6 +163,7 @@ def score(
     for done, (windows_BxW, weights_BxL) in enumerate(batches):
         if done == total:
             break
+        check()
         result_B = nats_of(params, windows_BxW, weights_BxL)
         tokens += int(weights_BxL.sum())
         # Read the previous batch only now that the next one is on its way.

@@ -87,7 +87,11 @@ class Scorer:
         self._score_choices = on_mesh(functools.partial(score_choices, placed.model))
 
     def __call__(
-        self, params: Any, requests: Sequence[Request], report: Callable[[str], None] = lambda line: None
+        self,
+        params: Any,
+        requests: Sequence[Request],
+        report: Callable[[str], None] = lambda line: None,
+        check: Callable[[], None] = lambda: None,
     ) -> list[Result]:
         """Scores requests; neither their order nor the batch size changes the results beyond rounding.
 
@@ -97,6 +101,7 @@ class Scorer:
           params: the model's.
           requests: what to score.
           report: takes a line about the progress every few seconds.
+          check: called before every batch; raises to leave the rest.
 
         Returns:
           One result per request, in their order.
@@ -120,6 +125,7 @@ class Scorer:
         progress = Progress(f"scoring {len(requests):,} requests", total, unit="tokens", report=report, seconds=5)
         pending = None
         for rows, length, positions, members in batches:
+            check()
             arrays = _padded(members, rows, length, positions)
             scored = self._step(params, *map(self._placed.put, arrays))
             if pending is not None:
@@ -129,6 +135,7 @@ class Scorer:
         if pending is not None:
             collect(*pending)
         for rows, shape, groups in choice_batches:
+            check()
             arrays = arrays_of(groups, shape, rows)
             logp_GxKxN, greedy_GxKxN = map(np.asarray, self._score_choices(params, *map(self._placed.put, arrays)))
             for row, group in enumerate(groups):

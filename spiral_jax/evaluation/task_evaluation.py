@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spiral_jax.data.tokenizers import Tokenizer
@@ -119,10 +119,11 @@ class TaskEvaluation:
         self._lm.params = None  # in training they are donated to the next step
         return results | {"paper": harness.paper_values(results), "notes": list(opened.remarks)}
 
-    def metrics(self, params: Any) -> dict[str, float]:
-        """The tasks' numbers for a row of metrics: `task/NAME/METRIC`."""
+    def metrics(self, params: Any, check: Callable[[], None]) -> dict[str, float]:
+        """The tasks' numbers for a row of metrics: `task/NAME/METRIC`; `check` may raise between batches."""
         from spiral_jax.evaluation import harness
 
+        self._lm.check = check
         results = self(params, standard_errors=False)
         return {f"task/{name}": value for name, value in harness.values_of(results).items()}
 
@@ -130,13 +131,20 @@ class TaskEvaluation:
 class TasksOfRun:
     """Tasks while a run trains: a `training.loop.Evaluation`."""
 
-    def __init__(self, wanted: EvaluationConfig, last_step: int, tasks: TaskEvaluation):
-        self._wanted, self._last_step, self._tasks = wanted, last_step, tasks
+    def __init__(
+        self,
+        wanted: EvaluationConfig,
+        last_step: int,
+        tasks: TaskEvaluation,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called between batches, and raises to leave the rest."""
+        self._wanted, self._last_step, self._tasks, self._check = wanted, last_step, tasks, check
 
     def due(self, step: int) -> bool:
         return self._wanted.tasks_due(step, self._last_step)
 
     def __call__(self, step: int, state: Any) -> dict[str, float]:
-        found = self._tasks.metrics(state.params)
+        found = self._tasks.metrics(state.params, self._check)
         print("  ".join([f"tasks after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items())]), flush=True)
         return found

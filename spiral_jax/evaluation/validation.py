@@ -1,5 +1,6 @@
 """The loss on the validation store while a run trains."""
 
+from collections.abc import Callable
 from typing import Any
 
 from spiral_jax.data.store import TokenStore
@@ -14,7 +15,13 @@ class Validation:
     """A `training.loop.Evaluation`."""
 
     def __init__(
-        self, wanted: EvaluationConfig, config: StepConfig, placed: PlacedModel, store: TokenStore, tokenizer: Tokenizer
+        self,
+        wanted: EvaluationConfig,
+        config: StepConfig,
+        placed: PlacedModel,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        check: Callable[[], None] = lambda: None,
     ):
         """Compiles now rather than when it is first due: what does not fit is known before anything is trained.
 
@@ -24,7 +31,9 @@ class Validation:
           placed: its model on its mesh.
           store: the validation text.
           tokenizer: of its tokens.
+          check: called before every batch; raises to leave the rest.
         """
+        self._check = check
         self._wanted, self._train, self._store = wanted, config.train, store
         self._separator_id = tokenizer.separator_id
         self._nats_of = WindowScorer(config, placed, ahead=True)
@@ -42,5 +51,6 @@ class Validation:
             sequence_length=self._train.sequence_length,
             batch_size=self._nats_of.batch_size,
             max_batches=self._wanted.batches * self._train.accumulation,
+            check=self._check,
         )
         return {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}

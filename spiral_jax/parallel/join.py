@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import math
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from jax._src.distributed import global_state
 from jax._src.xla_bridge import backends_are_initialized
 
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.parallel.coordinator import CoordinatorLost, check_port
 from spiral_jax.parallel.process_flags import Place, place_of
 from spiral_jax.parallel.processes import ALONE, Processes
 
@@ -27,7 +29,7 @@ class Unjoined(Exception):
     """Its cause ended the wait for the others, but jax waits on in a thread: the process has to end by `os._exit`."""
 
 
-def join(values: flags.FlagValues) -> Processes:
+def join(values: flags.FlagValues, silence: float = 60.0) -> Processes:
     """Joins the other processes, before anything is computed.
 
     Flags come before the environment; on a cluster that jax knows (TPU pods, Slurm, Open MPI, Kubernetes) neither is
@@ -36,19 +38,20 @@ def join(values: flags.FlagValues) -> Processes:
 
     Args:
       values: with the flags of `process_flags.define_processes`.
+      silence: seconds after which `Ending` takes a process that says nothing for gone; jax waits longer.
 
     Raises:
       SpiralError: flags that contradict each other or what jax has started with, or by which jax cannot join.
       Unjoined: processes that did not arrive in time, or Ctrl-C before they did.
     """
-    place = place_of(values)
+    place, lost = place_of(values), CoordinatorLost()
     if jax.distributed.is_initialized() or backends_are_initialized():
         count = global_state.num_processes
         require(
             place.num_processes in (None, count), "--num_processes", place.num_processes, f"{count}, as jax has started"
         )
     else:
-        _initialize_in_time(place)
+        _initialize_in_time(place, silence, lost)
         handler = signal.getsignal(signal.SIGTERM)
         if handler is not None and threading.current_thread() is threading.main_thread():
             # jax took SIGTERM as a notice that nobody here reads: a process that is not training would outlive it.
@@ -58,16 +61,16 @@ def join(values: flags.FlagValues) -> Processes:
             jax.config.update("jax_cpu_collectives_implementation", None)
     if global_state.num_processes == 1:
         return ALONE
-    return Processes(global_state.process_id, global_state.num_processes, global_state.client)
+    return Processes(global_state.process_id, global_state.num_processes, global_state.client, lost)
 
 
-def _initialize_in_time(place: Place) -> None:
+def _initialize_in_time(place: Place, silence: float, lost: CoordinatorLost) -> None:
     """Initializes in a thread: jax hears no Ctrl-C while it waits, and aborts the process at its own deadline."""
     done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def initialize() -> None:
         try:
-            _initialize(place)
+            _initialize(place, silence, lost)
             done.set_result(None)
         except Exception as error:
             done.set_exception(error)
@@ -91,16 +94,23 @@ def _initialize_in_time(place: Place) -> None:
         ) from error
 
 
-def _initialize(place: Place) -> None:
+def _initialize(place: Place, silence: float, lost: CoordinatorLost) -> None:
     """Joins those that the user or a cluster names, and itself where neither does."""
-    # Our own deadline comes first.
-    initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2 * place.seconds + 60)
+    # Our own deadlines come first.
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=2 * place.seconds + 60,
+        heartbeat_timeout_seconds=math.ceil(2 * silence) + 60,
+    )
     given = (place.coordinator_address, place.num_processes, place.process_id)
     if given != (None, 1, 0):
+        bind_address = _bind_address(place.coordinator_address)
+        if place.coordinator_address is not None and place.process_id == 0:
+            check_port(place.coordinator_address, bind_address or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"))
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), lost.installed():
                 warnings.simplefilter("ignore")  # Kubernetes without its package
-                initialize(*given, coordinator_bind_address=_bind_address(place.coordinator_address))
+                initialize(*given, coordinator_bind_address=bind_address)
             return
         except ValueError as error:
             if "be defined" not in str(error):

@@ -19,6 +19,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from spiral_jax.errors import SpiralError
+from spiral_jax.parallel.coordinator import CoordinatorLost
 
 _LONG_MS = 7 * 24 * 3600 * 1000  # a process that dies ends such a wait: the coordinator misses its heartbeats
 _SECONDS_TO_SEE_A_FILE = 10.0  # network file systems cache directories
@@ -33,11 +34,13 @@ class Processes:
       id: which one this is, from 0.
       count: how many there are.
       client: of jax's key-value store; None where there is one process.
+      lost: what jax calls when process 0 is gone; None where there is one process.
     """
 
     id: int = 0
     count: int = 1
     client: Any = None
+    lost: CoordinatorLost | None = None
 
     @property
     def several(self) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class CheckpointConfig:
 
     Attributes:
       every_steps: steps between checkpoints; the last step is always saved.
+      every_minutes: time after the last checkpoint for another one, whatever its step; 0 for none.
       keep: newest checkpoints to keep.
       keep_every_steps: checkpoints at multiples of this (itself a multiple of `every_steps`) are kept for good; 0
         for none.
@@ -46,6 +48,7 @@ class CheckpointConfig:
     """
 
     every_steps: int = 1000
+    every_minutes: float = 0.0
     keep: int = 3
     keep_every_steps: int = 0
     on_failure: Literal["stop", "go_on"] = "stop"
@@ -54,6 +57,7 @@ class CheckpointConfig:
         for field, least in (("every_steps", 1), ("keep", 1), ("keep_every_steps", 0)):
             require(getattr(self, field) >= least, f"checkpoint.{field}", getattr(self, field), f"{least} or more")
         require(self.on_failure in ("stop", "go_on"), "checkpoint.on_failure", self.on_failure, "stop, go_on")
+        require(0 <= self.every_minutes < math.inf, "checkpoint.every_minutes", self.every_minutes, "0 or more")
         kept, every = self.keep_every_steps, self.every_steps
         require(kept % every == 0, "checkpoint.keep_every_steps", kept, f"multiples of checkpoint.every_steps {every}")
 

@@ -23,6 +23,7 @@ from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.declarations import check_operators
+from spiral_jax.parallel.deadlines import DeadlineConfig
 from spiral_jax.run.checkpoint import CheckpointConfig
 from spiral_jax.run.metrics import LoggingConfig
 from spiral_jax.run.summary import SummaryConfig
@@ -35,6 +36,7 @@ from spiral_jax.training.schedules import schedules
 MUTABLE = (
     "mesh.",
     "checkpoint.",
+    "deadlines.",
     "evaluation.",
     "logging.",
     "summary.",
@@ -67,6 +69,7 @@ class RunConfig(StepConfig):
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     logging: LoggingConfig = LoggingConfig()
     summary: SummaryConfig = SummaryConfig()
 

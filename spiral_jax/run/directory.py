@@ -11,7 +11,7 @@ WORKDIR/
   data.json          where the token stores are
   cache/             token stores made from data.paths
   damaged/           checkpoints, files and lines that were set aside
-  .lock              held by the process that trains
+  .lock              which process trains
   sample.txt         a continuation by the trained model, if asked for
   loss_curve.png     likewise
   profile/           traces of --profile
@@ -22,12 +22,10 @@ Each is reached by the path that `run_directory` or `open_workdir` gives, an `et
 only way that files of a run are opened.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,7 +44,6 @@ from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run import own_code
-from spiral_jax.run.aside import set_aside
 from spiral_jax.run.checkpoint import on_host
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.reading import read_meta, restore_for_inference
@@ -198,26 +195,6 @@ def check_same_data(config: DataConfig, data: PreparedData, fingerprints: Sequen
             f"data.stores has {len(sources)} stores; allowed: the {len(fingerprints)} that the run in {workdir} began "
             "with, or more with data.weights"
         )
-
-
-@contextlib.contextmanager
-def claim(workdir: Path) -> Iterator[None]:
-    """Holds a run's directory, so that two processes do not write one run.
-
-    Raises:
-      SpiralError: another process holds it.
-    """
-    path = workdir / ".lock"
-    if path.is_dir():
-        set_aside(path, workdir)
-    with atomic.written(path):
-        file = path.open("w")
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SpiralError(f"--workdir {workdir}: another process is training there") from None
-        yield
 
 
 def tokenizer_of(workdir: Path) -> Tokenizer:

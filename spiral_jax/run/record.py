@@ -1,6 +1,6 @@
 """A run's rows: completed with what follows from a step's number and time, written, and shown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,13 @@ class Record:
     """Takes a `Recorder`'s rows on the process that writes."""
 
     def __init__(
-        self, workdir: Path, config: RunConfig, order: WindowOrder, start_step: int, evaluations: Sequence[Evaluation]
+        self,
+        workdir: Path,
+        config: RunConfig,
+        order: WindowOrder,
+        start_step: int,
+        evaluations: Sequence[Evaluation],
+        check: Callable[[], None] = lambda: None,
     ):
         """Opens metrics.jsonl behind the row of `start_step`.
 
@@ -28,7 +34,9 @@ class Record:
           order: which windows a step takes.
           start_step: the step the run continues from.
           evaluations: of which a step has the values: its row is written whatever `logging.every_steps` says.
+          check: called before a row is written, which it may prevent.
         """
+        self._check = check
         self._config, self._order, self._evaluations = config, order, evaluations
         self._writer = MetricsWriter(workdir, config.logging, last_step=start_step)
         # By the clock since now: evaluations and checkpoints take their time, too.
@@ -37,6 +45,7 @@ class Record:
         self._first_step = start_step + 1
 
     def __call__(self, row: dict[str, Any]) -> None:
+        self._check()
         row, step = complete_row(self._config, self._order, row), row["step"]
         is_evaluated = any(evaluation.due(step) for evaluation in self._evaluations)
         is_last = step == self._config.train.steps

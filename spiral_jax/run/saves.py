@@ -1,12 +1,33 @@
 """When a run is saved, and what becomes of it when that fails."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.run.checkpoint import Checkpoints, SaveFailed
+from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveFailed
 from spiral_jax.run.config import RunConfig
+from spiral_jax.run.guards import Guards
+
+
+class Clock:
+    """Whether it is time for a checkpoint by `checkpoint.every_minutes`; asked on process 0, which decides for all."""
+
+    def __init__(self, config: CheckpointConfig):
+        self._seconds = 60 * config.every_minutes
+        self._begin = time.monotonic()
+
+    def restart(self) -> None:
+        """From now on."""
+        self._begin = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Once: it then starts again."""
+        if not self._seconds or time.monotonic() - self._begin < self._seconds:
+            return False
+        self.restart()
+        return True
 
 
 class Saves:
@@ -16,34 +37,63 @@ class Saves:
     next save.
     """
 
-    def __init__(self, checkpoints: Checkpoints, config: RunConfig, fingerprints: Sequence[str], processes: Processes):
-        """`fingerprints` are those of the training tokens."""
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        config: RunConfig,
+        fingerprints: Sequence[str],
+        processes: Processes,
+        *,
+        guards: Guards,
+        clock: Clock,
+        asked: Callable[[], bool],
+    ):
+        """Saves nothing yet.
+
+        Args:
+          checkpoints: where to.
+          config: the run's.
+          fingerprints: those of the training tokens.
+          processes: of the run.
+          guards: of which the claim allows a save, and the watchdog expects it.
+          clock: for the time since the last one.
+          asked: whether all processes have agreed to save now.
+        """
         self._checkpoints, self._last_step = checkpoints, config.train.steps
         self._meta, self._fingerprints = {"config": config.to_dict()}, list(fingerprints)
         self._processes = processes
+        self._guards, self._clock, self._asked = guards, clock, asked
         # The others would wait for a process whose part failed, and only end together.
         self._goes_on = config.checkpoint.on_failure == "go_on" and not processes.several
         self._failure: SaveFailed | None = None  # of the newest save
 
     def due(self, step: int) -> bool:
+        asked = self._asked()
         self._attempt(self._checkpoints.check)
-        return self._checkpoints.due(step, self._last_step)
+        return asked or self._checkpoints.due(step, self._last_step)
 
     def __call__(self, step: int, state: Any) -> None:
+        self._expect(step)
+        self._clock.restart()
         self._attempt(self._checkpoints.wait)
         self._failure = None
         meta = {**self._meta, "data": {"step": step, "fingerprints": self._fingerprints}}
         self._attempt(lambda: self._checkpoints.save(step, state, meta), is_last=step == self._last_step)
 
-    def finish(self) -> None:
-        """Returns once the newest save is complete.
+    def finish(self, step: int) -> None:
+        """Returns once the newest save, of this step, is complete.
 
         Raises:
           SaveFailed: it has failed.
         """
+        self._expect(step)
         self._checkpoints.wait()
         if self._failure is not None:
             raise self._failure
+
+    def _expect(self, step: int) -> None:
+        self._guards.check_claim()
+        self._guards.watchdog.expect(f"the save of step {step}", "save_minutes")
 
     def _attempt(self, work: Callable[[], None], is_last: bool = False) -> None:
         try:

@@ -73,8 +73,12 @@ class Recorder:
         return self._clock - before
 
 
+class Stopped(Exception):
+    """An evaluation was left, as all processes have agreed to stop."""
+
+
 class AgreedStop:
-    """Lets all processes stop after the same step, whichever of them is asked to.
+    """Lets all processes stop, or save, after the same step, whichever of them is asked to.
 
     After every step the processes compare on the devices what each was asked. The answer is read one step late, as the
     metrics are, so that nothing waits for it: the step after the one in which a process was asked is the last.
@@ -83,26 +87,46 @@ class AgreedStop:
       signal: what `requested` was on some process; None while it was so on none.
     """
 
-    def __init__(self, requested: Callable[[], int | None], mesh: Mesh):
-        """`requested` gives the number of the signal that asked this process to stop, or None."""
+    def __init__(
+        self, requested: Callable[[], int | None], mesh: Mesh, save_requested: Callable[[], bool] = lambda: False
+    ):
+        """`requested` gives the number of the signal that asked this process to stop, or None.
+
+        `save_requested` says on process 0, once, that the state is to be saved.
+        """
         self.signal: int | None = None
-        self._requested = requested
+        self._requested, self._save_requested, self._save = requested, save_requested, False
         self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._shape = (mesh.size,)
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._shape = (mesh.size, 2)
+        self._largest = jax.jit(lambda x_Dx2: jnp.max(x_Dx2, 0), out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._answer: jax.Array | None = None
 
     def __call__(self) -> bool:
-        """After a step, on every process: the same answer on all of them."""
-        asked = self._requested()
-        if jax.process_count() == 1:
-            self.signal = asked
-            return asked is not None
-        numbers = np.full(self._shape, asked or 0, np.int32)
-        asked_D = jax.make_array_from_callback(self._shape, self._by_device, numbers.__getitem__)
-        before, self._answer = self._answer, self._largest(asked_D)
-        self.signal = (None if before is None else int(before)) or None
+        """After a step, or a batch of an evaluation, on every process: the same answer on all of them."""
+        asked = self._requested() or 0, int(jax.process_index() == 0 and self._save_requested())
+        if jax.process_count() > 1:
+            numbers = np.broadcast_to(np.asarray(asked, np.int32), self._shape)
+            asked_Dx2 = jax.make_array_from_callback(self._shape, self._by_device, numbers.__getitem__)
+            before, self._answer = self._answer, self._largest(asked_Dx2)
+            signal, save = (0, 0) if before is None else np.asarray(before)
+            asked = int(signal), int(save)
+        self.signal = asked[0] or None
+        self._save |= bool(asked[1])
         return self.signal is not None
+
+    def check(self) -> None:
+        """The same between two batches of an evaluation.
+
+        Raises:
+          Stopped: to leave it.
+        """
+        if self():
+            raise Stopped
+
+    def take_save(self) -> bool:
+        """Whether it was agreed to save, since this was asked last."""
+        save, self._save = self._save, False
+        return save
 
 
 class Evaluation(Protocol):
@@ -145,10 +169,11 @@ def fit(
       train_step: (state, batch) to (state, metrics), asynchronous.
       batches: device batches, the first one for the first step.
       recorder: takes the metrics.
-      evaluations: run after the steps for which they are due; their values go into the step's row.
+      evaluations: run after the steps for which they are due; their values go into the step's row. One that raises
+        `Stopped` is left, and the state saved at once.
       saving: run after the steps for which it is due, and when stopping early.
       before_step: called before a step is dispatched (profiling).
-      should_stop: asked after every step; True saves and returns.
+      should_stop: asked after every step; True saves, before any evaluation, and returns.
 
     Returns:
       The state and the number of the last step done.
@@ -161,12 +186,15 @@ def fit(
         input_wait = time.perf_counter() - start
         state, metrics = train_step(state, batch)
         recorder.dispatched(step, metrics, input_wait)
-        due = [evaluation for evaluation in evaluations if evaluation.due(step)]
+        stop = should_stop()
+        due = [] if stop else [evaluation for evaluation in evaluations if evaluation.due(step)]
         if due:
             with recorder.paused():
-                for evaluation in due:
-                    recorder.add(evaluation(step, state))
-        stop = should_stop()
+                try:
+                    for evaluation in due:
+                        recorder.add(evaluation(step, state))
+                except Stopped:
+                    stop = True
         if stop or saving.due(step):
             # The row goes out with the checkpoint: a run resumed from here has every step before it on record.
             with recorder.paused():

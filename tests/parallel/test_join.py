@@ -35,6 +35,17 @@ def test_processes_that_do_not_arrive_are_named_at_the_deadline(folder):
     assert not (folder / "late/checkpoints").exists()
 
 
+def test_a_port_that_is_taken_is_named(folder):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        process = waiting(folder, f"--coordinator_address={address}", "--num_processes=2", "--process_id=0")
+        _, errors = process.communicate(timeout=40)
+    assert process.returncode == 2 and errors.count("\n") == 1, errors
+    assert errors.startswith(f"error: --coordinator_address is '{address}', where process 0 cannot listen (Address")
+
+
 def test_an_address_has_to_be_given(folder):
     process = waiting(folder, "--num_processes=2", "--process_id=1")
     _, errors = process.communicate(timeout=40)
@@ -76,4 +87,4 @@ def test_ctrl_c_ends_the_wait_for_others(folder):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
-    assert (process.returncode, errors) == (128 + signal.SIGINT, "interrupted\n")
+    assert (process.returncode, errors) == (128 + signal.SIGINT, "stopped with nothing to save\n")

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from spiral_jax.training.loop import Recorder, fit
+from spiral_jax.training.loop import AgreedStop, Recorder, Stopped, fit
 
 
 class ReadTooEarlyError(Exception):
@@ -196,6 +197,44 @@ def test_stopping_where_a_save_is_due_saves_once():
     run.may_wait |= {2, 4}
     run.fit(should_stop=lambda: run.dispatched == 4, save_due=lambda step: step % 2 == 0)
     assert [entry for entry in run.log if entry[0] == "save"] == [("save", 2), ("save", 4)]
+
+
+def test_when_asked_to_stop_an_evaluation_is_not_begun():
+    run = Run(last_step=100)
+    run.may_wait |= {4}
+    run.fit(should_stop=lambda: run.dispatched == 4, evaluate_due=lambda step: step == 4)
+    assert run.log[-2:] == [("record", 4), ("save", 4)]
+    assert ("evaluate", 4) not in run.log
+
+
+def test_an_evaluation_that_is_left_is_followed_by_the_save():
+    run = Run(last_step=100)
+    run.may_wait |= {3, 4}
+
+    def left(step, state):
+        if step == 4:
+            raise Stopped
+        return {"validation_loss": 1.0}
+
+    run.evaluate = left
+    assert run.fit(evaluate_due=lambda step: step >= 3) == (4, 4)
+    assert run.log[-2:] == [("record", 4), ("save", 4)]
+    assert ["validation_loss" in row for row in run.rows] == [False, False, True, False]
+
+
+def test_one_process_stops_and_saves_when_it_is_asked():
+    asked, due = [None], [False]
+    stop = AgreedStop(lambda: asked[0], Mesh(np.array(jax.devices()[:1]), ("data",)), lambda: due[0])
+    assert (stop(), stop.signal, stop.take_save()) == (False, None, False)
+    stop.check()
+    due[0] = True
+    assert (stop(), stop.take_save(), stop.take_save()) == (False, True, False)
+    stop(), stop()
+    assert (stop.take_save(), stop.take_save()) == (True, False)
+    asked[0] = 15
+    with pytest.raises(Stopped):
+        stop.check()
+    assert stop.signal == 15
 
 
 def test_resuming_counts_on():

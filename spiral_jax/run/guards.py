@@ -1,0 +1,46 @@
+"""What stands around a run: signals, deadlines, and the claim on its directory."""
+
+from spiral_jax.parallel.deadlines import DeadlineConfig, Watchdog
+from spiral_jax.parallel.leaving import End, end_at_once
+from spiral_jax.parallel.signals import StopRequest
+from spiral_jax.run.claim import Claim
+
+
+class Guards:
+    """In a `with` statement: they are on duty; what they find ends the process from a thread.
+
+    Attributes:
+      request: what signals ask for.
+      watchdog: what is expected until when.
+      claim: of the run's directory; None until it is taken.
+      end: ends the process with a status and a line, and then the others of its run.
+    """
+
+    def __init__(self, deadlines: DeadlineConfig):
+        """The start is expected from now on."""
+        self.end: End = end_at_once
+        self.claim: Claim | None = None
+        self.request = StopRequest(self._end, self._continued)
+        self.watchdog = Watchdog(deadlines, self._end)
+        self.watchdog.expect("the start", "start_minutes")
+
+    def __enter__(self) -> "Guards":
+        self.request.__enter__()
+        self.watchdog.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.watchdog.__exit__()
+        self.request.__exit__()
+
+    def check_claim(self) -> None:
+        """Before anything is written: ends the process if the directory belongs to another start."""
+        if self.claim is not None:
+            self.claim.check()
+
+    def _end(self, status: int, line: str) -> None:
+        self.end(status, line)
+
+    def _continued(self) -> None:
+        if self.claim is not None:
+            self.claim.look()
