@@ -49,7 +49,9 @@ from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, 
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.resume import Saved, newest_whole
+from spiral_jax.run.returns import Returns
 from spiral_jax.run.saves import Saves
+from spiral_jax.training.divergence import Skips
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
 from spiral_jax.training.tracer import Tracer, parse_profile
@@ -196,8 +198,10 @@ def train(
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
-    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints)
+    skips = Skips(config.divergence, config.train.skip_steps, opened.saved.divergence if opened.saved else None)
+    saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints, skips)
     record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
+    takers = [taker for taker in (skips, record) if taker is not None]
     tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
     try:
         with command.StopRequest() as request, host_batches:
@@ -207,9 +211,10 @@ def train(
                 range(first, last + 1),
                 train_step=train_step,
                 batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
-                recorder=Recorder(record or (lambda row: None)),
+                recorder=Recorder(lambda row: [take(row) for take in takers]),
                 evaluations=evaluations,
                 saving=saving,
+                returning=Returns(config, workdir, opened.checkpoints, program.abstract_state, skips, processes),
                 before_step=tracer,
                 should_stop=stop,
             )
@@ -226,7 +231,10 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
     """Says how the run ended and where everything is."""
     rows = metrics.read_rows(workdir / "metrics.jsonl")
     print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
-    evaluated = [row for row in rows if "validation_loss" in row]
+    skipped = [row["step"] for row in rows if row.get("skipped")]
+    if skipped:
+        print(f"skipped updates: {len(skipped)}, the last one of step {skipped[-1]}")
+    evaluated = [row for row in rows if row.get("validation_loss") is not None]
     if evaluated:
         last = evaluated[-1]
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from etils.epath import Path
 
 from spiral_jax.data import atomic
+from spiral_jax.data.json_files import finite
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
 
@@ -69,7 +69,7 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values."""
         # JSON has no NaN: if a value is no finite number, it is written as null.
-        row = {name: _finite(value) for name, value in row.items()}
+        row = finite(dict(row))
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for write, _ in self._mirrors:
@@ -126,12 +126,6 @@ def _drop_rows_after(path: Path, last_step: int) -> None:
         return
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
     atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _finite(value):
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _optional(module: str, extra: str, field: str):
