@@ -26,6 +26,7 @@ from absl import flags
 
 from spiral_jax import command
 from spiral_jax.corpus.sources import find_sources, read_text
+from spiral_jax.data.json_files import finite
 from spiral_jax.data.prepared import storage_of
 from spiral_jax.data.storage import is_url
 from spiral_jax.data.store import TokenStore
@@ -104,7 +105,7 @@ def evaluate_text(values: flags.FlagValues, workdir: Path, processes: Processes)
         "bits_per_byte": result.bits_per_byte,
     }
     if values.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(finite(report), indent=2, allow_nan=False))
         return
     print(f"{source.name}: {result.tokens:,} tokens, {utf8_bytes:,} bytes, checkpoint of step {step}")
     print(f"loss {result.loss:.4f} nats per token")

@@ -59,7 +59,9 @@ from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, 
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.resume import Saved, newest_whole
+from spiral_jax.run.returns import Returns
 from spiral_jax.run.saves import Clock, Saves
+from spiral_jax.training.divergence import Skips
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
 from spiral_jax.training.tracer import Tracer, parse_profile
@@ -225,10 +227,12 @@ def train(
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
+    skips = Skips(config.divergence, config.train.skip_steps, opened.saved.divergence if opened.saved else None)
     saving = Saves(opened.checkpoints, config, data.fingerprints, processes,
-                   guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
+                   skips=skips, guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
     writes = processes.is_main
     record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
+    takers = [taker for taker in (skips, record) if taker is not None]
     tracer = Tracer(workdir / "profile", profiled if writes else range(0))
 
     def before_step(step: int) -> None:
@@ -243,9 +247,10 @@ def train(
                 range(first, last + 1),
                 train_step=train_step,
                 batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
-                recorder=Recorder(record or (lambda row: None)),
+                recorder=Recorder(lambda row: [take(row) for take in takers]),
                 evaluations=evaluations,
                 saving=saving,
+                returning=Returns(config, workdir, opened.checkpoints, program.abstract_state, skips, processes),
                 before_step=before_step,
                 should_stop=stop,
             )

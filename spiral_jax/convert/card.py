@@ -106,7 +106,8 @@ def model_card(
 
 
 def _last(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = [f"{row[name]:.4f} (step {row['step']:,})" for row in rows if name in row]
+    # What was not finite is null there.
+    values = [f"{row[name]:.4f} (step {row['step']:,})" for row in rows if row.get(name) is not None]
     return values[-1] if values else "not recorded"
 
 

@@ -1,6 +1,7 @@
 """JSON files: the one way to read and to write them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,19 @@ def read_json_object(path: Path | epath.Path) -> dict[str, Any]:
         found = "an array" if isinstance(values, list) else "a single value"
         raise SpiralError(f"{path} is {found}; allowed: a JSON object")
     return values
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, as JSON has none for them.
+
+    Args:
+      value: JSON values, also within dictionaries, lists and tuples.
+    """
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path | epath.Path, values: Any) -> None:

@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from spiral_jax.data import atomic
+from spiral_jax.data.json_files import finite
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER
@@ -190,7 +191,7 @@ def as_text(results: dict[str, Any]) -> str:
 
 
 def as_json(results: dict[str, Any]) -> str:
-    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return json.dumps(finite(results), indent=2, default=handle_non_serializable, ensure_ascii=False)
 
 
 def save(results: dict[str, Any], path: Path) -> None:

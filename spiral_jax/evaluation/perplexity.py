@@ -40,7 +40,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 709 else self.loss * math.inf  # NaN stays NaN
 
     @property
     def bits_per_byte(self) -> float:

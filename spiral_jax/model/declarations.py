@@ -20,7 +20,7 @@ from spiral_jax.model.topology import topologies
 # Rows of the abstract arrays: a size that nothing else has by itself.
 B = 3
 # What a row of metrics.jsonl has already, so that a topology may not record it.
-RESERVED = ("step", "loss", "learning_rate", "gradient_norm", "step_time", "input_wait", "tokens", "epoch")
+RESERVED = ("step", "loss", "learning_rate", "gradient_norm", "skipped", "step_time", "input_wait", "tokens", "epoch")
 
 
 def check_operators(config: ModelConfig) -> None:

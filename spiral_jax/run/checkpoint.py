@@ -147,6 +147,7 @@ class Checkpoints:
         self.wait()
         found = summary(items)
         if found.not_finite:
+            self.wait()  # what is named has to be complete
             raise Diverged(f"step {step}: {found.not_finite[0]} is not finite and is not saved; {self._last_good()}")
         meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
         meta["digest"] = _digest_of(meta)

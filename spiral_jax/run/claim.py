@@ -19,9 +19,11 @@ from typing import IO, Any
 
 from etils.epath import Path
 
+from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
 from spiral_jax.parallel.leaving import HUNG, End, end_at_once
 from spiral_jax.parallel.processes import ALONE, Processes
+from spiral_jax.run.aside import set_aside
 
 SECONDS_OF_SILENCE = 20.0  # after which an owner is gone
 _SECONDS_OF_A_BEAT = 1.0
@@ -52,7 +54,10 @@ class Claim:
         Raises:
           SpiralError: another process holds it.
         """
-        file, owner = _open(self._path), _read(self._path)
+        if self._path.is_dir():
+            set_aside(self._path, self._workdir)
+        with atomic.written(self._path):
+            file, owner = _open(self._path), _read(self._path)
         # Locks of network file systems may not reach other machines.
         elsewhere = owner is not None and owner.get("host") != socket.gethostname() and owner.get("beat") != _RELEASED
         replaces = not _try_lock(file) or elsewhere

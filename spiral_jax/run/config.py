@@ -40,6 +40,7 @@ MUTABLE = (
     "evaluation.",
     "logging.",
     "summary.",
+    "divergence.",
     "train.accumulation",
     "train.attention",
     "train.gather_core",
@@ -117,6 +118,9 @@ class RunConfig(StepConfig):
             if field == "train.steps":
                 self._check_steps(saved, step)
                 continue
+            if field == "train.skip_steps":
+                self._check_skipped(saved, step)
+                continue
             if field in ("data.weights", "data.stage_starts"):
                 self._check_stages(saved, step)
                 continue
@@ -151,6 +155,14 @@ class RunConfig(StepConfig):
                     f"{found}: after step {step} it may change only where the learning rate is constant, which with "
                     f"{steps} steps is from step {low} to {high}"
                 )
+
+    def _check_skipped(self, saved: "RunConfig", step: int) -> None:
+        was, given = ({n for n in config.train.skip_steps if n <= step} for config in (saved, self))
+        if was != given:
+            raise SpiralError(
+                f"train.skip_steps names {sorted(given) or 'none'} of the {step} steps that are done; allowed: "
+                f"{sorted(was) or 'none'}, as the run was saved with, and any that come"
+            )
 
     def _check_stages(self, saved: "RunConfig", step: int) -> None:
         was, given = saved.data.stages_before(step), self.data.stages_before(step)

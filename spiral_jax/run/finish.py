@@ -14,7 +14,10 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
     """Says how the run ended and where everything is."""
     rows = metrics.read_rows(workdir / "metrics.jsonl")
     print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
-    evaluated = [row for row in rows if "validation_loss" in row]
+    skipped = [row["step"] for row in rows if row.get("skipped")]
+    if skipped:
+        print(f"skipped updates: {len(skipped)}, the last one of step {skipped[-1]}")
+    evaluated = [row for row in rows if row.get("validation_loss") is not None]
     if evaluated:
         last = evaluated[-1]
         print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "

@@ -5,7 +5,6 @@ import functools
 import importlib
 import io
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from etils.epath import Path
 
 from spiral_jax.data import atomic
+from spiral_jax.data.json_files import finite
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
 from spiral_jax.run.aside import DAMAGED
@@ -77,7 +77,7 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values. A disk that refuses it stops no training."""
         # JSON has no NaN: if a value is no finite number, it is written as null.
-        row = {name: _finite(value) for name, value in row.items()}
+        row = finite(dict(row))
         failed_before = self._rows.failure is not None
         self._rows.write(row)
         if self._rows.failure is not None and not failed_before:
@@ -208,12 +208,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _finite(value):
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _optional(module: str, extra: str, field: str):

@@ -11,6 +11,7 @@ from spiral_jax.hardware import peak_flops
 from spiral_jax.progress import Progress
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.metrics import MetricsWriter, step_line
+from spiral_jax.training.divergence import reason
 from spiral_jax.training.loop import Evaluation
 
 
@@ -49,9 +50,12 @@ class Record:
         row, step = complete_row(self._config, self._order, row), row["step"]
         is_evaluated = any(evaluation.due(step) for evaluation in self._evaluations)
         is_last = step == self._config.train.steps
-        if is_last or is_evaluated or step % self._config.logging.every_steps == 0:
+        if is_last or is_evaluated or row["skipped"] or step % self._config.logging.every_steps == 0:
             self._writer.write(row)
         self._progress.done = step
+        if row["skipped"]:
+            why = reason(row, self._config.divergence, self._config.train.skip_steps)
+            print(f"step {step}: its update was skipped, as {why}", flush=True)
         if self._progress.is_due(at_once=is_last or step == self._first_step or "validation_loss" in row):
             print(step_line(row, self._config.train.steps, self._progress.seconds_left()), flush=True)
 

@@ -19,15 +19,23 @@ class Saved(NamedTuple):
       step: optimizer steps done; 0 is of imported parameters, not trained here yet.
       arrays: a TrainState; of step 0 the parameters alone.
       fingerprints: of the training tokens.
+      divergence: what `training.divergence.Skips` kept; None if nothing is trained here yet.
     """
 
     step: int
     arrays: Any
     fingerprints: list[str]
+    divergence: dict[str, Any] | None
 
 
 def newest_whole(
-    config: RunConfig, workdir: Path, checkpoints: Checkpoints, abstract_state: Any, processes: Processes
+    config: RunConfig,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    abstract_state: Any,
+    processes: Processes,
+    *,
+    until: int | None = None,
 ) -> Saved | None:
     """Restores the newest checkpoint that is whole, after checking that `config` continues it.
 
@@ -39,6 +47,7 @@ def newest_whole(
       checkpoints: in it.
       abstract_state: how the arrays are to lie.
       processes: of the run.
+      until: the newest step that may be taken; None for any.
 
     Returns:
       None if there is no checkpoint.
@@ -49,6 +58,8 @@ def newest_whole(
     damaged: dict[int, Damaged] = {}
     steps = processes.from_main("the checkpoints", checkpoints.steps)
     for step in reversed(steps):
+        if until is not None and step > until:
+            continue
         try:
             saved = _restore(config, workdir, checkpoints, step, abstract_state)
         except Damaged as error:
@@ -76,4 +87,4 @@ def _restore(config: RunConfig, workdir: Path, checkpoints: Checkpoints, step: i
     is_start = step == 0
     restore = checkpoints.restore_params if is_start else checkpoints.restore
     arrays = restore(step, abstract_state.params if is_start else abstract_state)
-    return Saved(step, arrays, meta["data"]["fingerprints"])
+    return Saved(step, arrays, meta["data"]["fingerprints"], meta.get("divergence"))

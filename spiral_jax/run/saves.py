@@ -9,6 +9,7 @@ from spiral_jax.parallel.processes import Processes
 from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveFailed
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.guards import Guards
+from spiral_jax.training.divergence import Skips
 
 
 class Clock:
@@ -44,6 +45,7 @@ class Saves:
         fingerprints: Sequence[str],
         processes: Processes,
         *,
+        skips: Skips,
         guards: Guards,
         clock: Clock,
         asked: Callable[[], bool],
@@ -55,6 +57,7 @@ class Saves:
           config: the run's.
           fingerprints: those of the training tokens.
           processes: of the run.
+          skips: updates that were skipped, of which a checkpoint keeps a record.
           guards: of which the claim allows a save, and the watchdog expects it.
           clock: for the time since the last one.
           asked: whether all processes have agreed to save now.
@@ -62,7 +65,7 @@ class Saves:
         self._checkpoints, self._last_step = checkpoints, config.train.steps
         self._meta, self._fingerprints = {"config": config.to_dict()}, list(fingerprints)
         self._processes = processes
-        self._guards, self._clock, self._asked = guards, clock, asked
+        self._skips, self._guards, self._clock, self._asked = skips, guards, clock, asked
         # The others would wait for a process whose part failed, and only end together.
         self._goes_on = config.checkpoint.on_failure == "go_on" and not processes.several
         self._failure: SaveFailed | None = None  # of the newest save
@@ -77,7 +80,9 @@ class Saves:
         self._clock.restart()
         self._attempt(self._checkpoints.wait)
         self._failure = None
-        meta = {**self._meta, "data": {"step": step, "fingerprints": self._fingerprints}}
+        self._skips.saving(step)
+        data = {"step": step, "fingerprints": self._fingerprints}
+        meta = {**self._meta, "data": data, "divergence": self._skips.to_json()}
         self._attempt(lambda: self._checkpoints.save(step, state, meta), is_last=step == self._last_step)
 
     def finish(self, step: int) -> None:

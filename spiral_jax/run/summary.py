@@ -91,7 +91,7 @@ def plot_loss(workdir: Path) -> Path:
     if window > 1:
         mean = np.convolve(loss, np.full(window, 1 / window), mode="valid")
         axes.plot(steps[window - 1 :], mean, color="tab:blue", label=f"training, mean of {window} steps")
-    evaluated = [row for row in rows if "validation_loss" in row]
+    evaluated = [row for row in rows if row.get("validation_loss") is not None]
     if evaluated:
         axes.plot(
             [row["step"] for row in evaluated],

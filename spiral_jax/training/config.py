@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from spiral_jax.errors import require
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible
+from spiral_jax.training.divergence import DivergenceConfig
 from spiral_jax.training.optimizers import optimizers
 from spiral_jax.training.schedules import schedules
 
@@ -29,6 +30,8 @@ class TrainConfig:
       gather_core: with `mesh.fsdp` above 1, a layer of the shared core is gathered whenever an `iteration` runs it, as
         other layers are; or the core once per `step` and kept: it is sent, and its gradients are, once instead of once
         per iteration, for the memory of all its matrices in the compute dtype and of their gradients in float32.
+      skip_steps: steps, counted from 1, whose update is skipped whatever their numbers are: data and learning rate go
+        on, parameters and optimizer state stay. When a run is resumed, those to come may change.
     """
 
     steps: int = 120_818
@@ -38,12 +41,15 @@ class TrainConfig:
     loss_block: int = 512
     attention: Attention = "auto"
     gather_core: GatherCore = "iteration"
+    skip_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         for field, choices in (("attention", get_args(Attention)), ("gather_core", get_args(GatherCore))):
             require(getattr(self, field) in choices, f"train.{field}", getattr(self, field), ", ".join(choices))
         for field in ("steps", "batch_size", "sequence_length", "accumulation", "loss_block"):
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
+        ok = all(1 <= step <= self.steps for step in self.skip_steps)
+        require(ok, "train.skip_steps", self.skip_steps, f"numbers from 1 to train.steps, {self.steps}")
 
     @property
     def micro_batch_size(self) -> int:
@@ -128,6 +134,7 @@ class StepConfig:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
 
     def check_mesh(self, num_devices: int) -> tuple[int, int, int]:
         """Devices along (data, fsdp, tensor).

@@ -149,6 +149,16 @@ class Saving(Protocol):
         """Keeps the state after the step."""
 
 
+class Returning(Protocol):
+    """What to do when a state is beyond hope."""
+
+    def due(self) -> bool:
+        """Whether the rows up to that of the step before the last one dispatched say so."""
+
+    def __call__(self, step: int, state: Any) -> Any:
+        """Another state to go on with after this step, the last one dispatched."""
+
+
 def fit(
     state: Any,
     steps: range,
@@ -158,6 +168,7 @@ def fit(
     recorder: Recorder,
     evaluations: Sequence[Evaluation],
     saving: Saving,
+    returning: Returning | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Any, int]:
@@ -172,6 +183,7 @@ def fit(
       evaluations: run after the steps for which they are due; their values go into the step's row. One that raises
         `Stopped` is left, and the state saved at once.
       saving: run after the steps for which it is due, and when stopping early.
+      returning: asked after every step whether to go on with another state.
       before_step: called before a step is dispatched (profiling).
       should_stop: asked after every step; True saves, before any evaluation, and returns.
 
@@ -186,6 +198,9 @@ def fit(
         input_wait = time.perf_counter() - start
         state, metrics = train_step(state, batch)
         recorder.dispatched(step, metrics, input_wait)
+        if returning is not None and returning.due():
+            with recorder.paused():
+                state = returning(step, state)
         stop = should_stop()
         due = [] if stop else [evaluation for evaluation in evaluations if evaluation.due(step)]
         if due:

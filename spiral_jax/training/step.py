@@ -18,6 +18,7 @@ from spiral_jax.parallel.mesh import replicated
 from spiral_jax.parallel.placed_model import PlacedModel, abstract_params_on, place
 from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
+from spiral_jax.training.divergence import is_listed, is_sound
 from spiral_jax.training.loss import mean_window_nats
 from spiral_jax.training.optimizers import make_optimizer, state_shardings
 from spiral_jax.training.schedules import learning_rate
@@ -46,7 +47,8 @@ class Program:
     Attributes:
       placed: the model on the mesh.
       init: (key) to a TrainState, born sharded. Jitted.
-      train_step: (state, windows_BxW) to (state, metrics); donates the state. Jitted.
+      train_step: (state, windows_BxW) to (state, metrics); donates the state. A step that is not to be believed
+        (`training.divergence`) leaves parameters and optimizer state as they were. Jitted.
       abstract_state: TrainState of ShapeDtypeStructs that carry their shardings.
       abstract_batch: windows [B, L + 1] likewise.
     """
@@ -70,7 +72,6 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
       SpiralError: `train.attention` is one that the devices or the model do not have.
     """
     placed = place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = _state_around(config, placed.abstract_params, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -81,13 +82,20 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
     def train_step(state: TrainState, windows_BxW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, metrics, grads = _gradients(config, mesh, local, specs, state.params, windows_BxW)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics |= {
-            "loss": loss,
-            "learning_rate": schedule(state.step),
-            "gradient_norm": optax.tree.norm(grads),
-        }
+        norm, rate = optax.tree.norm(grads), schedule(state.step)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, config.model, rate)
+
+        def updated(params, opt_state):
+            updates, opt_state = optimizer.update(grads, opt_state, params, gradient_norm=norm)
+            return optax.apply_updates(params, updates), opt_state
+
+        applied = is_sound(config.divergence, mesh, loss, norm)
+        if config.train.skip_steps:
+            applied &= ~is_listed(state.step + 1, config.train.skip_steps)
+        # A branch, not a choice between two results: both would have to be there, and memory for both.
+        params, opt_state = jax.lax.cond(applied, updated, lambda *kept: kept, state.params, state.opt_state)
+        skipped = 1 - applied.astype(jnp.int32)
+        metrics |= {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     return Program(

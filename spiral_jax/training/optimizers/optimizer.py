@@ -24,8 +24,19 @@ Optimizer = Callable[["OptimizerConfig", optax.Schedule, ModelConfig], optax.Gra
 optimizers: Registry[Optimizer] = Registry("optimizer.name")
 
 
-def make_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: "OptimizerConfig", steps: int, model: ModelConfig, rate: jax.Array | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Clips by the global norm, then the optimizer.
+
+    Its `update` takes the gradients' norm, where that is known, as `gradient_norm`.
+
+    Args:
+      config: its fields.
+      steps: of the run.
+      model: the architecture.
+      rate: the learning rate of the step it is used in; None for the schedule at the number of updates that optax has
+        counted, which falls behind the step when updates are skipped.
 
     Raises:
       SpiralError: somebody's own optimizer raises something.
@@ -33,15 +44,30 @@ def make_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) ->
     code = optimizers.code(config.name)
     make = optimizers[config.name]
     with guarded(f"optimizer.name {config.name!r} ({code.file})", code.file):
-        optimizer = make(config, learning_rate(config, steps), model)
+        optimizer = make(config, learning_rate(config, steps) if rate is None else lambda count: rate, model)
         require(
             isinstance(optimizer, optax.GradientTransformation),
             f"optimizer.name {config.name!r} ({code.file}): what it returns",
             optimizer,
             "an optax.GradientTransformation",
         )
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    clip = [_clip_by_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, optimizer)
+
+
+def _clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """As `optax.clip_by_global_norm`, of a norm that may be known already."""
+
+    def update(updates, state, params=None, *, gradient_norm=None, **_):
+        del params
+        norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
+
+        def clip(x):
+            return jax.lax.select(norm < largest, x, (x / norm.astype(x.dtype)) * largest)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def check_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) -> None:
@@ -60,11 +86,17 @@ def check_optimizer(config: "OptimizerConfig", steps: int, model: ModelConfig) -
     if code.is_ours:
         return
     where = f"optimizer.name {config.name!r} ({code.file})"
-    optimizer = make_optimizer(config, steps, model)
     params = abstract_params(model)
+
+    def update(rate, grads, state, params):  # as a step makes it
+        return make_optimizer(config, steps, model, rate).update(grads, state, params)
+
     with guarded(where, code.file):
-        state = jax.eval_shape(optimizer.init, params)
-        updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+        state = jax.eval_shape(make_optimizer(config, steps, model).init, params)
+        updates, after = jax.eval_shape(update, jax.ShapeDtypeStruct((), jnp.float32), params, state, params)
+    # A skipped update leaves the state as it was: with it and without it a step gives the same kind of state.
+    kinds = [jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (after, state)]
+    require(kinds[0] == kinds[1], f"{where}: arrays of its state after an update", "others", "those before it")
     found, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (updates, params))
     require(found == wanted, f"{where}: shapes of updates", "others", "those of the parameters")
 
