@@ -25,6 +25,7 @@ _FIELDS = [
     "format",
     "text_field",
     "invalid",
+    "longest_record",
     "tokenizer",
     "bpe_vocab_size",
     "separator",
@@ -54,6 +55,7 @@ def define(values: flags.FlagValues) -> None:
     flag("format", "what the files are: auto (by their names), text, jsonl or parquet")
     flag("text_field", "field of a jsonl record, or column of a parquet file, that holds the text")
     flag("invalid", "what to do with what is no text: error or skip")
+    flag("longest_record", "most bytes of a line of jsonl, or of a text in a parquet file")
     flag("bpe_vocab_size", "entries of the tokenizer that --tokenizer=bpe trains")
     flag("separator", "text of the separator token of a tokenizer.json")
     flag("workers", "processes that tokenise; 0 for as many as there are cores")

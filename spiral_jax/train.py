@@ -41,18 +41,20 @@ from spiral_jax.run.directory import (
     check_same_data,
     claim,
     load,
-    open_workdir,
+    make_workdir,
     read_model,
     tokenizer_of,
+    workdir_of,
 )
 from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, window_order
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
+from spiral_jax.run.refused import NothingLeft
 from spiral_jax.run.resume import Saved, newest_whole
 from spiral_jax.run.saves import Saves
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
-from spiral_jax.training.tracer import Tracer, parse_profile
+from spiral_jax.training.tracer import Tracer, check_profile, parse_profile
 
 
 def define(values: flags.FlagValues) -> None:
@@ -69,10 +71,11 @@ def main(values: flags.FlagValues) -> None:
     check_dtype(config.model.dtype, "model.dtype")
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
     with command.joined(values) as processes:
-        workdir = open_workdir(values.workdir)
+        workdir = workdir_of(values.workdir)
         metrics.check_extras(config.logging)
         summary.check_extras(config.summary)
         config.check_mesh(jax.device_count())
+        check_profile(profiled, config.train.steps)
         processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
         if config.evaluation.tasks and processes.several:
             raise SpiralError(
@@ -85,9 +88,11 @@ def main(values: flags.FlagValues) -> None:
             f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
         )
-        with claim(workdir) if processes.is_main else contextlib.nullcontext():
-            processes.check_shared(workdir, "--workdir")
-            run(config, workdir, profiled, processes)
+        with NothingLeft(workdir, processes.is_main) as started:
+            make_workdir(workdir)
+            with claim(workdir) if processes.is_main else contextlib.nullcontext():
+                processes.check_shared(workdir, "--workdir")
+                run(config, workdir, profiled, processes, started)
 
 
 class Opened(NamedTuple):
@@ -115,10 +120,11 @@ class Opened(NamedTuple):
         return self.saved.step if self.saved else 0
 
 
-def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes) -> None:
+def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes, started: NothingLeft) -> None:
     """The run in `workdir`, from wherever it stands."""
     mesh = make_mesh(config.mesh)
     opened = open_run(config, workdir, mesh, processes)
+    started.keep()
     program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
     if processes.is_main:
@@ -142,15 +148,16 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes)
     for line in own_code.changes(workdir, config.to_dict()) if saved else ():
         processes.say(line)
     fingerprints = saved.fingerprints if saved else None
+    tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
+    given = None
+    if saved is None and config.upcycle.source:
+        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
+    # Last, as making stores can take long.
     data = prepare_data(config, workdir, fingerprints, processes)
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
     order = window_order(config, data)
-    tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
-    given = None
-    if saved is None and config.upcycle.source:
-        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
     return Opened(data, order, tasks, checkpoints, saved, given)
 
 

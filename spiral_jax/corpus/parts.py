@@ -77,7 +77,7 @@ class Part:
 def json_or_none(path: Path) -> Any:
     """What is in a file of JSON, or None if there is no such file or it is damaged."""
     try:
-        return read_json(path)
+        return read_json(path, max_bytes=2**31)  # ours, and as long as there are pieces
     except SpiralError:
         return None
 
@@ -120,7 +120,7 @@ def _batches(piece: Piece, config: DataConfig, part: Part) -> Iterator[list[tupl
     """Texts, each with its split and bytes, many at a time; what is left out is noted in the part."""
     batch: list[tuple[str, Text, int]] = []
     batch_bytes = 0
-    for source, found in read_piece(piece, config.text_field):
+    for source, found in read_piece(piece, config.text_field, config.longest_record):
         if isinstance(found, Text):
             content = found.text.encode("utf-8")
             batch.append((split_of(content, source, config), found, len(content)))

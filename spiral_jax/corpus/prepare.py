@@ -177,22 +177,32 @@ def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
 @contextlib.contextmanager
 def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: None) -> Iterator[None]:
     """Keeps processes from making the same stores at a time; the system drops the lock of a killed one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / name, "wb")
-    except OSError as error:
-        raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
-    with lock:
+    path, made = folder / name, [above for above in (folder, *folder.parents) if not above.exists()]
+    with contextlib.ExitStack() as stack:
         for attempt in itertools.count():
             try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = open(path, "wb")
+            except OSError as error:
+                raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not attempt:
-                    report(f"data: waiting for another process that prepares data in {folder}")
-                check()
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-        yield
+                # The one before us removes its file: then this is one that nobody else will see.
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                    stack.enter_context(lock)
+                    break
+            lock.close()
+            if not attempt:
+                report(f"data: waiting for another process that prepares data in {folder}")
+            check()
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder that holds something stays
+                path.unlink()
+                for above in made:
+                    above.rmdir()
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -255,6 +265,10 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
         rename_whole(partial / "whole", folder)
     except OSError as error:
         raise SpiralError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
+    except SpiralError:
+        if not any((partial / "parts").glob("*.json")) and not (partial / "parts.json").exists():
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is done that could be gone on with
+        raise
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.config.validation_fraction and not result["splits"]["validation"]["documents"]:
         report("data: no document was held out for validation; a larger data.validation_fraction holds out more")
@@ -313,7 +327,7 @@ def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report:
     names: list[str] = []
 
     def remaining() -> Iterator[Piece]:
-        for piece in cut_into_pieces(recipe.sources, recipe.config.text_field):
+        for piece in cut_into_pieces(recipe.sources, recipe.config.text_field, recipe.config.longest_record):
             check()
             names.append(piece.name)
             if piece.name in kept:

@@ -59,7 +59,8 @@ def encode_pieces(
     first = list(itertools.islice(pieces, 2))
     pieces = itertools.chain(first, pieces)
     if workers > 1 and len(first) > 1:
-        recipe = {field: getattr(config, field) for field in ("text_field", "invalid", "validation_fraction")}
+        fields = ("text_field", "invalid", "validation_fraction", "longest_record")
+        recipe = {field: getattr(config, field) for field in fields}
         task = {"tokenizer_folder": str(tokenizer_folder), "folder": str(folder), "config": recipe}
         yield from _encode_on_workers(pieces, task, workers, check)
     elif first:

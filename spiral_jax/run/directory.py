@@ -18,7 +18,7 @@ WORKDIR/
   lm_eval/           results of evaluate --tasks
   tensorboard/       events, if asked for; wandb_id and wandb/ likewise
 
-Each is reached by the path that `run_directory` or `open_workdir` gives, an `etils.epath.Path`; its methods are the
+Each is reached by the path that `run_directory` or `workdir_of` gives, an `etils.epath.Path`; its methods are the
 only way that files of a run are opened.
 """
 
@@ -112,22 +112,26 @@ def run_directory(path: str | os.PathLike | None) -> Path:
       SpiralError: not given, or not a directory.
     """
     if not path:
-        raise SpiralError("--workdir is missing: the directory of a run")
+        raise SpiralError("--workdir is missing; allowed: the directory of a run")
     workdir = _run_path(path)
     if not workdir.is_dir():
         raise SpiralError(f"{workdir} does not exist; allowed: the directory of a run")
     return workdir
 
 
-def open_workdir(flag: str | None) -> Path:
-    """The run's directory as an absolute path, created if need be.
+def workdir_of(flag: str | None) -> Path:
+    """The absolute path of the directory to keep a run in; raises SpiralError if it is not given."""
+    if not flag:
+        raise SpiralError("--workdir is missing; allowed: the directory to keep the run in")
+    return _run_path(flag)
+
+
+def make_workdir(workdir: Path) -> None:
+    """Creates a run's directory if need be.
 
     Raises:
-      SpiralError: not given, or not writable.
+      SpiralError: it cannot be written.
     """
-    if not flag:
-        raise SpiralError("--workdir is missing: the directory to keep the run in")
-    workdir = _run_path(flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
@@ -137,7 +141,6 @@ def open_workdir(flag: str | None) -> Path:
         raise SpiralError(
             f"--workdir is {str(workdir)!r}, which cannot be written ({error.strerror}); allowed: a directory that can"
         ) from None
-    return workdir
 
 
 def _run_path(place: str | os.PathLike) -> Path:
