@@ -192,7 +192,9 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
     except Exception as error:
         _blame_the_config_file(error)
         if "get_config" in str(error):
-            raise SpiralError(f"--config={_given_config()} has no function get_config; allowed: a file with one") from None
+            raise SpiralError(
+                f"--config={_given_config()} has no function get_config; allowed: a file with one"
+            ) from None
         if not isinstance(error, AttributeError | KeyError):
             raise
         # The message names the part of the path that is unknown, quoted in several ways.
@@ -238,7 +240,7 @@ def _of_flags(values: flags.FlagValues, error: flags.Error, verb: str) -> str:
         name = found[1]
         given = next((arg.partition("=")[2] for arg in sys.argv if arg.lstrip("-").startswith(f"{name}=")), found[2])
         allowed = getattr(values[name].parser, "syntactic_help", "") if name in values else ""
-        return f"--{name} is {shown(given)}; allowed: {allowed or _one_line(message[found.end():])}"
+        return f"--{name} is {shown(given)}; allowed: {allowed or _one_line(message[found.end() :])}"
     return _one_line(message)
 
 

@@ -43,7 +43,8 @@ class DataConfig:
       weights: share of each store in the training windows, a row per stage, as in `((0.7, 0.3),)`; empty to take every
         window of every store once per epoch.
       stage_starts: the step each row of `weights` holds from; the first is 0.
-      validation_store: token store to validate on, with `stores` only; empty for the `validation/` of the first of `stores` that has one.
+      validation_store: token store to validate on, with `stores` only; empty for the `validation/` of the first of
+        `stores` that has one.
       retry_seconds: how long a failing remote read is tried again before the run stops.
       cache_dir: folder to keep remote tokens in for the next epoch; empty for none.
       cache_gigabytes: bound of that folder, in units of 1e9 bytes. It fills up and then stays as it is.
