@@ -163,14 +163,15 @@ def save_data(workdir: Path, data: PreparedData) -> None:
 def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
     """The stores made of a run's `data.paths`, if they are where it left them; None if they are not those any more.
 
-    What the paths of the configuration hold today does not matter to a run that has its tokens.
+    If they are missing or damaged, a line says so. What the paths of the configuration hold today does not matter to a run that has its tokens.
     """
     try:
         places = _places(workdir)
         train = tuple(TokenStore.open(place) for place in places["train"])
         validation = TokenStore.open(places["validation"]) if places["validation"] else None
         data = PreparedData(train, validation, tokenizer_of(workdir))
-    except SpiralError:
+    except SpiralError as error:
+        print(f"data: {error}", flush=True)
         return None
     return data if list(data.fingerprints) == list(fingerprints) else None
 
