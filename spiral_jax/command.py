@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -164,19 +163,18 @@ def config_of(values: flags.FlagValues) -> RunConfig:
     Raises:
       SpiralError: no `--config`, or a field that is not allowed.
     """
-    given = values["config"].config_filename if values["config"].present else ""
+    given = _given_config()
+    config = values.config
+    if config is None and not given:
+        raise SpiralError(_NO_CONFIG)
     try:
-        config = values.config
-        if config is None and not given:
-            raise SpiralError(_NO_CONFIG)
-        fields = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else None
+        to_dict = getattr(config, "to_dict", None)
     except OSError as error:
         # ml_collections keeps it until the configuration is asked for.
-        reason = error.__cause__ or error
-        raise SpiralError(f"--config={given}: {type(reason).__name__}: {_one_line(reason)}") from None
-    if fields is None:
+        raise SpiralError(_unreadable(error)) from None
+    if to_dict is None:
         raise SpiralError(f"--config={given}: get_config gives {shown(config)}; allowed: a ConfigDict")
-    return RunConfig.from_dict(fields)
+    return RunConfig.from_dict(to_dict())
 
 
 def _parse(values: flags.FlagValues, verb: str) -> list[str]:
@@ -185,8 +183,8 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         rest = values([verb, *sys.argv[1:]])[1:]
     except flags.Error as error:
         raise SpiralError(_of_flags(values, error, verb)) from None
-    except (SyntaxError, ImportError) as error:
-        raise SpiralError(f"--config: {type(error).__name__}: {_one_line(error)}") from None
+    except (SyntaxError, ImportError, OSError) as error:
+        raise SpiralError(_unreadable(error)) from None
     except SpiralError:
         raise
     except Exception as error:
@@ -242,6 +240,12 @@ def _of_flags(values: flags.FlagValues, error: flags.Error, verb: str) -> str:
         allowed = getattr(values[name].parser, "syntactic_help", "") if name in values else ""
         return f"--{name} is {shown(given)}; allowed: {allowed or _one_line(message[found.end() :])}"
     return _one_line(message)
+
+
+def _unreadable(error: Exception) -> str:
+    """What to say where the file of --config cannot be read to its end."""
+    reason = error.__cause__ or error
+    return f"--config={_given_config()}: {type(reason).__name__}: {_one_line(reason)}"
 
 
 def _given_config() -> str:

@@ -163,7 +163,8 @@ def save_data(workdir: Path, data: PreparedData) -> None:
 def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
     """The stores made of a run's `data.paths`, if they are where it left them; None if they are not those any more.
 
-    If they are missing or damaged, a line says so. What the paths of the configuration hold today does not matter to a run that has its tokens.
+    If they are missing or damaged, a line says so. What the paths of the configuration hold today does not matter to
+    a run that has its tokens.
     """
     try:
         places = _places(workdir)
