@@ -14,20 +14,18 @@ cache of a run has one per set of inputs, named by its fingerprint. Until it has
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spiral_jax.corpus.exclusive import Check, exclusive
 from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
@@ -47,9 +45,6 @@ from spiral_jax.progress import Progress, Report
 RESULT = "prepared.json"
 # Part of the fingerprint: raise it when the same input would give other tokens.
 _RECIPE_VERSION = 2
-_SECONDS_BETWEEN_TRIES = 0.1
-
-Check = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +97,7 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
     cache = Path(cache_dir)
     recipe = _recipe(config, cache, report)
     folder = cache / recipe.fingerprint[:16]
-    with _exclusive(cache, ".lock", report):
+    with exclusive(cache, ".lock", report):
         for other in set(cache.glob(".*.partial")) - {partial_of(folder)}:
             shutil.rmtree(other, ignore_errors=True)  # of other inputs, and nobody works on them
         try:
@@ -132,7 +127,7 @@ def prepare_folder(
     """
     folder = local_path("--output", output)
     recipe = _recipe(config, folder, report)
-    with _exclusive(folder.parent, f".{folder.name}.lock", report, check):
+    with exclusive(folder.parent, f".{folder.name}.lock", report, check):
         if folder.exists() and not folder.is_dir():
             raise SpiralError(f"{folder} is a file; allowed: a new or an empty folder")
         if folder.is_dir() and any(folder.iterdir()):
@@ -172,37 +167,6 @@ def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
             )
     # Loaded before anything else so that a wrong file stops the run at once.
     return Recipe(config, split, None if config.tokenizer == "bpe" else configured_tokenizer(config))
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: None) -> Iterator[None]:
-    """Keeps processes from making the same stores at a time; the system drops the lock of a killed one."""
-    path, made = folder / name, [above for above in (folder, *folder.parents) if not above.exists()]
-    with contextlib.ExitStack() as stack:
-        for attempt in itertools.count():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = open(path, "wb")
-            except OSError as error:
-                raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
-            with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The one before us removes its file: then this is one that nobody else will see.
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                    stack.enter_context(lock)
-                    break
-            lock.close()
-            if not attempt:
-                report(f"data: waiting for another process that prepares data in {folder}")
-            check()
-            time.sleep(_SECONDS_BETWEEN_TRIES)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # a folder that holds something stays
-                path.unlink()
-                for above in made:
-                    above.rmdir()
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -29,5 +29,6 @@ def test_urls_are_one_line_and_make_no_folder(place, tmp_path, monkeypatch):
 
 
 def test_a_file_url_is_its_path(tmp_path):
+    (tmp_path / "run").mkdir()
     assert workdir_of(f"file://{tmp_path}/run") == run_directory(f"file://{tmp_path}/run") == tmp_path / "run"
     assert (tmp_path / "run").is_dir()
