@@ -250,7 +250,7 @@ def _unreadable(error: Exception) -> str:
 
 def _given_config() -> str:
     """What follows --config on the command line, or nothing."""
-    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=False):
         if found := re.fullmatch(r"--?config(=(?P<value>.*))?", arg, re.DOTALL):
             return following if found["value"] is None else found["value"]
     return ""

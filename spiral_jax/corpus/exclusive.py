@@ -36,6 +36,8 @@ def exclusive(folder: Path, name: str, report: Report, check: Check = lambda: No
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = open(path, "wb")
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and attempt < 3:
+                    continue  # perhaps the one before us has just removed the folder
                 raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

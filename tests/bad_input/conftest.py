@@ -45,5 +45,6 @@ def good(tmp_path_factory) -> Path:
     tensors = reference.random_tensors(hf_config, np.random.default_rng(0))
     write_folder(folder / "hf", hf_config, {name: tensor.astype(np.float32) for name, tensor in tensors.items()})
     run_of(folder / "hf", folder / "run")
+    (folder / "run/.lock").touch()  # as the first start of a run leaves it
     (folder / "output.txt").write_text("a file", encoding="utf-8")
     return folder
