@@ -203,8 +203,9 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         hint = f"; did you mean {near[1]}?" if near else "; docs/config.md lists them all"
         raise SpiralError(f"{given} is not a field of the configuration{hint}") from None
     for name in values:
-        if isinstance(values[name].value, float):
-            require(math.isfinite(values[name].value), f"--{name}", values[name].value, "a finite number")
+        value: object = values[name].value
+        if isinstance(value, float):
+            require(math.isfinite(value), f"--{name}", value, "a finite number")
     return rest
 
 

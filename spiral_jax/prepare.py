@@ -13,7 +13,7 @@ from absl import flags
 from spiral_jax import command
 from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.config import DataConfig
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 # What fields of the configuration are called here; the others have the same name.
 _FLAGS = {"paths": "input", "validation_paths": "validation_input"}
@@ -66,6 +66,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     making = [f"--{flag}" for flag in ("input", "output") if getattr(values, flag)]
+    require(values.show >= 0, "--show", values.show, "0 or more")
     if values.inspect:
         if making:
             raise SpiralError(f"{making[0]} does not go with --inspect; allowed: one of them")

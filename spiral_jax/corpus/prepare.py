@@ -30,7 +30,7 @@ from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
 from spiral_jax.corpus.store_writer import Counts, StoreWriter
-from spiral_jax.corpus.texts import SAMPLE_BYTES, sample_texts
+from spiral_jax.corpus.texts import SAMPLE_BYTES, NotText, sample_texts
 from spiral_jax.corpus.workers import encode_pieces
 from spiral_jax.data.atomic import partial_of, rename_whole, whole_folder, write_text
 from spiral_jax.data.config import DataConfig
@@ -229,9 +229,10 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
         rename_whole(partial / "whole", folder)
     except OSError as error:
         raise SpiralError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
-    except SpiralError:
-        if not any((partial / "parts").glob("*.json")) and not (partial / "parts.json").exists():
-            shutil.rmtree(partial, ignore_errors=True)  # nothing is done that could be gone on with
+    except SpiralError as error:
+        is_begun = any((partial / "parts").glob("*.json")) or (partial / "parts.json").exists()
+        if isinstance(error, NotText) or not is_begun:
+            shutil.rmtree(partial, ignore_errors=True)  # there is nothing that could be gone on with
         raise
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.config.validation_fraction and not result["splits"]["validation"]["documents"]:

@@ -21,6 +21,10 @@ _ROWS_PER_BATCH = 256
 SAMPLE_BYTES = 8_000_000
 
 
+class NotText(SpiralError):
+    """Input that is no text. Whatever mends it makes it other input: nothing of a preparation can be gone on with."""
+
+
 class Text(NamedTuple):
     """A document, or a stretch of one.
 
@@ -61,9 +65,9 @@ class Invalid(NamedTuple):
                 break
         return f"{name}:{lines}: {self.what}"
 
-    def error(self) -> SpiralError:
+    def error(self) -> "NotText":
         """What to raise where it is an error."""
-        return SpiralError(self.describe() + '; allowed: UTF-8 text, or data.invalid="skip" to leave it out')
+        return NotText(self.describe() + '; allowed: UTF-8 text, or data.invalid="skip" to leave it out')
 
 
 def read_piece(

@@ -203,7 +203,7 @@ def _from_mapping(cls, values: Mapping[str, Any], prefix: str):
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; allowed: {', '.join(hints)}"
-            raise SpiralError(f"{prefix}{name} is not a field of the configuration{hint}")
+            raise SpiralError(f"{prefix}{str(name)[:100]} is not a field of the configuration{hint}")
         if dataclasses.is_dataclass(hints[name]):
             is_room = isinstance(value, Mapping | ml_collections.ConfigDict)
             require(is_room, f"{prefix}{name}", value, "fields and their values")

@@ -19,7 +19,10 @@ PREPARE = {
     "no such input": (("--input=/no/text", "--output={bad}/x/out", "--tokenizer=bytes"), "--input is '/no/text'"),
     "empty input": (("--input={good}/empty.txt", "--output={bad}/x/out", "--tokenizer=bytes"), "empty.txt"),
     "output is a file": (("--input={good}/text.txt", "--output={good}/text.txt", "--tokenizer=bytes"), "is a file"),
-    "output holds things": (("--input={good}/text.txt", "--output={good}", "--tokenizer=bytes"), "text.txt"),
+    "output holds things": (
+        ("--input={good}/text.txt", "--output={good}/run", "--tokenizer=bytes"),
+        "holds other files",
+    ),
     "output below a file": (
         ("--input={good}/text.txt", "--output={good}/empty.txt/x", "--tokenizer=bytes"),
         "cannot be written",
@@ -70,8 +73,8 @@ GENERATE = {
     "a folder": (("--workdir={good}/run", "--input={good}"), "cannot be read"),
     "an empty file": (("--workdir={good}/run", "--input={good}/empty.txt"), "is empty"),
     "records without prompts": (("--workdir={good}/run", "--input={good}/records.jsonl"), "records.jsonl:1"),
-    "step 7": (("--workdir={good}/run", "--prompt=a", "--step=7"), "step 7"),
-    "a step of a folder": (("--workdir={good}/hf", "--prompt=a", "--step=0"), "step is 0"),
+    "step 7": (("--workdir={good}/run", "--prompt=a", "--max_new_tokens=2", "--step=7"), "step 7"),
+    "a step of a folder": (("--workdir={good}/hf", "--prompt=a", "--max_new_tokens=2", "--step=0"), "step is 0"),
     "nothing to add": (("--workdir={good}/run", "--prompt=a", "--max_new_tokens=0"), "--max_new_tokens is 0"),
     "too much to add": (("--workdir={good}/run", "--prompt=a", "--max_new_tokens=999"), "--max_new_tokens"),
     "no length": (("--workdir={good}/run", "--prompt=a", "--max_length=1"), "--max_length is 1"),
