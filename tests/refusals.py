@@ -40,8 +40,9 @@ def tree(root: Path) -> dict[str, tuple]:
     """Every file and folder below a folder, with what would tell that it was changed."""
     found = {}
     for path in sorted(root.rglob("*")):
-        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        found[str(path.relative_to(root))] = (content, path.lstat().st_mode, path.lstat().st_mtime_ns * path.is_file())
+        status, content = path.lstat(), hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        written = status.st_mtime_ns if content and status.st_size else 0  # to open a lock is not to change it
+        found[str(path.relative_to(root))] = content, status.st_mode, written
     return found
 
 

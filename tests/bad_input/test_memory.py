@@ -69,10 +69,14 @@ def write(path, texts):
 
 
 @pytest.mark.parametrize("length", [100_000, 300_000])
-def test_a_long_line_among_short_ones_in_a_cut_file(tmp_path, monkeypatch, length):
+def test_a_long_line_among_short_ones_in_a_cut_file(tmp_path, monkeypatch, capsys, length):
     """In files that are cut into pieces, where the line is longer than what is looked at for a cut."""
     monkeypatch.setattr(pieces, "_SMALLEST_PIECE", 50_000)
     write(tmp_path / "in.jsonl", ["a" * 100] * 1000 + ["b" * length] + ["c" * 100] * 1000)
     arguments = f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out", "--tokenizer=bytes", "--workers=1"
-    refused(prepare, (*arguments, "--longest_record=90000"), "in.jsonl: the line at byte", tmp_path)
+    status, errors = call(prepare, *arguments, "--longest_record=90000")
+    assert status == 2 and "in.jsonl: the line at byte" in errors and errors.count("\n") == 1
+    # What came before the line is tokenised, and is gone on with.
     assert call(prepare, *arguments, "--longest_record=300100") == (0, "")
+    assert "going on with" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
