@@ -185,6 +185,8 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         raise SpiralError(_of_flags(values, error, verb)) from None
     except (SyntaxError, ImportError, OSError) as error:
         raise SpiralError(_unreadable(error)) from None
+    except SystemExit as stop:
+        raise SpiralError(f"--config={_given_config()}: SystemExit: {_one_line(stop)}") from None
     except SpiralError:
         raise
     except Exception as error:

@@ -61,10 +61,18 @@ class Part:
         return cls(**content | {"counts": counts} | skipped)
 
     @classmethod
+    def or_none(cls, content: Any) -> "Part | None":
+        """As `from_json`, or None of something else."""
+        try:
+            return cls.from_json(content)
+        except (KeyError, TypeError, AttributeError):
+            return None
+
+    @classmethod
     def find(cls, name: str, folder: Path, dtype: np.dtype) -> "Part | None":
         """The part in a folder, if all of it is there; `dtype` is that of an id."""
         content = json_or_none(folder / f"{name}.json")
-        part = cls.from_json(content) if isinstance(content, dict) and content.get("name") == name else None
+        part = cls.or_none(content) if isinstance(content, dict) and content.get("name") == name else None
         return part if part and all(part.is_there(split, folder, dtype) for split in SPLITS) else None
 
     def is_there(self, split: str, folder: Path, dtype: np.dtype) -> bool:

@@ -170,9 +170,14 @@ def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """What `prepared.json` says, or nothing."""
+    """What `prepared.json` says, or nothing if it is missing or damaged."""
     content = json_or_none(folder / RESULT)
-    return content if isinstance(content, dict) else {}
+    try:
+        counts = [Counts(**content["splits"][split]) for split in SPLITS]
+        numbers = [number for found in counts for number in dataclasses.astuple(found)]
+        return content if all(isinstance(number, int) for number in numbers) else {}
+    except (KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _open(folder: Path, fingerprint: str) -> PreparedData | None:
@@ -277,8 +282,10 @@ def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report:
     """All parts in order, each in the folder of parts or in a store."""
     folder, listed, dtype = partial / "parts", partial / "parts.json", token_dtype(tokenizer.vocab_size)
     if content := json_or_none(listed):
-        parts = [Part.from_json(part) for part in content]
-        if all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
+        found = [Part.or_none(entry) for entry in content] if isinstance(content, list) else [None]
+        parts = [part for part in found if part]
+        is_whole = len(parts) == len(found)
+        if is_whole and all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
             report("data: all text is tokenised, going on to put it together")
             return parts
         report(f"data: starting anew, {partial} is damaged")

@@ -4,13 +4,20 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron_writer import write as write_megatron
 from refusals import _peak, _reset_peak
 
 from spiral_jax.convert.folder import read_config, read_params
+from spiral_jax.corpus.parts import Part, encode_piece
+from spiral_jax.corpus.pieces import Piece
+from spiral_jax.corpus.prepare import prepare_folder
+from spiral_jax.corpus.sources import Source
+from spiral_jax.data.config import DataConfig
 from spiral_jax.data.megatron.tokens import MegatronTokens
 from spiral_jax.data.store import TokenStore
+from spiral_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.run.config import RunConfig
 
@@ -58,6 +65,22 @@ def read_folder(folder: Path) -> None:
     read_params(folder, config)
 
 
+def read_tokenizer(folder: Path) -> None:
+    load_tokenizer(folder).encode("a b")
+
+
+def read_prepared(folder: Path) -> None:
+    """As `prepare` when it is called again: what is damaged is other files to it."""
+    data = DataConfig(paths=(f"{folder.parent}/text.txt",), validation_fraction=0.2, workers=1)
+    prepare_folder(data, folder, report=lambda line: None)
+
+
+def read_parts(folder: Path) -> None:
+    found = Part.find("00000000", folder, np.dtype("<u2"))
+    if found is None:
+        raise SpiralError("it is made again")
+
+
 def read_run(folder: Path) -> None:
     RunConfig.load(folder)
 
@@ -69,6 +92,12 @@ def folder(good, tmp_path_factory) -> Path:
     shutil.copytree(good / "hf", folder / "hf")
     shutil.copytree(good / "run", folder / "run")
     write_megatron(folder / "megatron")
+    shutil.copy(good / "text.txt", folder / "text.txt")
+    read_prepared(folder / "prepared")
+    (folder / "parts").mkdir()
+    record = Source("r", str(good / "records.jsonl"), (good / "records.jsonl").stat().st_size, 0, "jsonl", "", "hash")
+    piece = Piece((record,), record.size, name="00000000")
+    encode_piece(piece, ByteTokenizer(), DataConfig(validation_fraction=0.2), folder / "parts")
     return folder
 
 
@@ -81,6 +110,10 @@ def folder(good, tmp_path_factory) -> Path:
         ("hf/model.safetensors", read_folder),
         ("hf/config.json", read_folder),
         ("run/config.json", read_run),
+        ("run/tokenizer/tokenizer.json", read_tokenizer),
+        ("run/tokenizer/tokenizer_info.json", read_tokenizer),
+        ("prepared/prepared.json", read_prepared),
+        ("parts/00000000.json", read_parts),
     ],
 )
 def test_every_damage_is_refused_or_does_not_matter(folder, name, read):
