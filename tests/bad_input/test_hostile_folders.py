@@ -132,6 +132,16 @@ def test_weights_that_are_none(good, tmp_path):
     refused(import_hf, arguments, "weight_map", tmp_path)
 
 
+def test_a_damaged_checkpoint(good, tmp_path):
+    folder = copy(good, tmp_path, "run")
+    largest = max((folder / "checkpoints/0/params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 64
+    largest.write_bytes(content)
+    refused(export, (f"--workdir={folder}", f"--output={tmp_path}/a/b/out"), "is damaged", tmp_path)
+    refused(generate, (f"--workdir={folder}", "--prompt=a", "--max_new_tokens=2"), "is damaged", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["data.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_info.json"])
 def test_side_files_of_a_run(good, tmp_path, name):
     folder = copy(good, tmp_path, "run")

@@ -194,7 +194,7 @@ def test_a_manifest_that_is_wrong_is_refused(tmp_path, change, reason):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"not json", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"[]", b"not json", b"\xff\xfe", b"[" * 100_000])
 def test_a_manifest_that_is_no_manifest_is_refused(tmp_path, content):
     write(tmp_path / "store")
     (tmp_path / "store/manifest.json").write_bytes(content)
