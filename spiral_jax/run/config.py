@@ -48,6 +48,7 @@ MUTABLE = (
     "data.stores",
     "data.validation_store",
     "data.workers",
+    "data.longest_record",
     "data.retry_seconds",
     "data.cache_dir",
     "data.cache_gigabytes",

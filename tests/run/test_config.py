@@ -225,6 +225,7 @@ def test_a_broken_config_json_is_one_line(tmp_path, content):
         ("data__read_threads", 7),
         ("data__prefetch_batches", 7),
         ("data__workers", 7),
+        ("data__longest_record", 7),
         ("data__retry_seconds", 7.0),
         ("data__stores", ("gs://moved",)),
     ],
