@@ -27,7 +27,9 @@ class NothingLeft:
         """
         self._workdir = workdir
         self._made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-        self._before = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+        self._before: set[str] = set()
+        with contextlib.suppress(OSError):  # it cannot be read, and will be refused
+            self._before = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
         has_run = bool(self._before & {"config.json", "checkpoints", "metrics.jsonl"})
         self._active = active and not has_run
 
