@@ -90,7 +90,7 @@ def main(values: flags.FlagValues) -> None:
         )
         with NothingLeft(workdir, processes.is_main) as started:
             make_workdir(workdir)
-            with claim(workdir) if processes.is_main else contextlib.nullcontext():
+            with claim(workdir) if processes.is_main else contextlib.nullcontext(), started.claimed():
                 processes.check_shared(workdir, "--workdir")
                 run(config, workdir, profiled, processes, started)
 

@@ -206,7 +206,10 @@ def claim(workdir: Path) -> Iterator[None]:
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A start that was refused removes the file: one that was opened before would keep nobody out.
+            if os.fstat(lock.fileno()).st_ino != os.stat(workdir / ".lock").st_ino:
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError):
             raise SpiralError(f"--workdir {workdir}: another process is training there") from None
         yield
 
