@@ -2,8 +2,11 @@
 
 import pytest
 from refusals import refused
+from verbs import call
 
 from spiral_jax import aot, check, describe, train
+from spiral_jax.errors import SpiralError
+from spiral_jax.run.directory import claim
 
 FIELDS = {
     # (field, value): words of the line. What every verb with --config says.
@@ -214,3 +217,25 @@ def test_describe(good):
 def test_aot(good, arguments, words):
     arguments = [argument.format(good=good) for argument in arguments]
     refused(aot, (f"--config={good}/tiny.py", *arguments), words, good)
+
+
+def test_a_refused_start_removes_nothing_of_others(good, tmp_path):
+    run, arguments = tmp_path / "run", (f"--config={good}/tiny.py", f"--workdir={tmp_path}/run")
+    run.mkdir()
+    (run / "notes.txt").write_text("mine", encoding="utf-8")
+    refused(train, (*arguments, "--config.data.paths=/no/text"), "/no/text", tmp_path)
+    with claim(run):  # another one has begun, and has no checkpoint yet
+        (run / "cache").mkdir()
+        refused(train, arguments, "another process is training there", tmp_path)
+
+
+def test_a_preparation_that_the_machine_stopped_is_kept(good, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise SpiralError("the disk cannot be written")
+
+    monkeypatch.setattr("spiral_jax.corpus.prepare._merge", fail)
+    status, errors = call(train, f"--config={good}/tiny.py", f"--workdir={tmp_path}/run")
+    assert (status, errors) == (2, "error: the disk cannot be written\n")
+    (partial,) = (tmp_path / "run/cache").iterdir()
+    assert partial.name.endswith(".partial") and list((partial / "parts").glob("*.json"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
