@@ -68,6 +68,6 @@ class NothingLeft:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, SpiralError) and not self._kept:
-            with contextlib.suppress(OSError):  # one that holds something stays
+            with contextlib.suppress(OSError, ValueError):  # as epath says where one holds something: it stays
                 for folder in self._made:
                     folder.rmdir()
