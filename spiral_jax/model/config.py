@@ -27,7 +27,7 @@ _LARGEST = {
     **dict.fromkeys(("prelude_layers", "core_layers", "coda_layers"), 10_000),
     "memory_slots": 10_000,
 }
-_MOST_LAYERS, MOST_ITERATIONS, _LARGEST_CHUNK, _LARGEST_SHIFT = 10_000, 1_000, 2**20, 2**30
+_MOST_LAYERS, MOST_ITERATIONS, _LARGEST_CHUNK, _LARGEST_SHIFT = 10_000, 512, 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ModelConfig:
 
     Every family is `prelude + core x schedule + coda`. Vanilla has an empty schedule, a full-resolution loop a
     schedule of ones. Validation happens on construction and raises `SpiralError` naming `model.<field>`. Sizes that no
-    model has are refused: above 10,000 layers, 1,000 iterations, a width of 2**20, a vocabulary of 2**24.
+    model has are refused: above 10,000 layers, 512 iterations, a width of 2**20, a vocabulary of 2**24.
 
     Attributes:
       vocab_size: rows of the embedding and columns of the head (the tokenizer's ids, padded).
