@@ -1,4 +1,7 @@
-"""Lists the verbs: `python -m spiral_jax`."""
+"""Lists the verbs, `python -m spiral_jax`, or runs one: `python -m spiral_jax VERB [flags]`."""
+
+import runpy
+import sys
 
 VERBS = {
     "prepare": "turn text of any size into token stores, or look into a store",
@@ -16,6 +19,14 @@ VERBS = {
 
 
 def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in VERBS:
+        del sys.argv[1]
+        runpy.run_module(f"spiral_jax.{verb}", run_name="__main__", alter_sys=True)
+        return
+    if verb not in ("--help", "-h", "help"):
+        print(f"error: the verb is {verb!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
     print("usage: python -m spiral_jax.VERB [flags]\n")
     for verb, meaning in VERBS.items():
         print(f"  {verb:<10} {meaning}")

@@ -129,7 +129,7 @@ def _time_tokenizer(values: flags.FlagValues) -> dict[str, Any]:
 def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
     from spiral_jax.benchmarks import decoding
 
-    are_counts = all(count.strip().isdigit() and int(count) > 0 for count in values.texts)
+    are_counts = all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", count) for count in values.texts)
     require(are_counts, "--texts", ",".join(values.texts), "numbers from 1 on, as in 1,8")
     settings = decoding.DecodingSettings(
         batch_sizes=tuple(map(int, values.texts)),

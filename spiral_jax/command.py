@@ -1,6 +1,9 @@
 """How every verb runs: its own flags, one-line errors, honest exit codes."""
 
+import collections
 import contextlib
+import io
+import math
 import os
 import re
 import signal
@@ -11,7 +14,7 @@ from collections.abc import Callable, Iterator
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in
+from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in, require, shown
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
@@ -23,6 +26,7 @@ from spiral_jax.run.guards import Guards
 
 OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
+_LONGEST_LINE = 4000
 _NO_CONFIG = "--config is missing; for example --config=experiments/quickstart.py"
 
 
@@ -51,13 +55,17 @@ def run(
     # is printed by the commands, and failures are raised.
     logging.set_verbosity(logging.ERROR)
     failures.silence()
+    # A name of a file need not be UTF-8, and is printed all the same.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         rest = _parse(values, verb)
         if values.help:
             print(f"python -m spiral_jax.{verb}\n\n{doc}\n{values.main_module_help() or values.get_help()}")
             sys.exit(OK)
         if rest:
-            raise SpiralError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+            raise SpiralError(f"the argument {rest[0]!r} belongs to no flag; allowed: flags, as in --name=value")
         own_code.import_files(getattr(values, "import"))
         main(values)
     except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
@@ -110,7 +118,7 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
     """The exit status of what was raised, and what is printed about it."""
     match error:
         case SpiralError():
-            return USAGE, f"error: {error}"
+            return USAGE, f"error: {_cut(error)}"
         case Diverged():
             return DIVERGED, f"diverged: {error}"
         case Interrupted():
@@ -143,32 +151,38 @@ def config_of(values: flags.FlagValues) -> RunConfig:
     Raises:
       SpiralError: no `--config`, or a field that is not allowed.
     """
+    given = _given_config()
+    config = values.config
+    if config is None and not given:
+        raise SpiralError(_NO_CONFIG)
     try:
-        config = values.config
-        if config is None:
-            raise SpiralError(_NO_CONFIG)
-        return RunConfig.from_dict(config.to_dict())
+        to_dict = getattr(config, "to_dict", None)
     except OSError as error:
-        # ml_collections keeps a failure to load the file until the configuration is asked for.
-        raise SpiralError(f"--config: {_one_line(error)}") from None
+        # ml_collections keeps it until the configuration is asked for.
+        raise SpiralError(_unreadable(error)) from None
+    if to_dict is None:
+        raise SpiralError(f"--config={given}: get_config gives {shown(config)}; allowed: a ConfigDict")
+    return RunConfig.from_dict(to_dict())
 
 
 def _parse(values: flags.FlagValues, verb: str) -> list[str]:
-    if any(arg.startswith("--config.") for arg in sys.argv) and not any(re.match("--config(=|$)", a) for a in sys.argv):
-        raise SpiralError(_NO_CONFIG)
+    _check_arguments(values)
     try:
-        return values([verb, *sys.argv[1:]])[1:]
+        rest = values([verb, *sys.argv[1:]])[1:]
     except flags.Error as error:
-        message = str(error)
-        if "Traceback" in message:  # of a config file's get_config, folded in by ml_collections
-            message = f"--config: {message.strip().splitlines()[-1]}"
-        raise SpiralError(_one_line(message)) from None
-    except (SyntaxError, ImportError) as error:
-        raise SpiralError(f"--config: {type(error).__name__}: {_one_line(error)}") from None
+        raise SpiralError(_of_flags(values, error, verb)) from None
+    except (SyntaxError, ImportError, OSError) as error:
+        raise SpiralError(_unreadable(error)) from None
+    except SystemExit as stop:
+        raise SpiralError(f"--config={_given_config()}: SystemExit: {_one_line(stop)}") from None
     except SpiralError:
         raise
     except Exception as error:
         _blame_the_config_file(error)
+        if "get_config" in str(error):
+            raise SpiralError(
+                f"--config={_given_config()} has no function get_config; allowed: a file with one"
+            ) from None
         if not isinstance(error, AttributeError | KeyError):
             raise
         # The message names the part of the path that is unknown, quoted in several ways.
@@ -178,11 +192,64 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         near = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f"; did you mean {near[1]}?" if near else "; docs/config.md lists them all"
         raise SpiralError(f"{given} is not a field of the configuration{hint}") from None
+    for name in values:
+        value: object = values[name].value
+        if isinstance(value, float):
+            require(math.isfinite(value), f"--{name}", value, "a finite number")
+    return rest
+
+
+def _check_arguments(values: flags.FlagValues) -> None:
+    """Raises SpiralError for what the libraries that read the command line pass over, or say at length."""
+    given = [arg.partition("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.startswith("-")]
+    overrides = [name for name in given if name.removeprefix("no").startswith("config.")]
+    if overrides and "config" not in given:
+        raise SpiralError(_NO_CONFIG)
+    if overrides and given.index("config") > given.index(overrides[0]):
+        raise SpiralError(f"--{overrides[0]} comes before --config; allowed: after it")
+    for name, times in collections.Counter(given).items():
+        is_several = name in values and isinstance(values[name], flags.MultiFlag)
+        if times > 1 and not is_several and (name in values or name in overrides):
+            raise SpiralError(f"--{name} is given {times} times; allowed: once")
+    file = _given_config().partition(":")[0]
+    if "config" in values and "config" in given and not os.path.isfile(file):
+        raise SpiralError(f"--config is {_given_config()!r}; allowed: a file that exists, as in FILE.py:ARGUMENT")
+
+
+def _of_flags(values: flags.FlagValues, error: flags.Error, verb: str) -> str:
+    """What is wrong with the flags, in the words of this package rather than the library's."""
+    message = str(error)
+    if "Traceback" in message:  # of a config file's get_config, folded in by ml_collections
+        return f"--config={_given_config()}: {_one_line(message.strip().splitlines()[-1])}"
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = re.search(r"Did you mean: (\w+)", message)
+        hint = f"--{near[1]}, or another" if near else "those"
+        return f"--{error.flagname} is no flag of {verb}; allowed: {hint} that python -m spiral_jax.{verb} --help lists"
+    if found := re.match(r"flag --([^=\s]+)=(.*): ", message, re.DOTALL):
+        name = found[1]
+        given = next((arg.partition("=")[2] for arg in sys.argv if arg.lstrip("-").startswith(f"{name}=")), found[2])
+        allowed = getattr(values[name].parser, "syntactic_help", "") if name in values else ""
+        return f"--{name} is {shown(given)}; allowed: {allowed or _one_line(message[found.end() :])}"
+    return _one_line(message)
+
+
+def _unreadable(error: Exception) -> str:
+    """What to say where the file of --config cannot be read to its end."""
+    reason = error.__cause__ or error
+    return f"--config={_given_config()}: {type(reason).__name__}: {_one_line(reason)}"
+
+
+def _given_config() -> str:
+    """What follows --config on the command line, or nothing."""
+    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=False):
+        if found := re.fullmatch(r"--?config(=(?P<value>.*))?", arg, re.DOTALL):
+            return following if found["value"] is None else found["value"]
+    return ""
 
 
 def _blame_the_config_file(error: Exception) -> None:
     """Raises SpiralError if something was raised in the file that --config names, or in what it called."""
-    given = next((arg.partition("=")[2] for arg in sys.argv[1:] if arg.startswith("--config=")), "")
+    given = _given_config()
     file = os.path.realpath(given) if os.path.isfile(given) else os.path.realpath(given.rpartition(":")[0])
     if lines_in(error, file):
         raise blamed(error, f"--config={given}", file) from error
@@ -196,3 +263,9 @@ def _override(name: str) -> str | None:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())
+
+
+def _cut(error: object) -> str:
+    """A message as a line that can be read, whatever names and values are in it."""
+    line = " ".join(str(error).splitlines())
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

@@ -5,6 +5,8 @@ import os
 import traceback
 from collections.abc import Iterator
 
+_SHOWN = 400  # characters of a value in a message
+
 
 class SpiralError(Exception):
     """A mistake in what a user gave us: a config field, a file, a flag, a checkpoint.
@@ -27,7 +29,16 @@ class Diverged(Exception):
 def require(ok: bool, field: str, value, allowed: str) -> None:
     """Raises SpiralError naming a configuration field, the value found and what is allowed, unless `ok`."""
     if not ok:
-        raise SpiralError(f"{field} is {value!r}; allowed: {allowed}")
+        raise SpiralError(f"{field} is {shown(value)}; allowed: {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as a message has it: of a long one the beginning."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a list in itself
+        text = f"a {type(value).__name__} ({error})"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 @contextlib.contextmanager

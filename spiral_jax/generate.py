@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -183,13 +184,18 @@ def stop_id(tokenizer: Tokenizer, text: str) -> int:
     return found
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is a number from 1 on, of digits as int() takes them."""
+    return re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", text) is not None
+
+
 def mesh_of(flag: Sequence[str]) -> Mesh:
     """The mesh of --mesh, over the first devices.
 
     Raises:
       SpiralError: not three numbers, or more devices than there are.
     """
-    ok = len(flag) == 3 and all(size.strip().isdigit() and int(size) > 0 for size in flag)
+    ok = len(flag) == 3 and all(is_count(size) for size in flag)
     require(ok, "--mesh", ",".join(flag), "data,fsdp,tensor, as in 1,1,8")
     sizes, here = [int(size) for size in flag], jax.device_count()
     require(math.prod(sizes) <= here, "--mesh", ",".join(flag), f"a product of at most {here}, the devices here")

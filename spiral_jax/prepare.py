@@ -13,7 +13,7 @@ from absl import flags
 from spiral_jax import command
 from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.config import DataConfig
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.parallel.signals import StopRequest
 
 # What fields of the configuration are called here; the others have the same name.
@@ -26,6 +26,7 @@ _FIELDS = [
     "format",
     "text_field",
     "invalid",
+    "longest_record",
     "tokenizer",
     "bpe_vocab_size",
     "separator",
@@ -55,6 +56,7 @@ def define(values: flags.FlagValues) -> None:
     flag("format", "what the files are: auto (by their names), text, jsonl or parquet")
     flag("text_field", "field of a jsonl record, or column of a parquet file, that holds the text")
     flag("invalid", "what to do with what is no text: error or skip")
+    flag("longest_record", "most bytes of a line of jsonl, or of a text in a parquet file")
     flag("bpe_vocab_size", "entries of the tokenizer that --tokenizer=bpe trains")
     flag("separator", "text of the separator token of a tokenizer.json")
     flag("workers", "processes that tokenise; 0 for as many as there are cores")
@@ -65,6 +67,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     making = [f"--{flag}" for flag in ("input", "output") if getattr(values, flag)]
+    require(values.show >= 0, "--show", values.show, "0 or more")
     if values.inspect:
         if making:
             raise SpiralError(f"{making[0]} does not go with --inspect; allowed: one of them")

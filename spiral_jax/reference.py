@@ -10,6 +10,9 @@ import types
 import typing
 from typing import Any
 
+from absl import flags
+
+from spiral_jax import command
 from spiral_jax.run.config import MUTABLE, RunConfig
 
 _INTRODUCTION = """\
@@ -154,5 +157,15 @@ def _escape_pipes(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-if __name__ == "__main__":
+def define(values: flags.FlagValues) -> None:
+    """No flags of its own."""
+    del values
+
+
+def main(values: flags.FlagValues) -> None:
+    del values
     print(markdown(), end="")
+
+
+if __name__ == "__main__":
+    command.run("reference", __doc__, define, main)

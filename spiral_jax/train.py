@@ -22,49 +22,41 @@ if __name__ == "__main__":
 
 # ruff: isort: split
 import time
-from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 from etils.epath import Path
-from jax.sharding import Mesh
 
 from spiral_jax import command
-from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
-from spiral_jax.data.pipeline import WindowOrder
-from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun, open_tasks_of_run
+from spiral_jax.evaluation.task_evaluation import TaskEvaluation, TasksOfRun
 from spiral_jax.evaluation.validation import Validation
-from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.parallel.signals import SAVED
 from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, side_files, summary
-from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.claim import claim
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import (
     check_dtype,
-    check_same_data,
-    open_workdir,
-    read_model,
-    tokenizer_of,
+    make_workdir,
+    workdir_of,
 )
 from spiral_jax.run.finish import finish
 from spiral_jax.run.guards import Guards
-from spiral_jax.run.inputs import batches_of_process, check_data, prepare_data, window_order
+from spiral_jax.run.inputs import batches_of_process
+from spiral_jax.run.opening import Opened, first_state, open_run
 from spiral_jax.run.provenance import save_start
 from spiral_jax.run.record import Record
-from spiral_jax.run.resume import Saved, newest_whole
+from spiral_jax.run.refused import NothingLeft
 from spiral_jax.run.returns import Returns
 from spiral_jax.run.saves import Clock, Saves
 from spiral_jax.training.divergence import Skips
 from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
-from spiral_jax.training.step import Program, TrainState, abstract_state, make_program
-from spiral_jax.training.tracer import Tracer, parse_profile
+from spiral_jax.training.step import Program, TrainState, make_program
+from spiral_jax.training.tracer import Tracer, check_profile, parse_profile
 
 
 def define(values: flags.FlagValues) -> None:
@@ -84,10 +76,11 @@ def main(values: flags.FlagValues) -> None:
         Guards(config.deadlines) as guards,
         command.joined(values, guards, silence=config.deadlines.silence_seconds) as processes,
     ):
-        workdir = open_workdir(values.workdir)
+        workdir = workdir_of(values.workdir)
         metrics.check_extras(config.logging)
         summary.check_extras(config.summary)
         config.check_mesh(jax.device_count())
+        check_profile(profiled, config.train.steps)
         processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
         if config.evaluation.tasks and processes.several:
             raise SpiralError(
@@ -100,40 +93,20 @@ def main(values: flags.FlagValues) -> None:
             f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
         )
-        with claim(workdir, processes) as guards.claim:
-            processes.check_shared(workdir, "--workdir")
-            run(config, workdir, profiled, processes, guards)
+        with NothingLeft(workdir, processes.is_main) as started:
+            make_workdir(workdir)
+            with claim(workdir, processes) as guards.claim, started.claimed():
+                processes.check_shared(workdir, "--workdir")
+                run(config, workdir, profiled, processes, guards, started)
 
 
-class Opened(NamedTuple):
-    """What a run stands on: opened and checked before anything is compiled.
-
-    Attributes:
-      data: training and validation text, and the tokenizer.
-      order: which windows come when.
-      tasks: of the harness, None for none.
-      checkpoints: of the run's directory.
-      saved: the newest of them that is whole, restored; None if there is none.
-      given: parameters to start from, of another model; None for none.
-    """
-
-    data: PreparedData
-    order: WindowOrder
-    tasks: OpenTasks | None
-    checkpoints: Checkpoints
-    saved: Saved | None
-    given: dict[str, Any] | None
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.saved.step if self.saved else 0
-
-
-def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes, guards: Guards) -> None:
+def run(
+    config: RunConfig, workdir: Path, profiled: range, processes: Processes, guards: Guards, started: NothingLeft
+) -> None:
     """The run in `workdir`, from wherever it stands."""
     mesh = make_mesh(config.mesh)
     opened = open_run(config, workdir, mesh, processes, guards.watchdog)
+    started.keep()
     program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
     if processes.is_main:
@@ -147,52 +120,6 @@ def run(config: RunConfig, workdir: Path, profiled: range, processes: Processes,
     opened.checkpoints.close()
     if processes.is_main:
         finish(config, workdir, opened.data, processes)
-
-
-def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes, watchdog: Watchdog) -> Opened:
-    """Opens what the run stands on, and checks it against its newest checkpoint that is whole.
-
-    Raises:
-      SpiralError: a configuration or data that does not continue the run, data that is missing or does not suit it, or
-        an `upcycle.source` that does not.
-    """
-    checkpoints = Checkpoints(workdir, config.checkpoint, processes=processes)
-    saved = newest_whole(config, workdir, checkpoints, abstract_state(config, mesh), processes)
-    for line in own_code.changes(workdir, config.to_dict()) if saved else ():
-        processes.say(line)
-    fingerprints = saved.fingerprints if saved else None
-    watchdog.expect_nothing()
-    data = prepare_data(config, workdir, fingerprints, processes)
-    watchdog.expect("the start", "start_minutes")
-    check_data(config, data)
-    if fingerprints:
-        check_same_data(config.data, data, fingerprints, workdir)
-    order = window_order(config, data)
-    tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
-    given = None
-    if saved is None and config.upcycle.source:
-        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
-    return Opened(data, order, tasks, checkpoints, saved, given)
-
-
-def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened, processes: Processes) -> TrainState:
-    """Where the run starts: at its newest checkpoint, at parameters from elsewhere, or at random ones."""
-    if opened.saved and opened.step:
-        processes.say(f"resuming after step {opened.step} of {config.train.steps}")
-        return opened.saved.arrays
-    state = program.init(jax.random.key(config.seed))
-    if opened.saved:
-        state = state.replace(params=opened.saved.arrays)
-        processes.say("starting from the imported parameters")
-        if tokenizer_of(workdir).fingerprint != opened.data.tokenizer.fingerprint:
-            processes.say("note: the data is in another tokenizer's ids than the one imported with them")
-    elif opened.given is not None:
-        state = state.replace(params=place(opened.given, state.params))
-        processes.say(f"starting from the layers of {config.upcycle.source}")
-        fresh = fresh_linears(config.model, opened.given)
-        if fresh:
-            processes.say(f"starting as always, as the source has none like them: {', '.join(fresh)}")
-    return state
 
 
 def train(

@@ -41,7 +41,7 @@ def _text(node: ast.expr) -> str:
 
 
 # "FIELD is FOUND; allowed: ...", not the other ways in which the same can be said.
-OTHER_GRAMMARS = r": found\b|, allowed\b|\bmust\b|[^;] allowed:|\. "
+OTHER_GRAMMARS = r": found\b|, allowed\b|\bmust\b|[^;] allowed:|\. |\}: (cannot|is|are|has|does|holds)\b"
 
 
 @pytest.mark.parametrize("path", files("spiral_jax"), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -54,6 +54,7 @@ def test_the_grammar_is_looked_for(tmp_path):
     (tmp_path / "x.py").write_text('raise SpiralError(f"{field}: found {x}, " "allowed: " + more)\n', encoding="utf-8")
     ((line, text),) = messages(tmp_path / "x.py")
     assert (line, text) == (1, "{}: found {}, allowed: {}") and re.search(OTHER_GRAMMARS, text)
+    assert re.search(OTHER_GRAMMARS, "{}: cannot be written ({})")
 
 
 def test_files_of_a_run_are_opened_through_their_path():

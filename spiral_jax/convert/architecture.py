@@ -1,16 +1,18 @@
 """A model's architecture, to and from Hugging Face's `config.json`, and what we refuse (docs/spec.md section 7)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from spiral_jax.errors import SpiralError
-from spiral_jax.model.config import PROGRAM, ModelConfig
+from spiral_jax.errors import SpiralError, shown
+from spiral_jax.model.config import MOST_ITERATIONS, PROGRAM, ModelConfig
 from spiral_jax.model.topology import topologies
 
 # Spellings under which `transformers` computes the exact (erf) GELU; its "gelu_accurate" is the tanh approximation.
 EXACT_GELU = ("gelu", "gelu_python")
 
+_LARGEST = 2**63  # of a number; an integer of JSON can be of any size, and more than a float holds
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
 
 
@@ -132,18 +134,22 @@ class Fields:
             kind is bool or not isinstance(value, bool)
         )
         self.require(is_kind, field, _KINDS[kind])
-        return float(value) if kind is float else value
+        if kind is float:
+            self.require(abs(value) < math.inf and abs(value) <= _LARGEST, field, "a finite number")
+            return float(value)
+        return value
 
     def choose(self, field: str, allowed: tuple[str, ...]) -> str:
         """The value of a field that must be one of these texts."""
-        self.require(self._values.get(field) in allowed, field, ", ".join(map(repr, allowed)))
+        value = self._values.get(field)
+        self.require(isinstance(value, str) and value in allowed, field, ", ".join(map(repr, allowed)))
         return self._values[field]
 
     def require(self, ok: bool, field: str, allowed: str) -> None:
         """Raises SpiralError about a field, unless `ok`."""
         if not ok:
             value = self._values.get(field)
-            found = "missing" if value is None else repr(value)
+            found = "missing" if value is None else shown(value)
             raise SpiralError(f"{self.name}: {field} is {found}; allowed: {allowed}")
 
 
@@ -175,8 +181,10 @@ def _neox(fields: Fields) -> dict[str, Any]:
 
 def _spiralformer(fields: Fields) -> dict[str, Any]:
     """The fields of ModelConfig that only looped models have."""
-    schedule = []
-    for t, values in enumerate(fields.read("schedule", list)):
+    schedule, found = [], fields.read("schedule", list)
+    if len(found) > MOST_ITERATIONS:
+        raise SpiralError(f"{fields.name}: schedule is of {len(found)} iterations; allowed: up to {MOST_ITERATIONS}")
+    for t, values in enumerate(found):
         fields.require(isinstance(values, dict), "schedule", "a list of objects")
         level = Fields(values, f"{fields.name}: schedule[{t}]")
         schedule.append([level.read(field, int) for field in ("chunk", "offset", "shift")])

@@ -7,7 +7,7 @@ import numpy as np
 from spiral_jax.convert.architecture import Fields, config_from_huggingface
 from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.convert.weights import Weights
-from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.json_files import MAX_CONFIG_BYTES, read_json_object
 from spiral_jax.data.storage import local_path
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
@@ -19,7 +19,7 @@ CONFIG = "config.json"
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder's `config.json` is one of Hugging Face's; a run directory has one of ours."""
     try:
-        return "model_type" in read_json_object(folder / CONFIG)
+        return "model_type" in read_json_object(folder / CONFIG, MAX_CONFIG_BYTES)
     except SpiralError:
         return False
 
@@ -34,7 +34,7 @@ def read_config(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, int]
     Raises:
       SpiralError: the file is missing or damaged, or describes another architecture.
     """
-    values, name = read_json_object(folder / CONFIG), str(folder / CONFIG)
+    values, name = read_json_object(folder / CONFIG, MAX_CONFIG_BYTES), str(folder / CONFIG)
     config = config_from_huggingface(values, dtype, name)
     return config, Fields(values, name).read("max_position_embeddings", int, 2048)
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spiral_jax.convert.architecture import is_vanilla
+from spiral_jax.convert.weights import Weights
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import layer_linears
@@ -28,6 +29,7 @@ LAYER_MODULES = {
     "mlp_up": "mlp.dense_h_to_4h",
     "mlp_down": "mlp.dense_4h_to_h",
 }
+_NAMED = 10  # tensors that are wrong, in a message
 # Constants that checkpoints of `transformers` before 4.31 hold as if they were parameters.
 BUFFERS = re.compile(
     r"gpt_neox\.(layers\.\d+\.attention\.(bias|masked_bias)|(layers\.\d+\.attention\.)?rotary_emb\.inv_freq)"
@@ -143,6 +145,32 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
+def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Whether tensors are those of an architecture; from names and shapes, before any is read or made.
+
+    Args:
+      config: the architecture.
+      shapes: of the tensors, by name; buffers of old checkpoints are passed over.
+      name: what to call the tensors in errors: their file or folder.
+
+    Raises:
+      SpiralError: tensors missing, left over or of another shape, the first of them named.
+    """
+    problems, used = [], set()
+    for exported in exported_arrays(config):
+        used.update(exported.names)
+        for key in exported.names:
+            if key not in shapes:
+                problems.append(f"{key} {list(exported.shape)} is missing")
+            elif shapes[key] != exported.shape:
+                problems.append(f"{key} has shape {list(shapes[key])}, expected {list(exported.shape)}")
+    extra = sorted(key for key in set(shapes) - used if not BUFFERS.fullmatch(key))
+    problems += [f"{key} {list(shapes[key])} is not a tensor of this model" for key in extra]
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise SpiralError(f"{name}: {'; '.join(problems[:_NAMED])}{more}")
+
+
 def params_from_tensors(
     config: ModelConfig,
     tensors: Mapping[str, np.ndarray],
@@ -158,30 +186,15 @@ def params_from_tensors(
       name: what to call the tensors in errors: their file or folder.
 
     Raises:
-      SpiralError: tensors missing, left over or of another shape, all of them named.
+      SpiralError: as for `check_tensors`.
     """
-    every, problems = exported_arrays(config), []
-
-    def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
-        tensor = tensors.get(key)  # once, as it may be read from disk every time
-        if tensor is None:
-            problems.append(f"{key} {list(shape)} is missing")
-        elif tensor.shape != shape:
-            problems.append(f"{key} has shape {list(tensor.shape)}, expected {list(shape)}")
-        else:
-            return np.asarray(tensor, dtype)
-        return np.zeros(shape, np.float32)
-
+    shapes = tensors.shapes if isinstance(tensors, Weights) else {key: x.shape for key, x in tensors.items()}
+    check_tensors(config, shapes, name)
     arrays = {}
-    for exported in every:
-        layers = [exported.from_rows(take(key, exported.shape)) for key in exported.names]
+    for exported in exported_arrays(config):
+        layers = [exported.from_rows(np.asarray(tensors[key], dtype)) for key in exported.names]
         array = np.stack(layers) if exported.is_stacked else layers[0]
         if exported.path == EMBEDDING:
             array = (array.astype(np.float64) / config.d_model**0.5).astype(array.dtype)
         arrays[exported.path] = array
-    used = {key for exported in every for key in exported.names}
-    extra = sorted(key for key in set(tensors) - used if not BUFFERS.fullmatch(key))
-    problems += [f"{key} {list(tensors[key].shape)} is not a tensor of this model" for key in extra]
-    if problems:
-        raise SpiralError(f"{name}: " + "; ".join(problems))
     return unflatten_dict(arrays)

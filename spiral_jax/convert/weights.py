@@ -53,7 +53,11 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_byt
 
 
 class Weights(Mapping):
-    """The tensors of a folder by name, each read from its file when it is asked for, as NumPy arrays."""
+    """The tensors of a folder by name, each read from its file when it is asked for, as NumPy arrays.
+
+    Attributes:
+      shapes: of all of them, from the files' headers.
+    """
 
     def __init__(self, folder: Path):
         """Opens the files and reads what is in them.
@@ -64,13 +68,15 @@ class Weights(Mapping):
         """
         self._files: dict[Path, Any] = {}
         self._names: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         expected = _weight_map(folder)
         for path in sorted({*expected.values()}) if expected else [folder / FILE]:
             file = self._files[path] = _open(path)
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in self._names:
                     raise SpiralError(f"{path} has {name}, as {self._names[name].name} has; allowed: once")
-                dtype = file.get_slice(name).get_dtype()
+                header = file.get_slice(name)
+                dtype, self.shapes[name] = header.get_dtype(), tuple(header.get_shape())
                 if dtype not in _DTYPES and not name.endswith(("attention.bias", "attention.masked_bias")):
                     raise SpiralError(f"{path}: {name} is of type {dtype}; allowed: {', '.join(_DTYPES.values())}")
                 self._names[name] = path

@@ -61,10 +61,18 @@ class Part:
         return cls(**content | {"counts": counts} | skipped)
 
     @classmethod
+    def or_none(cls, content: Any) -> "Part | None":
+        """As `from_json`, or None of something else."""
+        try:
+            return cls.from_json(content)
+        except (KeyError, TypeError, AttributeError):
+            return None
+
+    @classmethod
     def find(cls, name: str, folder: Path, dtype: np.dtype) -> "Part | None":
         """The part in a folder, if all of it is there; `dtype` is that of an id."""
         content = json_or_none(folder / f"{name}.json")
-        part = cls.from_json(content) if isinstance(content, dict) and content.get("name") == name else None
+        part = cls.or_none(content) if isinstance(content, dict) and content.get("name") == name else None
         return part if part and all(part.is_there(split, folder, dtype) for split in SPLITS) else None
 
     def is_there(self, split: str, folder: Path, dtype: np.dtype) -> bool:
@@ -77,7 +85,7 @@ class Part:
 def json_or_none(path: Path) -> Any:
     """What is in a file of JSON, or None if there is no such file or it is damaged."""
     try:
-        return read_json(path)
+        return read_json(path, max_bytes=2**31)  # ours, and as long as there are pieces
     except SpiralError:
         return None
 
@@ -120,7 +128,7 @@ def _batches(piece: Piece, config: DataConfig, part: Part) -> Iterator[list[tupl
     """Texts, each with its split and bytes, many at a time; what is left out is noted in the part."""
     batch: list[tuple[str, Text, int]] = []
     batch_bytes = 0
-    for source, found in read_piece(piece, config.text_field):
+    for source, found in read_piece(piece, config.text_field, config.longest_record):
         if isinstance(found, Text):
             content = found.text.encode("utf-8")
             batch.append((split_of(content, source, config), found, len(content)))

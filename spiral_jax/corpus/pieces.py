@@ -1,11 +1,13 @@
 """Cuts the input into pieces of work, whose number and extent depend on the input alone."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spiral_jax.corpus.sources import Source, character_cut, one_line, read_range, unpack
+from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
 
 # A piece is what is lost when a worker is killed, and a file of its own for a while; a thousand of them are enough
@@ -49,21 +51,24 @@ class Piece:
     name: str = ""
 
 
-def cut_into_pieces(sources: Sequence[Source], text_field: str) -> Iterator[Piece]:
+def cut_into_pieces(
+    sources: Sequence[Source], text_field: str, longest_record: int = DataConfig.longest_record
+) -> Iterator[Piece]:
     """Cuts sources into pieces, one after the other as they are asked for.
 
     Small files share a piece. Large ones are cut: plain text and lines by bytes, parquet by row groups, compressed
     ones by unpacking them here, because they can only be unpacked from their beginning.
 
     Raises:
-      SpiralError: a file cannot be read, is damaged, or a parquet file without the column `text_field`.
+      SpiralError: a file cannot be read, is damaged, has a line longer than the longest record, or is a parquet file
+        without the column of the text.
     """
     size = min(max(sum(source.input_bytes for source in sources) // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
-    for number, piece in enumerate(_cut(sources, size, text_field)):
+    for number, piece in enumerate(_cut(sources, size, text_field, longest_record)):
         yield dataclasses.replace(piece, name=f"{number:08d}")
 
 
-def _cut(sources: Sequence[Source], size: int, text_field: str) -> Iterator[Piece]:
+def _cut(sources: Sequence[Source], size: int, text_field: str, longest_record: int) -> Iterator[Piece]:
     small: list[Source] = []
     small_bytes = 0
     for source in sources:
@@ -79,27 +84,30 @@ def _cut(sources: Sequence[Source], size: int, text_field: str) -> Iterator[Piec
         elif source.format == "parquet":
             yield from _cut_parquet(source, size, text_field)
         elif source.compression:
-            yield from cut_packed(source, size)
+            yield from cut_packed(source, size, longest_record)
         else:
-            yield from _cut_plain(source, size)
+            yield from _cut_plain(source, size, longest_record)
     if small:
         yield Piece(tuple(small), small_bytes)
 
 
-def _cut_plain(source: Source, size: int) -> Iterator[Piece]:
+def _cut_plain(source: Source, size: int, longest_record: int) -> Iterator[Piece]:
     begin = source.begin
     while begin < source.stop:
-        end = source.stop if source.stop - begin <= size else _plain_cut(source, begin + size)
+        end = source.stop if source.stop - begin <= size else _plain_cut(source, begin + size, longest_record)
         yield Piece((dataclasses.replace(source, begin=begin, end=end),), end - begin, ends=end == source.stop)
         begin = end
 
 
-def _plain_cut(source: Source, position: int) -> int:
+def _plain_cut(source: Source, position: int, longest_record: int) -> int:
     if source.format == "text":
         begin, end = max(position - MARGIN, 0), min(position + LOOKAHEAD + MARGIN, source.stop)
         return min(begin + text_cut(read_range(source.path, begin, end), position - begin), source.stop)
     position -= 1  # a line may end right before the position
+    wanted = position
     while position < source.stop:
+        if position - wanted > longest_record:
+            raise too_long(source, f"the line at byte {wanted}", longest_record)
         stop = min(position + LOOKAHEAD, source.stop)
         newline = read_range(source.path, position, stop).find(b"\n")
         if newline >= 0:
@@ -108,8 +116,20 @@ def _plain_cut(source: Source, position: int) -> int:
     return source.stop
 
 
-def cut_packed(source: Source, size: int) -> Iterator[Piece]:
-    """Unpacks a file into pieces with content, of about `size` bytes or as long as its longest line."""
+def too_long(source: Source, place: str, longest_record: int) -> SpiralError:
+    """What to raise about a record of a source."""
+    name = os.fsencode(source.path).decode("utf-8", "backslashreplace")
+    return SpiralError(
+        f"{name}: {place} is longer than {longest_record} bytes; allowed: so many, or more with data.longest_record"
+    )
+
+
+def cut_packed(source: Source, size: int, longest_record: int) -> Iterator[Piece]:
+    """Unpacks a file into pieces with content, of about `size` bytes or as long as its longest line.
+
+    Raises:
+      SpiralError: a line is longer than `longest_record` bytes.
+    """
     content, begin, line = bytearray(), source.begin, 1
     enough = size + LOOKAHEAD + MARGIN
     unpacked = position = done = 0
@@ -118,7 +138,8 @@ def cut_packed(source: Source, size: int) -> Iterator[Piece]:
         nonlocal begin, line, done
         stretch = dataclasses.replace(source, begin=begin, end=begin + at)
         now = min(position, source.input_bytes)
-        piece = Piece((stretch,), now - done, bytes(content[:at]), line, ends)
+        with memoryview(content)[:at] as beginning:
+            piece = Piece((stretch,), now - done, bytes(beginning), line, ends)
         del content[:at]
         begin, done = begin + at, now
         line += piece.content.count(b"\n") if source.format == "jsonl" else 0
@@ -131,7 +152,9 @@ def cut_packed(source: Source, size: int) -> Iterator[Piece]:
         while len(content) >= enough:
             at = text_cut(content, size) if source.format == "text" else content.find(b"\n", size - 1) + 1
             if at in (0, len(content)):  # perhaps a longer line: look again when there is twice as much
-                enough = 2 * len(content)
+                if not at and len(content) - size > longest_record:
+                    raise too_long(source, f"the line at byte {begin + size}", longest_record)
+                enough = min(2 * len(content), size + max(longest_record, LOOKAHEAD + MARGIN) + 1)
                 break
             yield take(at, position, ends=False)
             enough = size + LOOKAHEAD + MARGIN

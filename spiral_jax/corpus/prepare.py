@@ -14,25 +14,23 @@ cache of a run has one per set of inputs, named by its fingerprint. Until it has
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spiral_jax.corpus.exclusive import Check, exclusive
 from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
 from spiral_jax.corpus.store_writer import Counts, StoreWriter
-from spiral_jax.corpus.texts import SAMPLE_BYTES, sample_texts
+from spiral_jax.corpus.texts import SAMPLE_BYTES, NotText, sample_texts
 from spiral_jax.corpus.workers import encode_pieces
 from spiral_jax.data.atomic import partial_of, rename_whole, whole_folder, write_text
 from spiral_jax.data.config import DataConfig
@@ -47,9 +45,6 @@ from spiral_jax.progress import Progress, Report
 RESULT = "prepared.json"
 # Part of the fingerprint: raise it when the same input would give other tokens.
 _RECIPE_VERSION = 2
-_SECONDS_BETWEEN_TRIES = 0.1
-
-Check = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +97,7 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
     cache = Path(cache_dir)
     recipe = _recipe(config, cache, report)
     folder = cache / recipe.fingerprint[:16]
-    with _exclusive(cache, ".lock", report):
+    with exclusive(cache, ".lock", report):
         for other in set(cache.glob(".*.partial")) - {partial_of(folder)}:
             shutil.rmtree(other, ignore_errors=True)  # of other inputs, and nobody works on them
         try:
@@ -132,7 +127,7 @@ def prepare_folder(
     """
     folder = local_path("--output", output)
     recipe = _recipe(config, folder, report)
-    with _exclusive(folder.parent, f".{folder.name}.lock", report, check):
+    with exclusive(folder.parent, f".{folder.name}.lock", report, check):
         if folder.exists() and not folder.is_dir():
             raise SpiralError(f"{folder} is a file; allowed: a new or an empty folder")
         if folder.is_dir() and any(folder.iterdir()):
@@ -174,31 +169,15 @@ def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
     return Recipe(config, split, None if config.tokenizer == "bpe" else configured_tokenizer(config))
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path, name: str, report: Report, check: Check = lambda: None) -> Iterator[None]:
-    """Keeps processes from making the same stores at a time; the system drops the lock of a killed one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / name, "wb")
-    except OSError as error:
-        raise SpiralError(f"{folder} cannot be written ({error.strerror})") from error
-    with lock:
-        for attempt in itertools.count():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not attempt:
-                    report(f"data: waiting for another process that prepares data in {folder}")
-                check()
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-        yield
-
-
 def _result(folder: Path) -> dict[str, Any]:
-    """What `prepared.json` says, or nothing."""
+    """What `prepared.json` says, or nothing if it is missing or damaged."""
     content = json_or_none(folder / RESULT)
-    return content if isinstance(content, dict) else {}
+    try:
+        counts = [Counts(**content["splits"][split]) for split in SPLITS]
+        numbers = [number for found in counts for number in dataclasses.astuple(found)]
+        return content if all(isinstance(number, int) for number in numbers) else {}
+    except (KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _open(folder: Path, fingerprint: str) -> PreparedData | None:
@@ -255,6 +234,11 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
         rename_whole(partial / "whole", folder)
     except OSError as error:
         raise SpiralError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
+    except SpiralError as error:
+        is_begun = any((partial / "parts").glob("*.json")) or (partial / "parts.json").exists()
+        if isinstance(error, NotText) or not is_begun:
+            shutil.rmtree(partial, ignore_errors=True)  # there is nothing that could be gone on with
+        raise
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.config.validation_fraction and not result["splits"]["validation"]["documents"]:
         report("data: no document was held out for validation; a larger data.validation_fraction holds out more")
@@ -298,8 +282,10 @@ def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report:
     """All parts in order, each in the folder of parts or in a store."""
     folder, listed, dtype = partial / "parts", partial / "parts.json", token_dtype(tokenizer.vocab_size)
     if content := json_or_none(listed):
-        parts = [Part.from_json(part) for part in content]
-        if all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
+        found = [Part.or_none(entry) for entry in content] if isinstance(content, list) else [None]
+        parts = [part for part in found if part]
+        is_whole = len(parts) == len(found)
+        if is_whole and all(_num_merged(partial, parts, split, dtype) is not None for split in SPLITS):
             report("data: all text is tokenised, going on to put it together")
             return parts
         report(f"data: starting anew, {partial} is damaged")
@@ -313,7 +299,7 @@ def _finished_parts(partial: Path, recipe: Recipe, tokenizer: Tokenizer, report:
     names: list[str] = []
 
     def remaining() -> Iterator[Piece]:
-        for piece in cut_into_pieces(recipe.sources, recipe.config.text_field):
+        for piece in cut_into_pieces(recipe.sources, recipe.config.text_field, recipe.config.longest_record):
             check()
             names.append(piece.name)
             if piece.name in kept:

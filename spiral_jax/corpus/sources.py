@@ -16,8 +16,10 @@ from spiral_jax.errors import SpiralError
 
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 _BLOCK = 2**20
-# A few bytes of zstd can stand for 128 KiB: what one block may swell to in memory is bounded by its size.
-_ZSTD_BLOCK = 2**14
+# Four bytes of zstd can stand for 128 KiB: what one block may swell to in memory, 64 MiB, is bounded by its size.
+_ZSTD_BLOCK = 2**11
+# What is scored is in memory as a whole; a store is not.
+_LONGEST_TEXT = 2**28
 # What `zstd --long=31` needs, and the most that the format's own tool reads.
 _ZSTD_WINDOW = 2**31
 _ALLOWED_PATHS = "allowed: files, folders, glob patterns"
@@ -210,7 +212,16 @@ def read_text(source: Source) -> str:
     Raises:
       SpiralError: the file is not UTF-8, or cannot be read.
     """
-    content = b"".join(_blocks(source))
+    blocks, size = [], 0
+    for block in _blocks(source):
+        size += len(block)
+        if size > _LONGEST_TEXT:
+            raise SpiralError(
+                f"{source.path} has more than {_LONGEST_TEXT} bytes; allowed: a text of so many, or a token store of "
+                "more (python -m spiral_jax.prepare)"
+            )
+        blocks.append(block)
+    content = b"".join(blocks)
     try:
         content.decode("utf-8")  # all of it, whichever stretch is asked for
         return content[source.begin : source.end].decode("utf-8")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from spiral_jax.data.atomic import partial_of, rename_whole, write_text
+from spiral_jax.data.checksums import BLOCK_BYTES, Checksums
 from spiral_jax.data.store import DOCUMENTS, MANIFEST, OFFSET_DTYPE, TOKENS, Manifest, TokenStore, token_dtype
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
@@ -69,7 +69,7 @@ class StoreWriter:
         self._source = source
         self._dtype = token_dtype(tokenizer.vocab_size)
         self.counts = resume or Counts()
-        self._files, self._digests = {}, {}
+        self._files, self._checksums = {}, {}
         with _errors_of_writing(self._folder):
             if resume is None:
                 shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed
@@ -77,8 +77,10 @@ class StoreWriter:
             for name, size in _file_sizes(self.counts, self._dtype).items():
                 self._files[name] = open(self._partial / name, "ab", buffering=2**20)
                 self._files[name].truncate(size)  # of a new store, too: the first document starts at 0
+                self._checksums[name] = Checksums()
                 with open(self._partial / name, "rb") as kept:
-                    self._digests[name] = hashlib.file_digest(kept, "sha256")
+                    while content := kept.read(BLOCK_BYTES):
+                        self._checksums[name].update(content)
 
     @staticmethod
     def can_resume(folder: Path, counts: Counts, dtype: np.dtype) -> bool:
@@ -116,7 +118,7 @@ class StoreWriter:
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
         self._files[name].write(content)
-        self._digests[name].update(content)
+        self._checksums[name].update(content)
 
     def sync(self) -> None:
         """Returns once everything that was appended is on disk."""
@@ -149,8 +151,10 @@ class StoreWriter:
                 max_token_id=max(self.counts.max_token_id, self._tokenizer.separator_id),
                 tokenizer_fingerprint=self._tokenizer.fingerprint,
                 source=self._source,
-                tokens_sha256=self._digests[TOKENS].hexdigest(),
-                documents_sha256=self._digests[DOCUMENTS].hexdigest(),
+                tokens_sha256=self._checksums[TOKENS].sha256,
+                documents_sha256=self._checksums[DOCUMENTS].sha256,
+                tokens_blocks=self._checksums[TOKENS].blocks,
+                documents_blocks=self._checksums[DOCUMENTS].blocks,
             )
             write_text(self._partial / MANIFEST, manifest.to_json())
             rename_whole(self._partial, self._folder)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from spiral_jax.corpus.pieces import Piece, cut_into_pieces, cut_packed, listing, open_parquet, text_cut
+from spiral_jax.corpus.pieces import Piece, cut_into_pieces, cut_packed, listing, open_parquet, text_cut, too_long
 from spiral_jax.corpus.sources import Source, one_line, read_range, uniform_hash, unpack
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError
@@ -19,6 +19,10 @@ _TEXT_BYTES = 2**20
 _ROWS_PER_BATCH = 256
 # More text does not make a small vocabulary better in a way one can measure, only slower to train.
 SAMPLE_BYTES = 8_000_000
+
+
+class NotText(SpiralError):
+    """Input that is no text. Whatever mends it makes it other input: nothing of a preparation can be gone on with."""
 
 
 class Text(NamedTuple):
@@ -61,29 +65,37 @@ class Invalid(NamedTuple):
                 break
         return f"{name}:{lines}: {self.what}"
 
-    def error(self) -> SpiralError:
+    def error(self) -> "NotText":
         """What to raise where it is an error."""
-        return SpiralError(self.describe() + '; allowed: UTF-8 text, or data.invalid="skip" to leave it out')
+        return NotText(self.describe() + '; allowed: UTF-8 text, or data.invalid="skip" to leave it out')
 
 
-def read_piece(piece: Piece, text_field: str) -> Iterator[tuple[Source, Text | Invalid]]:
-    """Reads documents, long text in stretches; `text_field` is the field or column of records that holds the text.
+def read_piece(
+    piece: Piece, text_field: str, longest_record: int = DataConfig.longest_record
+) -> Iterator[tuple[Source, Text | Invalid]]:
+    """Reads documents, long text in stretches.
+
+    Args:
+      piece: what to read.
+      text_field: the field or column of records that holds the text.
+      longest_record: most bytes of a line, or of a text in a parquet file.
 
     Yields:
       Documents that are not empty, in order, each with its source. Of a text file that is not UTF-8, one Invalid and
       nothing else.
 
     Raises:
-      SpiralError: a file cannot be read, is damaged, or has no such column.
+      SpiralError: a file cannot be read, is damaged, has no such column or a longer record.
     """
     for source in piece.sources:
         one = dataclasses.replace(piece, sources=(source,))
         if source.format == "parquet":
-            found = _rows(source, text_field)
+            found = _rows(source, text_field, longest_record)
         elif source.format == "jsonl":
-            found = (item for unpacked in _with_content(one) for item in _json_lines(unpacked, text_field))
+            unpacked = _with_content(one, longest_record)
+            found = (item for part in unpacked for item in _json_lines(part, text_field, longest_record))
         else:
-            found = _texts(source.path, functools.partial(_with_content, one))
+            found = _texts(source.path, functools.partial(_with_content, one, longest_record))
         yield from ((source, item) for item in found)
 
 
@@ -98,8 +110,9 @@ def sample_texts(sources: Sequence[Source], config: DataConfig) -> list[str]:
     # In the order of a hash, so that the sample is not just the first folder.
     train = [source for source in sources if source.split != "validation"]
     train.sort(key=lambda source: hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest())
-    pieces = (piece for source in train for piece in cut_into_pieces([source], config.text_field))
-    for source, found in (item for piece in pieces for item in read_piece(piece, config.text_field)):
+    how = config.text_field, config.longest_record
+    pieces = (piece for source in train for piece in cut_into_pieces([source], *how))
+    for source, found in (item for piece in pieces for item in read_piece(piece, *how)):
         if num_bytes >= SAMPLE_BYTES:
             break
         if isinstance(found, Invalid):
@@ -118,12 +131,12 @@ def split_of(content: bytes, source: Source, config: DataConfig) -> str:
     return "validation" if uniform_hash(content) < config.validation_fraction else "train"
 
 
-def _with_content(piece: Piece) -> Iterator[Piece]:
+def _with_content(piece: Piece, longest_record: int) -> Iterator[Piece]:
     [source] = piece.sources
     if piece.content:
         yield piece
     elif source.compression:
-        yield from cut_packed(source, _TEXT_BYTES)
+        yield from cut_packed(source, _TEXT_BYTES, longest_record)
     else:
         yield dataclasses.replace(piece, content=read_range(source.path, source.begin, source.stop))
 
@@ -146,10 +159,12 @@ def _texts(path: str, read: Callable[[], Iterator[Piece]]) -> Iterator[Text | In
             yield Text(piece.content[begin:].decode("utf-8"), ends=piece.ends)
 
 
-def _json_lines(piece: Piece, text_field: str) -> Iterator[Text | Invalid]:
+def _json_lines(piece: Piece, text_field: str, longest_record: int) -> Iterator[Text | Invalid]:
     [source] = piece.sources
     begin = source.begin
     for number, line in enumerate(io.BytesIO(piece.content), piece.first_line):
+        if len(line) > longest_record:
+            raise too_long(source, f"the line at byte {begin}", longest_record)
         if not line.isspace():
             try:
                 text = _field(line, begin, text_field)
@@ -176,7 +191,7 @@ def _field(line: bytes, begin: int, text_field: str) -> str:
     return _checked_text(record[text_field], text_field)
 
 
-def _rows(source: Source, text_field: str) -> Iterator[Text | Invalid]:
+def _rows(source: Source, text_field: str, longest_record: int) -> Iterator[Text | Invalid]:
     with open_parquet(source.path, text_field) as file:
         stop = file.num_row_groups if source.end is None else source.end
         row = sum(file.metadata.row_group(group).num_rows for group in range(source.begin))
@@ -193,6 +208,8 @@ def _rows(source: Source, text_field: str) -> Iterator[Text | Invalid]:
                 except ValueError as error:
                     yield Invalid(source.path, f"row {row}: {error}")
                 else:
+                    if len(text) > longest_record // 4 and len(text.encode("utf-8")) > longest_record:
+                        raise too_long(source, f"row {row}", longest_record)
                     if text:
                         yield Text(text)
         except (OSError, ValueError) as error:  # from one of which the errors of pyarrow derive

@@ -25,6 +25,7 @@ import spiral_jax
 from spiral_jax.corpus.parts import Part, encode_piece
 from spiral_jax.corpus.pieces import Piece
 from spiral_jax.corpus.sources import Source
+from spiral_jax.corpus.texts import NotText
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.tokenizers import load_tokenizer
 from spiral_jax.errors import SpiralError
@@ -59,7 +60,8 @@ def encode_pieces(
     first = list(itertools.islice(pieces, 2))
     pieces = itertools.chain(first, pieces)
     if workers > 1 and len(first) > 1:
-        recipe = {field: getattr(config, field) for field in ("text_field", "invalid", "validation_fraction")}
+        fields = ("text_field", "invalid", "validation_fraction", "longest_record")
+        recipe = {field: getattr(config, field) for field in fields}
         task = {"tokenizer_folder": str(tokenizer_folder), "folder": str(folder), "config": recipe}
         yield from _encode_on_workers(pieces, task, workers, check)
     elif first:
@@ -152,7 +154,7 @@ def _ask(process: subprocess.Popen[bytes], piece: Piece) -> Part:
         raise SpiralError(f"data.workers: a worker ended with {reason}{hint}; run it again to go on")
     result = json.loads(answer)
     if "error" in result:
-        raise SpiralError(result["error"])
+        raise (NotText if result["not_text"] else SpiralError)(result["error"])
     if "defect" in result:
         raise RuntimeError(f"a worker failed on piece {piece.name}:\n{result['defect']}")
     return Part.from_json(result)
@@ -186,7 +188,7 @@ def main() -> None:
             part = encode_piece(piece, tokenizer, config, Path(task["folder"]))
             result = dataclasses.asdict(part)
         except SpiralError as error:
-            result = {"error": str(error)}
+            result = {"error": str(error), "not_text": isinstance(error, NotText)}
         except Exception:
             result = {"defect": traceback.format_exc()}
         print(json.dumps(result), file=answers, flush=True)

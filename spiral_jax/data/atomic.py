@@ -50,7 +50,7 @@ def written(path: Path | epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SpiralError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise SpiralError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
@@ -69,6 +69,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
       SpiralError: it cannot be made or written.
     """
     partial = partial_of(folder)
+    made = [above for above in folder.parents if not above.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
         partial.mkdir(parents=True)
@@ -79,9 +80,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
         rename_whole(partial, folder)
     except OSError as error:
-        raise SpiralError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise SpiralError(f"{folder} cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what holds something stays
+            for above in made:
+                above.rmdir()
 
 
 def rename_whole(partial: Path, folder: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Literal
 from spiral_jax.errors import require
 
 # Byte-level BPE starts from 256 bytes and one separator; fewer entries cannot hold every text.
-_LEAST = {"bpe_vocab_size": 257, "read_threads": 1, "prefetch_batches": 1, "workers": 0}
+_LEAST = {"bpe_vocab_size": 257, "read_threads": 1, "prefetch_batches": 1, "workers": 0, "longest_record": 1}
+_MOST = {"bpe_vocab_size": 2**24, "read_threads": 4096, "prefetch_batches": 2**16, "workers": 4096,
+         "longest_record": 2**31}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class DataConfig:
         that would take no file or all of them, the last part of each text file is held out instead.
       invalid: what to do with what is no text (not UTF-8, a broken line of jsonl, a record without the field):
         `error` stops, `skip` leaves it out and counts it.
+      longest_record: most bytes that a line of jsonl, or a text in a parquet file, may have; a longer one stops the
+        preparation. It bounds its memory, which for the longest record is some tens of times that.
       tokenizer: `bytes`, `bpe` (train a byte-level BPE on the training text), or the path of a Hugging Face
         `tokenizer.json`. With `stores`, only a path counts, and must match; otherwise the store's own is used.
       bpe_vocab_size: entries of the tokenizer trained for `bpe`, the separator included.
@@ -39,7 +43,8 @@ class DataConfig:
       weights: share of each store in the training windows, a row per stage, as in `((0.7, 0.3),)`; empty to take every
         window of every store once per epoch.
       stage_starts: the step each row of `weights` holds from; the first is 0.
-      validation_store: token store to validate on; empty for the `validation/` of the first of `stores` that has one.
+      validation_store: token store to validate on, with `stores` only; empty for the `validation/` of the first of
+        `stores` that has one.
       retry_seconds: how long a failing remote read is tried again before the run stops.
       cache_dir: folder to keep remote tokens in for the next epoch; empty for none.
       cache_gigabytes: bound of that folder, in units of 1e9 bytes. It fills up and then stays as it is.
@@ -54,6 +59,7 @@ class DataConfig:
     validation_paths: tuple[str, ...] = ()
     validation_fraction: float = 0.05
     invalid: Literal["error", "skip"] = "error"
+    longest_record: int = 2**26
     tokenizer: str = "bytes"
     bpe_vocab_size: int = 4096
     separator: str = ""
@@ -85,10 +91,10 @@ class DataConfig:
         for field, choices in (("format", ("auto", "text", "jsonl", "parquet")), ("invalid", ("error", "skip"))):
             self._require(field, getattr(self, field) in choices, ", ".join(choices))
         for field, least in _LEAST.items():
-            is_enough = self._is_number(field, int) and getattr(self, field) >= least
-            self._require(field, is_enough, f"an integer, {least} or more")
+            is_allowed = self._is_number(field, int) and least <= getattr(self, field) <= _MOST[field]
+            self._require(field, is_allowed, f"an integer, {least} to {_MOST[field]}")
         for field in ("retry_seconds", "cache_gigabytes"):
-            is_enough = self._is_number(field, int, float) and getattr(self, field) >= 0
+            is_enough = self._is_number(field, int, float) and 0 <= getattr(self, field) < math.inf
             self._require(field, is_enough, "a number, 0 or more")
         is_fraction = self._is_number("validation_fraction", int, float) and 0 <= self.validation_fraction < 1
         self._require("validation_fraction", is_fraction, "a number from 0 up to, but not including, 1")
@@ -96,6 +102,8 @@ class DataConfig:
         allowed = f'only with data.tokenizer=<tokenizer.json>; "{self.tokenizer}" has its own separator'
         self._require("separator", may_have_separator or not self.separator, allowed)
         self._require("cache_gigabytes", not self.cache_gigabytes or self.cache_dir, "0, or data.cache_dir set as well")
+        with_stores = bool(self.stores) or not self.validation_store
+        self._require("validation_store", with_stores, "with data.stores only; data.validation_paths beside data.paths")
         self._check_mixture()
 
     def _require(self, field: str, ok: object, allowed: str) -> None:

@@ -10,19 +10,28 @@ from etils import epath
 from spiral_jax.data.atomic import write_text
 from spiral_jax.errors import SpiralError
 
+# Parsed, JSON can take a hundred times its bytes. A configuration has some thousand, an index of tensors some million.
+MAX_CONFIG_BYTES = 2**20
+_MAX_BYTES = 2**24
 
-def read_json(path: Path | epath.Path, allowed: str = "JSON") -> Any:
+
+def read_json(path: Path | epath.Path, allowed: str = "JSON", max_bytes: int = _MAX_BYTES) -> Any:
     """What a UTF-8 file of JSON holds.
 
     Args:
       path: the file.
       allowed: what it should hold, for errors.
+      max_bytes: the most that are read.
 
     Raises:
-      SpiralError: the file does not exist, cannot be read, or is not JSON.
+      SpiralError: the file does not exist, cannot be read, is too large, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise SpiralError(f"{path} has more than {max_bytes} bytes; allowed: {allowed} of at most so many")
+        return json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise SpiralError(f"{path} does not exist; allowed: a file with {allowed}") from None
     except OSError as error:
@@ -31,13 +40,13 @@ def read_json(path: Path | epath.Path, allowed: str = "JSON") -> Any:
         raise SpiralError(f"{path} is not JSON ({error}); allowed: {allowed}") from None
 
 
-def read_json_object(path: Path | epath.Path) -> dict[str, Any]:
-    """The fields of the JSON object that a UTF-8 file holds.
+def read_json_object(path: Path | epath.Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
+    """The fields of the JSON object that a UTF-8 file holds; `max_bytes` as for `read_json`.
 
     Raises:
       SpiralError: as for `read_json`, or it is JSON but no object.
     """
-    values = read_json(path, "a JSON object")
+    values = read_json(path, "a JSON object", max_bytes)
     if not isinstance(values, dict):
         found = "an array" if isinstance(values, list) else "a single value"
         raise SpiralError(f"{path} is {found}; allowed: a JSON object")

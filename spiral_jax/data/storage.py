@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from spiral_jax.data.blob import Blob, LocalBlob
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 _FILE = "file://"  # needs no fsspec: what follows is a path of this machine
 
@@ -80,9 +80,10 @@ class Storage:
 
         return cached(blob, self.cache_dir, (blob.name, blob.size, blob.version), int(self.cache_gigabytes * 1e9))
 
-    def read_file(self, place: str | os.PathLike) -> bytes:
-        """Reads a small file whole, past the cache; raises as `open` does."""
+    def read_file(self, place: str | os.PathLike, max_bytes: int = 2**28) -> bytes:
+        """Reads a small file whole, past the cache; raises as `open` does, and SpiralError if it is not small."""
         blob = Storage(self.retry_seconds).open(place)
+        require(blob.size <= max_bytes, f"{place}: size", blob.size, f"up to {max_bytes} bytes")
         return bytes(blob.read(0, blob.size))
 
     def exists(self, place: str | os.PathLike) -> bool:

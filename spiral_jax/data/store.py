@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from spiral_jax.data.blob import Blob, chunks
+from spiral_jax.data.checksums import BLOCK_BYTES, are_blocks, check_blocks, sampled
 from spiral_jax.data.storage import LOCAL, Storage, join
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokenSource
@@ -29,6 +30,8 @@ _VERSION = 1
 TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
 MANIFEST = "manifest.json"
+_PREFIXES = {TOKENS: "tokens", DOCUMENTS: "documents"}  # of the manifest's fields about a file
+_MANIFEST_BYTES = 2**27  # enough for the checksums of 16 TiB
 OFFSET_DTYPE = np.dtype("<u8")
 _READ_AT_ONCE = 2**25  # bytes
 
@@ -54,6 +57,8 @@ class Manifest:
       source: fingerprint of the input, to know when the store can be used again; "" if unknown.
       tokens_sha256: checksum of `tokens.bin`.
       documents_sha256: checksum of `documents.bin`.
+      tokens_blocks: `Checksums.blocks` of `tokens.bin`; "" in stores that were written before there were any.
+      documents_blocks: those of `documents.bin`.
     """
 
     dtype: str
@@ -67,6 +72,8 @@ class Manifest:
     source: str
     tokens_sha256: str
     documents_sha256: str
+    tokens_blocks: str = ""
+    documents_blocks: str = ""
 
     @property
     def file_sizes(self) -> dict[str, int]:
@@ -76,13 +83,23 @@ class Manifest:
             DOCUMENTS: (self.num_documents + 1) * OFFSET_DTYPE.itemsize,
         }
 
+    @property
+    def checksums(self) -> list[tuple[str, str, str]]:
+        """Name, SHA-256 and `Checksums.blocks` of each data file."""
+        return [
+            (TOKENS, self.tokens_sha256, self.tokens_blocks),
+            (DOCUMENTS, self.documents_sha256, self.documents_blocks),
+        ]
+
     def to_json(self) -> str:
         """Returns the content of `manifest.json`."""
-        files = {
-            TOKENS: {"bytes": self.file_sizes[TOKENS], "sha256": self.tokens_sha256},
-            DOCUMENTS: {"bytes": self.file_sizes[DOCUMENTS], "sha256": self.documents_sha256},
-        }
-        fields = {key: value for key, value in dataclasses.asdict(self).items() if not key.endswith("_sha256")}
+        files: dict[str, dict[str, int | str]] = {}
+        for name, sha256, blocks in self.checksums:
+            files[name] = {"bytes": self.file_sizes[name], "sha256": sha256}
+            if blocks:
+                files[name] |= {"block_bytes": BLOCK_BYTES, "crc32_of_blocks": blocks}
+        apart = ("_sha256", "_blocks")
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if not key.endswith(apart)}
         return json.dumps({"format": _FORMAT, "version": _VERSION, **fields, "files": files}, indent=2) + "\n"
 
     @classmethod
@@ -94,14 +111,20 @@ class Manifest:
         """
         try:
             content = json.loads(text.decode("utf-8"))
-        except ValueError as error:  # also UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
             raise SpiralError(f"{path} is damaged (no JSON: {error})") from error
         content = content if isinstance(content, dict) else {}
         require(content.get("format") == _FORMAT, f"{path}: format", content.get("format"), repr(_FORMAT))
         require(content.get("version") == _VERSION, f"{path}: version", content.get("version"), str(_VERSION))
         try:
-            content["tokens_sha256"] = content["files"][TOKENS]["sha256"]
-            content["documents_sha256"] = content["files"][DOCUMENTS]["sha256"]
+            for name, prefix in _PREFIXES.items():
+                file = content["files"][name]
+                content[f"{prefix}_sha256"], content[f"{prefix}_blocks"] = (
+                    file["sha256"],
+                    file.get("crc32_of_blocks", ""),
+                )
+                if file.get("block_bytes", BLOCK_BYTES) != BLOCK_BYTES:
+                    raise ValueError(f"{name} has blocks of {file['block_bytes']} bytes")
             kinds = typing.get_type_hints(cls)
             for name, kind in kinds.items():
                 if type(content[name]) is not kind:
@@ -113,11 +136,16 @@ class Manifest:
                 raise ValueError(f"max_token_id {manifest.max_token_id}, vocab_size {manifest.vocab_size}")
             if not 1 <= manifest.num_documents <= manifest.num_tokens:
                 raise ValueError(f"{manifest.num_documents} documents, {manifest.num_tokens} tokens")
+            if manifest.utf8_bytes < 1:
+                raise ValueError(f"{manifest.utf8_bytes} bytes of text")
             for name, size in manifest.file_sizes.items():
+                blocks = content[f"{_PREFIXES[name]}_blocks"]
+                if blocks and not are_blocks(blocks, size):
+                    raise ValueError(f"{name} has other checksums of blocks than its size has")
                 if content["files"][name]["bytes"] != size:
                     raise ValueError(f"{name} of {content['files'][name]['bytes']} bytes, the counts say {size}")
-        except (ValueError, TypeError, KeyError) as error:
-            raise SpiralError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SpiralError(f"{path} is damaged ({type(error).__name__}: {str(error)[:300]})") from error
         return manifest
 
 
@@ -144,7 +172,10 @@ class TokenStore(TokenSource):
 
     @classmethod
     def open(cls, folder: str | os.PathLike, storage: Storage = LOCAL) -> "TokenStore":
-        """Opens a store, a path or URL, and checks the sizes of its files (their checksums: `verify`).
+        """Opens a store, a path or URL, and checks the sizes of its files and a sample of their content.
+
+        Of each file the first and the last block are compared with their checksums, and some between that its own
+        checksum chooses; `verify` compares all.
 
         Raises:
           SpiralError: names the file that is missing, truncated or not what it should be.
@@ -153,12 +184,15 @@ class TokenStore(TokenSource):
         path = join(folder, MANIFEST)
         if not storage.exists(path):
             raise SpiralError(f"{path} does not exist; allowed: a folder with a complete token store")
-        manifest = Manifest.parse(storage.read_file(path), path)
+        manifest = Manifest.parse(storage.read_file(path, _MANIFEST_BYTES), path)
         blobs = {}
         for name, size in manifest.file_sizes.items():
             blob = blobs[name] = storage.open(join(folder, name))
             if blob.size != size:
                 raise SpiralError(f"{blob.name} has {blob.size} bytes; allowed: {size}, as {MANIFEST} says")
+        for name, sha256, blocks in manifest.checksums:
+            if blocks:
+                check_blocks(blobs[name], blocks, sampled(blocks, sha256))
         return cls(folder, manifest, blobs[TOKENS], blobs[DOCUMENTS])
 
     @functools.cached_property

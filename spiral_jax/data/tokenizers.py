@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ids:
             raise SpiralError(f"{name} has no token {' or '.join(candidates)}; allowed: data.separator=TOKEN, its own")
         separator, self.separator_id = next(iter(ids.items()))
-        for token in spec.get("added_tokens") or []:
+        for token in spec.get("added_tokens") or []:  # which the library has read: they are what they should be
             if token["content"] == separator and not token["special"]:
                 token["special"] = True  # what `encode_special_tokens` spares
                 self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -218,7 +218,7 @@ def load_tokenizer(folder: str | os.PathLike, storage: Storage = LOCAL, *, separ
             raise ValueError(f"{info['format']} version {info['version']}")
         kind, saved_fingerprint = info["kind"], info["fingerprint"]
         separator = info["separator"] if kind == "huggingface" else ""
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SpiralError(f"{info_path} is damaged ({error}); allowed: {_FORMAT}, version {_VERSION}") from error
     require(kind in ("bytes", "huggingface"), f"{info_path}: kind", kind, "bytes, huggingface")
     tokenizer = ByteTokenizer() if kind == "bytes" else hugging_face(separator)

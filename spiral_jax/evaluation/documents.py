@@ -79,7 +79,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise SpiralError(f"{path}: line {number} is {line[:40]!r}; allowed: a JSON object per line")
@@ -91,4 +91,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpiralError(f"{path}: cannot be read ({error})") from error
+        raise SpiralError(f"{path} cannot be read ({error})") from error

@@ -19,6 +19,15 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 
 # Fields of `ModelConfig` that change the compiled program and not the function that it computes.
 PROGRAM = ("remat", "unroll", "scan_iterations_from")
+# No model comes near these. Files that say more are damaged or hostile, and what is made of a configuration (names,
+# abstract arrays) would take all memory before anything could be compared with the weights.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "d_model": 2**20,
+    **dict.fromkeys(("prelude_layers", "core_layers", "coda_layers"), 10_000),
+    "memory_slots": 10_000,
+}
+_MOST_LAYERS, MOST_ITERATIONS, _LARGEST_CHUNK, _LARGEST_SHIFT = 10_000, 512, 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +35,8 @@ class ModelConfig:
     """A model of any family (docs/spec.md sections 1 to 3).
 
     Every family is `prelude + core x schedule + coda`. Vanilla has an empty schedule, a full-resolution loop a
-    schedule of ones. Validation happens on construction and raises `SpiralError` naming `model.<field>`.
+    schedule of ones. Validation happens on construction and raises `SpiralError` naming `model.<field>`. Sizes that no
+    model has are refused: above 10,000 layers, 512 iterations, a width of 2**20, a vocabulary of 2**24.
 
     Attributes:
       vocab_size: rows of the embedding and columns of the head (the tokenizer's ids, padded).
@@ -92,6 +102,13 @@ class ModelConfig:
             check(field, getattr(self, field) >= 1, "1 or more")
         for field in ("prelude_layers", "core_layers", "coda_layers"):
             check(field, getattr(self, field) >= 0, "0 or more")
+        for field, largest in _LARGEST.items():
+            check(field, (getattr(self, field) or 0) <= largest, f"up to {largest}")
+        has_few = self.num_iterations <= MOST_ITERATIONS
+        require(has_few, "model.chunks", f"of {self.num_iterations} iterations", f"up to {MOST_ITERATIONS}")
+        for name, layers in (("stored", self.stored_layers), ("run", self.unrolled_layers)):
+            few = f"1 to {_MOST_LAYERS}, in prelude, core and coda"
+            require(1 <= layers <= _MOST_LAYERS, f"model: the number of layers that are {name}", layers, few)
         for field, options in (("update_scale", UpdateScale), ("dtype", Dtype), ("remat", Remat)):
             check(field, getattr(self, field) in get_args(options), ", ".join(get_args(options)))
         for registry, name in ((topologies, self.topology), (poolings, self.pooling), (spreadings, self.allocation)):
@@ -107,11 +124,12 @@ class ModelConfig:
         for field in ("offsets", "shifts"):
             has_all = getattr(self, field) is None or len(getattr(self, field)) == self.num_iterations
             check(field, has_all, f"{self.num_iterations} entries, one for each of model.chunks")
-        check("chunks", all(g >= 1 for g in self.chunks), "chunk sizes of 1 or more")
+        check("chunks", all(1 <= g <= _LARGEST_CHUNK for g in self.chunks), f"chunk sizes of 1 to {_LARGEST_CHUNK}")
         for t, (g, w, s) in enumerate(self.schedule):
             require(0 <= w < g, f"model.offsets[{t}]", w, f"0 to {g - 1}, as the chunk size is {g}")
             least = f"{g - 1} or more, as the chunk size is {g} and less leaks the future"
             require(s >= g - 1, f"model.shifts[{t}]", s, least)
+            require(s <= _LARGEST_SHIFT, f"model.shifts[{t}]", s, f"up to {_LARGEST_SHIFT}")
             require(g > 1 or s == 0, f"model.shifts[{t}]", s, "0, as the chunk size is 1 (full resolution)")
 
     @property

@@ -103,7 +103,8 @@ class Registry(Generic[T]):
     def chosen(self, config: Mapping[str, Any]) -> Any:
         """What the field holds in a run's configuration, given as nested mappings; None if it is missing."""
         room, field = self.field.split(".")
-        return (config.get(room) or {}).get(field)
+        fields = config.get(room)
+        return fields.get(field) if isinstance(fields, Mapping) else None
 
     def code(self, name: str) -> Code:
         """Where what has a name was registered; raises SpiralError if nothing is."""

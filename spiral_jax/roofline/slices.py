@@ -80,7 +80,7 @@ def parse_slice(text: str) -> Slice:
     Raises:
       SpiralError: no such generation, or a size that nobody rents out.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)|(\w+)-(\d+)", text.strip().lower())
+    found = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9}){1,5})|(\w+)-(\d{1,9})", text.strip().lower())
     if not found:
         raise SpiralError(f"--topology is {text!r}; allowed: a topology such as v5p:4x4x4, or a type such as v5p-128")
     name = found[1] or found[3]

@@ -185,7 +185,10 @@ def _try_lock(file) -> bool:
 
 def _is_at(file, path: Path) -> bool:
     """Whether the open file is the one at the path."""
-    here, there = os.fstat(file.fileno()), os.stat(path)
+    try:
+        here, there = os.fstat(file.fileno()), os.stat(path)
+    except FileNotFoundError:  # a start that was refused has removed it
+        return False
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 

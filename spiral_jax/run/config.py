@@ -6,6 +6,7 @@ wants; `RunConfig.from_dict` turns it into dataclasses whose construction valida
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -49,12 +50,15 @@ MUTABLE = (
     "data.stores",
     "data.validation_store",
     "data.workers",
+    "data.longest_record",
     "data.retry_seconds",
     "data.cache_dir",
     "data.cache_gigabytes",
     "data.read_threads",
     "data.prefetch_batches",
 )
+# Of any field: integers that NumPy holds, and no more entries than a configuration can mean.
+_LARGEST_INTEGER, _LONGEST = 2**63 - 1, 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,11 @@ class RunConfig(StepConfig):
     def __post_init__(self):
         require(0 <= self.seed < 2**32, "seed", self.seed, f"0 to {2**32 - 1}")
         schedules[self.optimizer.schedule](self.optimizer, self.train.steps).check()
+        length = self.train.sequence_length
+        for t, level in enumerate(self.model.schedule):
+            for field, value, most in (("chunks", level.chunk, length), ("shifts", level.shift, length - 1)):
+                allowed = f"up to {most}, as train.sequence_length is {length}"
+                require(value <= most, f"model.{field}[{t}]", value, allowed)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -198,10 +207,10 @@ def _from_mapping(cls, values: Mapping[str, Any], prefix: str):
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; allowed: {', '.join(hints)}"
-            raise SpiralError(f"{prefix}{name} is not a field of the configuration{hint}")
+            raise SpiralError(f"{prefix}{str(name)[:100]} is not a field of the configuration{hint}")
         if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping | ml_collections.ConfigDict):
-                raise SpiralError(f"{prefix}{name} is {value!r}; allowed: fields and their values")
+            is_room = isinstance(value, Mapping | ml_collections.ConfigDict)
+            require(is_room, f"{prefix}{name}", value, "fields and their values")
             arguments[name] = _from_mapping(hints[name], value, f"{prefix}{name}.")
         else:
             arguments[name] = _checked(hints[name], value, f"{prefix}{name}")
@@ -217,15 +226,23 @@ def _checked(hint, value, field: str):
         (hint,) = (option for option in options if option is not type(None))
         return _checked(hint, value, field)
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise SpiralError(f"{field} is {value!r}; allowed: a tuple")
+        require(isinstance(value, list | tuple), field, value, "a tuple")
+        require(len(value) <= _LONGEST, field, f"of {len(value)} entries", f"up to {_LONGEST}")
         return tuple(_checked(options[0], entry, f"{field}[{i}]") for i, entry in enumerate(value))
     if origin is typing.Literal:
         hint = str
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) <= _LARGEST_INTEGER, field, value, f"a number of at most {_LARGEST_INTEGER}")
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise SpiralError(f"{field} is {value!r}; allowed: a value of type {hint.__name__}")
+    is_kind = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(is_kind, field, value, f"a value of type {hint.__name__}")
+    match value:
+        case float():
+            require(math.isfinite(value), field, value, "a finite number")
+        case int():
+            require(abs(value) <= _LARGEST_INTEGER, field, value, f"a number of at most {_LARGEST_INTEGER}")
+        case str():
+            require("\0" not in value, field, value, "a text without NUL characters")
     return value
 
 

@@ -18,7 +18,7 @@ WORKDIR/
   lm_eval/           results of evaluate --tasks
   tensorboard/       events, if asked for; wandb_id and wandb/ likewise
 
-Each is reached by the path that `run_directory` or `open_workdir` gives, an `etils.epath.Path`; its methods are the
+Each is reached by the path that `run_directory` or `workdir_of` gives, an `etils.epath.Path`; its methods are the
 only way that files of a run are opened.
 """
 
@@ -117,22 +117,26 @@ def run_directory(path: str | os.PathLike | None) -> Path:
       SpiralError: not given, or not a directory.
     """
     if not path:
-        raise SpiralError("--workdir is missing: the directory of a run")
+        raise SpiralError("--workdir is missing; allowed: the directory of a run")
     workdir = _run_path(path)
     if not workdir.is_dir():
         raise SpiralError(f"{workdir} does not exist; allowed: the directory of a run")
     return workdir
 
 
-def open_workdir(flag: str | None) -> Path:
-    """The run's directory as an absolute path, created if need be.
+def workdir_of(flag: str | None) -> Path:
+    """The absolute path of the directory to keep a run in; raises SpiralError if it is not given."""
+    if not flag:
+        raise SpiralError("--workdir is missing; allowed: the directory to keep the run in")
+    return _run_path(flag)
+
+
+def make_workdir(workdir: Path) -> None:
+    """Creates a run's directory if need be.
 
     Raises:
-      SpiralError: not given, or not writable.
+      SpiralError: it cannot be written.
     """
-    if not flag:
-        raise SpiralError("--workdir is missing: the directory to keep the run in")
-    workdir = _run_path(flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
@@ -142,7 +146,6 @@ def open_workdir(flag: str | None) -> Path:
         raise SpiralError(
             f"--workdir is {str(workdir)!r}, which cannot be written ({error.strerror}); allowed: a directory that can"
         ) from None
-    return workdir
 
 
 def _run_path(place: str | os.PathLike) -> Path:
@@ -166,14 +169,16 @@ def save_data(workdir: Path, data: PreparedData) -> None:
 def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
     """The stores made of a run's `data.paths`, if they are where it left them; None if they are not those any more.
 
-    What the paths of the configuration hold today does not matter to a run that has its tokens.
+    If they are missing or damaged, a line says so. What the paths of the configuration hold today does not matter to
+    a run that has its tokens.
     """
     try:
         places = _places(workdir)
         train = tuple(TokenStore.open(place) for place in places["train"])
         validation = TokenStore.open(places["validation"]) if places["validation"] else None
         data = PreparedData(train, validation, tokenizer_of(workdir))
-    except SpiralError:
+    except SpiralError as error:
+        print(f"data: {error}", flush=True)
         return None
     return data if list(data.fingerprints) == list(fingerprints) else None
 

@@ -9,7 +9,7 @@ from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
 from spiral_jax.data.windows import num_windows
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.parallel.process_rows import rows_of_process
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run.config import RunConfig
@@ -32,6 +32,11 @@ def prepare_data(
     """
     if config.data.stores:
         return open_stores(config.data)
+    if not fingerprints and config.data.tokenizer == "bpe":
+        # Known before the text is read, which can take long.
+        allowed = f"at least data.bpe_vocab_size, {config.data.bpe_vocab_size}"
+        fits = config.model.vocab_size >= config.data.bpe_vocab_size
+        require(fits, "model.vocab_size", config.model.vocab_size, allowed)
 
     def make() -> PreparedData:
         return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")

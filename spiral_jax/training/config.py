@@ -13,6 +13,8 @@ from spiral_jax.training.schedules import schedules
 
 Attention = Literal["auto", "xla", "splash", "cudnn"]
 GatherCore = Literal["iteration", "step"]
+# Steps and tokens are counted in int32 on devices, and nobody's batch comes near.
+_LARGEST = {"steps": 2**31 - 1, "batch_size": 2**24, "sequence_length": 2**24, "accumulation": 2**24}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class TrainConfig:
             require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "1 or more")
         ok = all(1 <= step <= self.steps for step in self.skip_steps)
         require(ok, "train.skip_steps", self.skip_steps, f"numbers from 1 to train.steps, {self.steps}")
+        for field, largest in _LARGEST.items():
+            require(getattr(self, field) <= largest, f"train.{field}", getattr(self, field), f"up to {largest}")
 
     @property
     def micro_batch_size(self) -> int:

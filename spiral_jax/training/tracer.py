@@ -1,10 +1,11 @@
 """Profiles of a range of steps."""
 
+import importlib.util
 from pathlib import Path
 
 import jax
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, require
 
 
 class Tracer:
@@ -29,11 +30,26 @@ class Tracer:
             print(f"trace        {self._folder}", flush=True)
 
 
+def check_profile(profiled: range, last_step: int) -> None:
+    """Raises SpiralError where steps cannot be profiled: they do not come, or the profiler would end the process."""
+    if not profiled:
+        return
+    flag = f"{profiled.start}:{profiled.stop - 1}"
+    require(profiled.start <= last_step, "--profile", flag, f"steps up to {last_step}, the last one of the run")
+    # jax has loaded the TPU's library, which is installed, has found no TPU, and keeps a profiler for it that crashes.
+    platform = jax.devices()[0].platform
+    asked: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    crashes = platform != "tpu" and (not asked or "tpu" in asked) and importlib.util.find_spec("libtpu") is not None
+    allowed = f"with JAX_PLATFORMS={platform} in the environment, as libtpu is installed here and there is no TPU"
+    require(not crashes, "--profile", flag, allowed)
+
+
 def parse_profile(flag: str) -> range:
     """FIRST:LAST to the range of steps to trace."""
     if not flag:
         return range(0)
     first, _, last = flag.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    are_numbers = all(number.isascii() and number.isdigit() and len(number) < 10 for number in (first, last))
+    if not (are_numbers and 1 <= int(first) <= int(last)):
         raise SpiralError(f"--profile is {flag!r}; allowed: FIRST:LAST, two steps with 1 <= FIRST <= LAST")
     return range(int(first), int(last) + 1)

@@ -137,7 +137,7 @@ def test_a_damaged_cache_is_prepared_again(corpus, tmp_path, damage):
 def test_what_a_killed_run_left_of_other_inputs_is_removed(corpus, tmp_path):
     (tmp_path / "cache/.0123456789abcdef.partial/parts").mkdir(parents=True)
     prepared = prepare_stores(config_for(corpus), tmp_path / "cache", report=silent)
-    assert sorted(os.listdir(tmp_path / "cache")) == [".lock", pathlib.Path(prepared.train[0].folder).parent.name]
+    assert sorted(os.listdir(tmp_path / "cache")) == [pathlib.Path(prepared.train[0].folder).parent.name]
 
 
 def test_processes_that_share_a_cache_wait_for_each_other(corpus, tmp_path):
@@ -191,7 +191,7 @@ def test_files_that_are_not_utf8_stop_or_are_skipped_and_counted(corpus, tmp_pat
     for tokenizer in ("bytes", "bpe"):
         with pytest.raises(SpiralError, match=r"part0/bad\.txt: byte 2 is not UTF-8"):
             prepare_stores(config_for(corpus, tokenizer=tokenizer), tmp_path / "cache", report=silent)
-    assert all(name.startswith(".") for name in os.listdir(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
     lines = []
     prepared = prepare_stores(config_for(corpus, invalid="skip"), tmp_path / "cache", report=lines.append)
     assert any("skipped 1 file(s)" in line for line in lines)
@@ -204,7 +204,7 @@ def test_no_text_at_all_is_an_error(tmp_path, content):
     config = DataConfig(paths=(str(tmp_path / "a.txt"),), invalid="skip")
     with pytest.raises(SpiralError, match=r"data\.paths: .*no text"):
         prepare_stores(config, tmp_path / "cache", report=silent)
-    assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == [".lock"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_validation_files_that_are_all_skipped_are_an_error(tmp_path):

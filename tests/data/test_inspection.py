@@ -143,9 +143,21 @@ def test_verify_finds_a_flipped_bit(prepared, name):
     content = bytearray((prepared / name).read_bytes())
     content[8] ^= 1
     (prepared / name).write_bytes(content)
+    for verify in (False, True):  # a small store is read whole when it is opened
+        with pytest.raises(SpiralError, match=rf"{prepared / name} is damaged \(bytes 0 to "):
+            run(prepared, verify=verify)
+    without_blocks((prepared / name).parent)
     run(prepared)
     with pytest.raises(SpiralError, match=rf"{prepared / name}: SHA-256 is"):
         run(prepared, verify=True)
+
+
+def without_blocks(folder):
+    """Makes of a store one of the versions that had no checksums of blocks."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for file in manifest["files"].values():
+        del file["block_bytes"], file["crc32_of_blocks"]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_verify_locates_an_id_outside_the_vocabulary_of_megatron_data(tmp_path):
@@ -160,6 +172,7 @@ def test_verify_locates_an_id_outside_the_vocabulary_of_megatron_data(tmp_path):
 
 def rewrite(folder, change):
     """Changes the files of a store and its checksums: what a writer with a mistake would leave."""
+    without_blocks(folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     change()
     for name, file in manifest["files"].items():

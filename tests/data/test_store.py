@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_the_files_hold_what_was_added_as_plain_numpy_reads_them(tmp_path, token
     assert manifest["max_token_id"] == max(expected)
     for name, file in manifest["files"].items():
         content = (tmp_path / "store" / name).read_bytes()
-        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        blocks = {"block_bytes": 2**20, "crc32_of_blocks": f"{zlib.crc32(content):08x}"}
+        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | blocks
     assert store.read(0, store.num_tokens).tolist() == expected
     assert store.num_tokens == len(expected) and store.utf8_bytes == manifest["utf8_bytes"]
     store.verify()
@@ -192,7 +194,7 @@ def test_a_manifest_that_is_wrong_is_refused(tmp_path, change, reason):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"not json", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"[]", b"not json", b"\xff\xfe", b"[" * 100_000])
 def test_a_manifest_that_is_no_manifest_is_refused(tmp_path, content):
     write(tmp_path / "store")
     (tmp_path / "store/manifest.json").write_bytes(content)

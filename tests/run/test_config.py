@@ -212,14 +212,19 @@ def test_integers_are_numbers_and_lists_are_tuples():
         ("data__read_threads", 7),
         ("data__prefetch_batches", 7),
         ("data__workers", 7),
+        ("data__longest_record", 7),
         ("data__retry_seconds", 7.0),
         ("data__stores", ("gs://moved",)),
-        ("data__validation_store", "gs://moved"),
     ],
 )
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_where_and_how_it_runs_may_change(field, value, schedule):
     config_of(schedule=schedule, **{field: value}).check_resume(config_of(schedule=schedule), 50)
+
+
+def test_the_validation_store_may_move():
+    moved = config_of(data__stores=("a",), data__validation_store="gs://moved")
+    moved.check_resume(config_of(data__stores=("a",)), 50)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from verbs import call
 
 from spiral_jax import evaluate, export, generate, import_hf, prepare
 from spiral_jax.errors import SpiralError
-from spiral_jax.run.directory import open_workdir, run_directory
+from spiral_jax.run.directory import run_directory, workdir_of
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "memory://run"])
@@ -24,10 +24,11 @@ def test_urls_are_one_line_and_make_no_folder(place, tmp_path, monkeypatch):
         assert status == 2 and errors.count("\n") == 1, errors
         assert f"is '{place}'; allowed: a path" in errors
     with pytest.raises(SpiralError, match=f"--workdir is '{place}'"):
-        open_workdir(place)
+        workdir_of(place)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_url_is_its_path(tmp_path):
-    assert open_workdir(f"file://{tmp_path}/run") == run_directory(f"file://{tmp_path}/run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    assert workdir_of(f"file://{tmp_path}/run") == run_directory(f"file://{tmp_path}/run") == tmp_path / "run"
     assert (tmp_path / "run").is_dir()
