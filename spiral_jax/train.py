@@ -201,12 +201,6 @@ def train(
     skips = Skips(config.divergence, config.train.skip_steps, opened.saved.divergence if opened.saved else None)
     saving = Saves(opened.checkpoints, last, {"config": config.to_dict()}, data.fingerprints, skips)
     record = Record(workdir, config, opened.order, first - 1, evaluations) if processes.is_main else None
-
-    def take(row: dict[str, Any]) -> None:
-        skips(row)
-        if record is not None:
-            record(row)
-
     tracer = Tracer(workdir / "profile", profiled if processes.is_main else range(0))
     try:
         with command.StopRequest() as request, host_batches:
@@ -216,7 +210,7 @@ def train(
                 range(first, last + 1),
                 train_step=train_step,
                 batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
-                recorder=Recorder(take),
+                recorder=Recorder(skips.then(record)),
                 evaluations=evaluations,
                 saving=saving,
                 returning=Returns(config, workdir, opened.checkpoints, program.abstract_state, skips, processes),
