@@ -159,7 +159,6 @@ def train(
                    skips=skips, guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
     writes = processes.is_main
     record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
-    takers = [taker for taker in (skips, record) if taker is not None]
     tracer = Tracer(workdir / "profile", profiled if writes else range(0))
 
     def before_step(step: int) -> None:
@@ -174,7 +173,7 @@ def train(
                 range(first, last + 1),
                 train_step=train_step,
                 batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
-                recorder=Recorder(lambda row: [take(row) for take in takers]),
+                recorder=Recorder(skips.then(record)),
                 evaluations=evaluations,
                 saving=saving,
                 returning=Returns(config, workdir, opened.checkpoints, program.abstract_state, skips, processes),

@@ -50,10 +50,10 @@ class Record:
         row, step = complete_row(self._config, self._order, row), row["step"]
         is_evaluated = any(evaluation.due(step) for evaluation in self._evaluations)
         is_last = step == self._config.train.steps
-        if is_last or is_evaluated or row["skipped"] or step % self._config.logging.every_steps == 0:
+        if is_last or is_evaluated or row.get("skipped") or step % self._config.logging.every_steps == 0:
             self._writer.write(row)
         self._progress.done = step
-        if row["skipped"]:
+        if row.get("skipped"):
             why = reason(row, self._config.divergence, self._config.train.skip_steps)
             print(f"step {step}: its update was skipped, as {why}", flush=True)
         if self._progress.is_due(at_once=is_last or step == self._first_step or "validation_loss" in row):

@@ -7,7 +7,7 @@ of them are. (Its squares overflow in float32 from about 1e19 on: such gradients
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ from spiral_jax.errors import require
 class DivergenceConfig:
     """What becomes of a run whose numbers are no numbers, or too large. May change when a run is resumed.
 
-    The update of a step with a loss or gradients that are not finite is skipped: the step counts, its data is used up and
-    the learning rate goes on, but parameters and optimizer state stay as they were.
+    The update of a step with a loss or gradients that are not finite is skipped: the step counts, its data is used up
+    and the learning rate goes on, but parameters and optimizer state stay as they were.
 
     Attributes:
       loss_above: a loss above this, in nats per token, is not believed and its step's update skipped as well; None for
@@ -124,6 +124,16 @@ class Skips:
         is_passed_over = bool(self.passed_over) and step <= self.passed_over[-1][1]
         if not is_passed_over and step not in self._listed:
             self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
+
+    def then(self, record: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+        """Takes a row and hands it on, if there is a `record`."""
+
+        def take(row: dict[str, Any]) -> None:
+            self(row)
+            if record is not None:
+                record(row)
+
+        return take
 
     def too_many(self) -> bool:
         """Whether it is time to return to a checkpoint."""

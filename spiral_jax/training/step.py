@@ -80,12 +80,14 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
     window_shape = (config.train.batch_size, config.train.sequence_length + 1)
 
     def train_step(state: TrainState, windows_BxW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, metrics, grads = _gradients(config, mesh, local, specs, state.params, windows_BxW)
-        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        norm, rate = optax.tree.norm(grads), schedule(state.step)
+        loss, metrics, summed = _gradients(config, mesh, local, specs, state.params, windows_BxW)
+        summed = jax.lax.with_sharding_constraint(summed, shardings.params)
+        norm, rate = optax.tree.norm(_means(config, mesh, summed)), schedule(state.step)
         optimizer = make_optimizer(config.optimizer, config.train.steps, config.model, rate)
 
         def updated(params, opt_state):
+            # Means made anew from the sums cost nothing; those that the norm was made of would have to be kept for it.
+            grads = _means(config, mesh, summed)
             updates, opt_state = optimizer.update(grads, opt_state, params, gradient_norm=norm)
             return optax.apply_updates(params, updates), opt_state
 
@@ -143,7 +145,10 @@ def _start(config: StepConfig, params: Any, rng: jax.Array) -> TrainState:
 
 
 def _gradients(config: StepConfig, mesh: Mesh, model: SpiralFormer, specs, params, windows_BxW: jax.Array):
-    """Loss, metrics and gradients of the batch's mean loss, over `accumulation` micro-batches one after the other."""
+    """The batch's mean loss and metrics, and gradients of which `_means` are those of the loss.
+
+    `accumulation` micro-batches go one after the other.
+    """
     A = config.train.accumulation
     core_is_whole = fsdp.holds_core(config.model, config.train, mesh)
 
@@ -171,10 +176,14 @@ def _gradients(config: StepConfig, mesh: Mesh, model: SpiralFormer, specs, param
                 zeros,
                 windows_AxBxW,
             )
-        share = 1 / (A * mesh.shape["data"] * mesh.shape["fsdp"])
-        total = fsdp.sum_over(metrics), fsdp.sum_over_rows(grads, specs, core_is_whole)
-        return jax.tree.map(functools.partial(jnp.multiply, share), total)
+        return _means(config, mesh, fsdp.sum_over(metrics)), fsdp.sum_over_rows(grads, specs, core_is_whole)
 
     run = fsdp.on_each_device(mesh, on_a_device, (specs, PartitionSpec(fsdp.ROWS)), (PartitionSpec(), specs))
     metrics, grads = run(params, windows_BxW)
     return metrics.pop("loss"), metrics, grads
+
+
+def _means(config: StepConfig, mesh: Mesh, summed: Any) -> Any:
+    """Sums over devices and micro-batches, of means of their rows, to means over the batch."""
+    share = 1 / (config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"])
+    return jax.tree.map(functools.partial(jnp.multiply, share), summed)

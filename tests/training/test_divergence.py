@@ -207,7 +207,9 @@ class Run:
                 saved.arrays if saved else self.start(self.program),
                 range(first, STEPS + 1),
                 train_step=train_step,
-                batches=(self.program.put_rows_of_process(windows_of(step, faults)) for step in range(first, STEPS + 1)),
+                batches=(
+                    self.program.put_rows_of_process(windows_of(step, faults)) for step in range(first, STEPS + 1)
+                ),
                 recorder=Recorder(take),
                 evaluations=[],
                 saving=Saves(checkpoints, STEPS, {"config": self.config.to_dict()}, [], skips),
@@ -252,8 +254,8 @@ def test_stopped_and_resumed_around_a_return_it_ends_the_same(programs, start, l
 
 def test_after_the_last_return_it_ends(programs, start, tmp_path):
     run = Run(programs, start, tmp_path)
-    with pytest.raises(Diverged, match=r"^after 2 skipped updates in a row, the last one of step 12, and 1 returns to a "
-                       r"checkpoint before that; the newest checkpoint is of step 12$"):  # fmt: skip
+    with pytest.raises(Diverged, match=r"^after 2 skipped updates in a row, the last one of step 12, and 1 returns to "
+                       r"a checkpoint before that; the newest checkpoint is of step 12$"):  # fmt: skip
         run(FAULTS | {12: LOSS})
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.steps() == [4, 8, 12]
@@ -261,7 +263,7 @@ def test_after_the_last_return_it_ends(programs, start, tmp_path):
 
 
 def test_with_nothing_to_return_to_it_ends(programs, start, tmp_path):
-    with pytest.raises(Diverged, match="the last one of step 2, with no checkpoint from before them .* there is no"):
+    with pytest.raises(Diverged, match=r"the last one of step 2, with no checkpoint from before them .* there is no"):
         Run(programs, start, tmp_path)({1: LOSS, 2: LOSS})
 
 
