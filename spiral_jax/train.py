@@ -98,7 +98,7 @@ def main(values: flags.FlagValues) -> None:
             f"({config.model.non_embedding_parameters:,} non-embedding) on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}{across}; run directory {workdir}"
         )
-        with claim(workdir, processes) as guards.claim:
+        with claim(workdir, processes, guards.end_alone) as guards.claim:
             processes.check_shared(workdir, "--workdir")
             run(config, workdir, profiled, processes, guards)
 

@@ -135,12 +135,13 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, processes: Processes = ALONE) -> Iterator[Claim]:
+def claim(workdir: Path, processes: Processes = ALONE, end: End = end_at_once) -> Iterator[Claim]:
     """Holds a run's directory, so that two starts do not write one run.
 
     Args:
       workdir: of the run.
       processes: of this start; process 0 takes the directory for all.
+      end: as for `Claim`.
 
     Raises:
       SpiralError: another process holds it.
@@ -151,10 +152,10 @@ def claim(workdir: Path, processes: Processes = ALONE) -> Iterator[Claim]:
         return owner
 
     owner = uuid.uuid4().hex
-    held = Claim(workdir, owner)
+    held = Claim(workdir, owner, end)
     theirs = processes.from_main("the claim", take)
     if theirs != owner:
-        held = Claim(workdir, theirs)
+        held = Claim(workdir, theirs, end)
     held.keep()
     try:
         yield held
