@@ -129,9 +129,8 @@ class Claim:
                     self._beat(self._file, f"{beats:012}")
         if self._file is not None:
             with contextlib.suppress(OSError), self._file as file:
-                self._beat(
-                    file, _RELEASED
-                )  # its name stays: one that was stopped before this start began looks for its own
+                # The name stays, for owners before that were stopped.
+                self._beat(file, _RELEASED)
 
 
 @contextlib.contextmanager
