@@ -98,7 +98,7 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
         end_at_once(status)
     ending = Ending(processes, silence)
     if guards is not None:
-        guards.end = ending.at_once
+        guards.end, guards.end_alone = ending.at_once, ending.alone
     try:
         with gloo.silenced() if processes.several else contextlib.nullcontext():
             yield processes

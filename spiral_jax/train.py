@@ -95,7 +95,7 @@ def main(values: flags.FlagValues) -> None:
         )
         with NothingLeft(workdir, processes.is_main) as started:
             make_workdir(workdir)
-            with claim(workdir, processes) as guards.claim, started.claimed():
+            with claim(workdir, processes, guards.end_alone) as guards.claim, started.claimed():
                 processes.check_shared(workdir, "--workdir")
                 run(config, workdir, profiled, processes, guards, started)
 

@@ -115,6 +115,7 @@ def start_pair(folder, verb, *flags, sabotage="", first=(), second=()) -> list[s
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_PROCESSES": "2",
     }
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # jax has set it in this process
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
     running = []
     for process in (0, 1):

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from jax._src import distributed
 
@@ -33,7 +34,7 @@ class CoordinatorLost:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Clients that jax makes in here call this."""
-        extension = getattr(distributed, "_jax", None)
+        extension: Any = getattr(distributed, "_jax", None)
         make = getattr(extension, "get_distributed_runtime_client", None)
         if make is None:
             yield

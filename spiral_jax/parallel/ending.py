@@ -72,6 +72,11 @@ class Ending:
     def at_once(self, status: int, line: str) -> None:
         """Ends this process, on any thread, and the others if there are any."""
         self.leave(status, line, expected=True)
+        self.alone(status, line)
+
+    def alone(self, status: int, line: str) -> None:
+        """Ends this process, on any thread, without a word to the others."""
+        self._lock.acquire()
         end_at_once(status, line)
 
     def lost(self, process: int) -> None:

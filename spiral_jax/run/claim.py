@@ -134,18 +134,18 @@ class Claim:
                     self._beat(self._file, f"{beats:012}")
         if self._file is not None:
             with contextlib.suppress(OSError), self._file as file:
-                self._beat(
-                    file, _RELEASED
-                )  # its name stays: one that was stopped before this start began looks for its own
+                # The name stays, for owners before that were stopped.
+                self._beat(file, _RELEASED)
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, processes: Processes = ALONE) -> Iterator[Claim]:
+def claim(workdir: Path, processes: Processes = ALONE, end: End = end_at_once) -> Iterator[Claim]:
     """Holds a run's directory, so that two starts do not write one run.
 
     Args:
       workdir: of the run.
       processes: of this start; process 0 takes the directory for all.
+      end: as for `Claim`.
 
     Raises:
       SpiralError: another process holds it.
@@ -156,10 +156,10 @@ def claim(workdir: Path, processes: Processes = ALONE) -> Iterator[Claim]:
         return owner
 
     owner = uuid.uuid4().hex
-    held = Claim(workdir, owner)
+    held = Claim(workdir, owner, end)
     theirs = processes.from_main("the claim", take)
     if theirs != owner:
-        held = Claim(workdir, theirs)
+        held = Claim(workdir, theirs, end)
     held.keep()
     try:
         yield held

@@ -14,11 +14,13 @@ class Guards:
       watchdog: what is expected until when.
       claim: of the run's directory; None until it is taken.
       end: ends the process with a status and a line, and then the others of its run.
+      end_alone: the same without the others, and so without delay.
     """
 
     def __init__(self, deadlines: DeadlineConfig):
         """The start is expected from now on."""
         self.end: End = end_at_once
+        self.end_alone: End = end_at_once
         self.claim: Claim | None = None
         self.request = StopRequest(self._end, self._continued)
         self.watchdog = Watchdog(deadlines, self._end)

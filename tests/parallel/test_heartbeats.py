@@ -55,7 +55,7 @@ def wait_for(lost):
 
 def test_process_0_finds_the_one_that_says_nothing_more(start):
     (main, lost), (_, lost_1), (second, _) = (start(process) for process in range(3))
-    time.sleep(1)
+    time.sleep(0.7)
     assert not lost and main.find_silent() is None
     second.close()
     assert main.find_silent() == 2
@@ -93,5 +93,5 @@ def test_closed_ones_find_nothing(start):
     beats, lost = start(1)
     beats.close()
     start.store.broken = True
-    time.sleep(1)
+    time.sleep(0.7)
     assert not lost

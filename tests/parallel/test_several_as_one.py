@@ -80,7 +80,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, stopped):
 
 def test_process_0_alone_prints_and_writes(folder, alone, stopped, resumed):
     main, other = stopped
-    assert "on 8 x cpu in 2 processes" in main.stdout and f"step {STOPPED - 1}/{STEPS}" in main.stdout
+    assert "on 8 x cpu in 2 processes" in main.stdout and f"step 3/{STEPS}" in main.stdout
     assert main.stdout.count("data: wrote") == 1
     assert (other.stdout, other.stderr) == ("", "")
     assert "Gloo" not in main.stdout

@@ -97,14 +97,16 @@ def test_a_request_that_came_too_late_to_be_answered_ends_it_when_all_is_saved()
 
 
 def test_a_repeat_on_the_way_out_does_not_change_the_status():
-    program = Program(HOLD + "say('out'); busy(1); sys.exit(42)").at("there").send(signal.SIGTERM).at("15").at("out")
+    program = (
+        Program(HOLD + "say('out'); time.sleep(0.3); sys.exit(42)").at("there").send(signal.SIGTERM).at("15").at("out")
+    )
     assert program.send(signal.SIGTERM).end()[0] == 42
 
 
 @pytest.mark.parametrize("number", ALL)
 def test_a_signal_that_was_ignored_stays_ignored(number):
     """As under nohup."""
-    code = "with StopRequest() as stop:\n    say('there'); time.sleep(1)\n"
+    code = "with StopRequest() as stop:\n    say('there'); time.sleep(0.3)\n"
     program = Program(code, before=lambda: signal.signal(number, signal.SIG_IGN)).at("there")
     assert program.send(number).end() == (0, "", "")
 

@@ -19,7 +19,9 @@ from spiral_jax.run.claim import claim
 HOLDER = """
 import sys, time
 from etils.epath import Path
+from spiral_jax.run import claim as module
 from spiral_jax.run.claim import claim
+module._SECONDS_OF_A_LOOK = 1.0
 workdir = Path(sys.argv[1])
 with claim(workdir) as held:
     print("held", flush=True)
@@ -65,12 +67,12 @@ def test_after_a_kill_the_next_start_has_it_at_once(holder, tmp_path):
 
 
 def test_a_stopped_owner_is_replaced_and_when_it_goes_on_ends_and_writes_nothing(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS_OF_SILENCE", 6.0)
+    monkeypatch.setattr(module, "SECONDS_OF_SILENCE", 2.5)
     time.sleep(0.5)
     holder.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     with claim(Path(tmp_path)) as held:
-        assert time.monotonic() - begin >= 6
+        assert time.monotonic() - begin >= 2.5
         held.look()  # still ours
     # After that start has finished, too.
     rows = (tmp_path / "rows").read_text()
@@ -83,7 +85,7 @@ def test_a_stopped_owner_is_replaced_and_when_it_goes_on_ends_and_writes_nothing
 
 def test_an_owner_that_goes_on_in_time_keeps_it(holder, tmp_path):
     holder.send_signal(signal.SIGSTOP)
-    threading.Timer(2, holder.send_signal, (signal.SIGCONT,)).start()
+    threading.Timer(1, holder.send_signal, (signal.SIGCONT,)).start()
     with pytest.raises(SpiralError, match="another process is training there"), claim(Path(tmp_path)):
         pass
     assert holder.poll() is None
