@@ -99,6 +99,10 @@ FIELDS = {
 TRAIN = {
     "no device for the mesh": (("--config.mesh.fsdp=3",), "mesh.fsdp 3"),
     "batch over the mesh": (("--config.train.batch_size=7",), "train.batch_size is 7"),
+    "no layer at all": (
+        ("--config.model.prelude_layers=0", "--config.model.core_layers=0"),
+        "the number of layers that are stored is 0",
+    ),
     "profile of one number": (("--profile=9",), "--profile is '9'"),
     "profile backwards": (("--profile=3:2",), "--profile is '3:2'"),
     "profile of other digits": (("--profile=²:³",), "--profile is "),
