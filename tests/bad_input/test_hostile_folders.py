@@ -108,7 +108,8 @@ def test_a_config_that_is_none(good, tmp_path, content):
     ):
         folder = copy(good, tmp_path, name) if not (tmp_path / name).exists() else tmp_path / name
         (folder / "config.json").write_bytes(content)
-        refused(verb, [argument.format(folder=folder) for argument in arguments], "config.json", tmp_path)
+        words = "config.json has more than 1048576 bytes" if len(content) > 2**20 else "config.json"
+        refused(verb, [argument.format(folder=folder) for argument in arguments], words, tmp_path)
 
 
 @pytest.mark.parametrize("room, change, words", RUNS.values(), ids=RUNS.keys())
