@@ -183,6 +183,8 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
             raise SpiralError(
                 f"--config={_given_config()} has no function get_config; allowed: a file with one"
             ) from None
+        if isinstance(error, RecursionError | MemoryError):  # of Python's parser
+            raise SpiralError("--config: a value is nested too deeply; allowed: numbers, texts and tuples") from None
         if not isinstance(error, AttributeError | KeyError):
             raise
         # The message names the part of the path that is unknown, quoted in several ways.
@@ -228,9 +230,18 @@ def _of_flags(values: flags.FlagValues, error: flags.Error, verb: str) -> str:
     if found := re.match(r"flag --([^=\s]+)=(.*): ", message, re.DOTALL):
         name = found[1]
         given = next((arg.partition("=")[2] for arg in sys.argv if arg.lstrip("-").startswith(f"{name}=")), found[2])
-        allowed = getattr(values[name].parser, "syntactic_help", "") if name in values else ""
+        allowed = _allowed(values[name]) if name in values else ""
         return f"--{name} is {shown(given)}; allowed: {allowed or _one_line(message[found.end() :])}"
     return _one_line(message)
+
+
+def _allowed(flag: flags.Flag) -> str:
+    """What the value of a flag may be, or nothing where its parser says more."""
+    if flag.boolean:
+        return "true or false"
+    if isinstance(flag.parser, flags.EnumParser):
+        return ", ".join(flag.parser.enum_values)
+    return flag.parser.syntactic_help if isinstance(flag.parser, flags.IntegerParser | flags.FloatParser) else ""
 
 
 def _unreadable(error: Exception) -> str:

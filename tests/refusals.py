@@ -23,10 +23,10 @@ def refused(verb, arguments, words, root: Path) -> str:
       root: the folder in which no file may be changed, made or removed.
     """
     sys.modules.pop("config_config", None)  # ml_collections would keep the functions of the file before
-    before, floor = tree(root), _reset_peak()
+    before, floor = tree(root), reset_peak()
     with contextlib.redirect_stdout(io.StringIO()):
         status, errors = call(verb, *arguments)
-    peak = _peak()
+    peak = peak_bytes()
     assert status == 2, (status, errors)
     assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors
     for word in (words,) if isinstance(words, str) else words:
@@ -46,15 +46,15 @@ def tree(root: Path) -> dict[str, tuple]:
     return found
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """The bytes of memory that are in use, from which on the peak is measured."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak()
+    return peak_bytes()
 
 
-def _peak() -> int:
-    """The most bytes of memory that this process had since `_reset_peak`, or ever where the system cannot say."""
+def peak_bytes() -> int:
+    """The most bytes of memory that this process had since `reset_peak`, or ever where the system cannot say."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron_writer import write as write_megatron
-from refusals import _peak, _reset_peak
+from refusals import peak_bytes, reset_peak
 
 from spiral_jax.convert.folder import read_config, read_params
 from spiral_jax.corpus.parts import Part, encode_piece
@@ -123,7 +123,7 @@ def test_every_damage_is_refused_or_does_not_matter(folder, name, read):
     # Of weights the header is damaged: the numbers may be any.
     header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(content)
     read(path.parent)
-    floor = _reset_peak()
+    floor = reset_peak()
     try:
         for _ in range(TIMES):
             path.write_bytes(damaged(content[:header], generator) + content[header:])
@@ -135,4 +135,4 @@ def test_every_damage_is_refused_or_does_not_matter(folder, name, read):
     finally:
         path.write_bytes(content)
     assert refusals > TIMES // 3
-    assert _peak() - floor < 200e6
+    assert peak_bytes() - floor < 200e6

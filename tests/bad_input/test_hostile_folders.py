@@ -72,6 +72,8 @@ RUNS = {
     "a vocabulary of 1e12": ("model", dict(vocab_size=10**12), "model.vocab_size"),
     "a vocabulary of 1e7": ("model", dict(vocab_size=10**7), "allowed: "),
     "a rate of inf": ("optimizer", dict(peak_learning_rate=float("inf")), "optimizer.peak_learning_rate is inf"),
+    "a time of inf": ("logging", dict(seconds=float("inf")), "logging.seconds is inf"),
+    "a temperature of nan": ("summary", dict(temperature=float("nan")), "summary.temperature is nan"),
     "an integer of 1e400": ("train", dict(steps=10**400), "train.steps"),
     "a float of 1e400": ("optimizer", dict(clip_norm=10**400), "optimizer.clip_norm"),
     "a NUL": ("data", dict(paths=["a\0b"]), "data.paths[0]"),
@@ -106,7 +108,8 @@ def test_a_config_that_is_none(good, tmp_path, content):
     ):
         folder = copy(good, tmp_path, name) if not (tmp_path / name).exists() else tmp_path / name
         (folder / "config.json").write_bytes(content)
-        refused(verb, [argument.format(folder=folder) for argument in arguments], "config.json", tmp_path)
+        words = "config.json has more than 1048576 bytes" if len(content) > 2**20 else "config.json"
+        refused(verb, [argument.format(folder=folder) for argument in arguments], words, tmp_path)
 
 
 @pytest.mark.parametrize("room, change, words", RUNS.values(), ids=RUNS.keys())

@@ -22,6 +22,8 @@ FIELDS = {
     "texts in a tuple": ("model.chunks=('a','b')", "model.chunks"),
     "half a tuple": ("model.chunks=(4,2", "model.chunks"),
     "fraction in a tuple": ("model.chunks=(4.5,2)", "model.chunks"),
+    "parentheses": ("model.chunks=" + "(" * 10_000 + ")" * 10_000, "model.chunks"),
+    "signs": ("model.chunks=" + "-" * 100_000 + "1", ("config", "allowed: ")),
     "0 steps": ("train.steps=0", "train.steps is 0"),
     "steps beyond int32": ("train.steps=3000000000", "train.steps is 3000000000"),
     "steps beyond everything": ("train.steps=1" + "0" * 400, "train.steps"),
@@ -99,6 +101,10 @@ FIELDS = {
 TRAIN = {
     "no device for the mesh": (("--config.mesh.fsdp=3",), "mesh.fsdp 3"),
     "batch over the mesh": (("--config.train.batch_size=7",), "train.batch_size is 7"),
+    "no layer at all": (
+        ("--config.model.prelude_layers=0", "--config.model.core_layers=0"),
+        "the number of layers that are stored is 0",
+    ),
     "profile of one number": (("--profile=9",), "--profile is '9'"),
     "profile backwards": (("--profile=3:2",), "--profile is '3:2'"),
     "profile of other digits": (("--profile=²:³",), "--profile is "),
