@@ -262,7 +262,8 @@ class Checkpoints:
             return  # a run that was moved away with its checkpoint: the next save says so
         # What counts is what is there: if an older one could not be removed, that does no harm. Process 0 has put it
         # there; others may see it later.
-        if error if jax.process_index() else not self._folder(step).is_dir():
+        failed = error is not None if jax.process_index() else not self._folder(step).is_dir()
+        if failed:
             raise self._failed(step, error) from error
 
     def check(self) -> None:
