@@ -35,6 +35,7 @@ from spiral_jax.kernels.choose import attention_for
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
+from spiral_jax.run import own_code
 from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
 from spiral_jax.run.reading import read_meta
 
@@ -106,6 +107,7 @@ def tokenizer_and_length(folder: Path, step: int | None) -> tuple[Tokenizer, int
     if is_huggingface(folder):
         return load_tokenizer(folder), read_config(folder)[1]
     meta, _ = read_meta(folder, step)
+    own_code.check_registered(folder, meta["config"])
     return tokenizer_of(folder), meta["config"]["train"]["sequence_length"]
 
 

@@ -263,10 +263,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as failure:  # of any kind
             error = failure
+        if step is None or (error is None and not self._is_there()):
+            return  # a run that was moved away with its checkpoint: the next save says so
         # What counts is what is there: if an older one could not be removed, that does no harm. Process 0 has put it
         # there; others may see it later.
-        complete = self._folder(step).is_dir() if step is not None and jax.process_index() == 0 else error is None
-        if step is not None and not complete:
+        failed = error is not None if jax.process_index() else not self._folder(step).is_dir()
+        if failed:
             raise self._failed(step, error) from error
 
     def check(self) -> None:

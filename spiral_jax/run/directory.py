@@ -229,7 +229,7 @@ def _places(workdir: Path) -> dict[str, Any]:
         places = read_json_object(workdir / "data.json")
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
-    except (SpiralError, KeyError, TypeError):
+    except (SpiralError, KeyError, TypeError, AttributeError):
         raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib
-import io
 import json
 import sys
 import time
@@ -193,7 +192,10 @@ def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> 
 
 
 def _lines(path: Path) -> list[bytes]:
-    return io.BytesIO(path.read_bytes()).readlines() if path.exists() else []
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    return [line + b"\n" for line in lines] + ([last] if last else [])
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -108,4 +108,5 @@ def _read(workdir: Path) -> dict[str, dict[str, str]]:
         saved = read_json_object(workdir / FILE)
     except SpiralError:
         return {}
-    return saved if all(isinstance(code, dict) for code in saved.values()) else {}
+    entries = [code.values() if isinstance(code, dict) else [None] for code in saved.values()]
+    return saved if all(isinstance(entry, str) for values in entries for entry in values) else {}

@@ -14,7 +14,8 @@ class RowFile:
     def __init__(self, path: Path):
         """Opens `path`, behind what is there."""
         self.failure: str | None = None  # of the last write
-        self._file = path.open("ab").detach()  # not buffered: it is known to the byte what has been written
+        opened: Any = path.open("ab")
+        self._file = opened.detach()  # not buffered: it is known to the byte what has been written
         self._unwritten = b""
 
     def write(self, row: Mapping[str, Any]) -> None:

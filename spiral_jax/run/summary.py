@@ -1,7 +1,6 @@
 """What a finished run shows a person: a sampled continuation and its loss curve."""
 
 import dataclasses
-import io
 from typing import Any
 
 import jax
@@ -103,9 +102,9 @@ def plot_loss(workdir: Path) -> Path:
     axes.set(xlabel="step", ylabel="loss, nats per token", title=workdir.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    path, image = workdir / "loss_curve.png", io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    atomic.write_bytes(path, image.getvalue())
+    path = workdir / "loss_curve.png"
+    with atomic.written(path), path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
     return path
 
 

@@ -90,7 +90,7 @@ def test_a_flipped_bit(saved, layout, tmp_path, capsys, flips):
     steps = [
         resumed(saved, layout, tmp_path, capsys, functools.partial(flip, name=str(name), rng=rng)) for name in drawn
     ]
-    assert steps.count(OLD) > flips / 3
+    assert steps.count(OLD) > flips / 10
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_a_file_lost_or_halved(saved, layout, tmp_path, capsys):
         for name in files_of(saved[0] / "checkpoints" / str(NEW))
         for damage in (remove, halve)
     ]
-    assert steps.count(OLD) > len(steps) / 3
+    assert steps.count(OLD) > len(steps) / 10
 
 
 def other_step(folder):

@@ -50,7 +50,26 @@ def test_resume_drops_rows_past_its_step(tmp_path, tail):
     write(tmp_path, [4, 5, 6], last_step=3)
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4, 5, 6]
     assert path.read_text().splitlines(keepends=True)[:3] == before[:3]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    is_broken = tail.strip() and tail.endswith("\n")  # else it was cut short by a kill
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", *(["damaged"] if is_broken else [])}
+
+
+BROKEN = [b"\xff\x00\n", b"[1]\n", b'{"loss": 1.0}\n', b'{"step": 21, "lo\n', b'{"step": true}\n', b"[" * 99999 + b"\n"]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda line: repr(line[:12]))
+def test_a_broken_line_is_set_aside_and_every_other_row_kept(tmp_path, capsys, broken):
+    """Line 21 of 55, after which the run is resumed at step 50."""
+    path = write(tmp_path, range(1, 56))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:20], broken, *lines[21:]]))
+    assert len(read_rows(path)) == 54
+    write(tmp_path, [51, 52], last_step=50)
+    assert path.read_bytes().splitlines(keepends=True) == [*lines[:20], *lines[21:52]]
+    assert (tmp_path / "damaged/metrics.jsonl.lines").read_bytes() == broken
+    assert capsys.readouterr().err == (
+        f"note: {path}: line 21 is damaged and now in {tmp_path}/damaged/metrics.jsonl.lines; 49 rows are kept\n"
+    )
 
 
 def test_a_half_written_line_is_dropped_even_where_nothing_else_is(tmp_path):
