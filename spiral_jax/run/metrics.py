@@ -76,9 +76,9 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values. A disk that refuses it stops no training."""
         # JSON has no NaN: if a value is no finite number, it is written as null.
-        row = finite(dict(row))
+        values = finite(dict(row))
         failed_before = self._rows.failure is not None
-        self._rows.write(row)
+        self._rows.write(values)
         if self._rows.failure is not None and not failed_before:
             _say(
                 f"note: {self._path}: cannot be written ({self._rows.failure}); training goes on, and the rows are "
@@ -87,7 +87,7 @@ class MetricsWriter:
         elif failed_before and self._rows.failure is None:
             _say(f"note: {self._path}: written again, every row of it")
         for mirror in self._mirrors:
-            mirror.write(row)
+            mirror.write(values)
 
     def close(self) -> None:
         self._rows.close()
