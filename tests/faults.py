@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 POINTS = {
-    "start": ("spiral_jax.train", "open_workdir"),
+    "start": ("spiral_jax.train", "make_workdir"),
     "compile": ("jax.stages", "Lowered.compile"),
     "step": ("spiral_jax.training.tracer", "Tracer.__call__"),  # before it is dispatched
     "evaluation": ("spiral_jax.evaluation.perplexity", "WindowScorer.__call__"),  # before a batch
@@ -138,6 +138,8 @@ def _full(_: Path) -> None:
 
 def _flip(workdir: Path) -> None:
     """One bit of the newest checkpoint's largest file flips, and the process dies."""
+    while not any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
+        time.sleep(0.01)  # it is being saved
     flip(workdir)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""A small run punished in every way that can happen, and started again until it ends: `python -m tests.punish [CELL ...]`.
+"""A run punished in every way that can happen, and started again until it ends: `python -m tests.punish [CELL ...]`.
 
 A cell is a kind of fault at a moment, as `SIGKILL/save`. Each prints a row: how every start ended, steps done twice,
 seconds it took, and whether the last checkpoint is, bit by bit, that of the run that was left alone. Starts are forks
@@ -120,7 +120,9 @@ class Starter:
             files.append((out, err))
             self._ask({"faults": faults, "devices": devices, "argv": argv, "out": str(out), "err": str(err)})
         statuses = self._ask({"wait": SECONDS_AT_MOST})
-        return [Ended(status, out.read_text(), err.read_text()) for status, (out, err) in zip(statuses, files)]
+        return [
+            Ended(status, out.read_text(), err.read_text()) for status, (out, err) in zip(statuses, files, strict=True)
+        ]
 
     def close(self) -> None:
         self._server.stdin.close()
@@ -139,26 +141,34 @@ def serve() -> None:
     import spiral_jax.train  # noqa: F401  so that forks need not
     from tests import faults
 
-    children: list[int] = []
+    children: list[tuple[int, list[subprocess.Popen]]] = []
     for line in sys.stdin:
         request = json.loads(line)
         answer = None
         if "argv" in request:
+            # By pipes: on a disk that is full a start still says what it has to say.
+            pipes = [subprocess.Popen(["tee", request[name]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+                     for name in ("out", "err")]  # fmt: skip
             pid = os.fork()
             if pid == 0:
-                _become(request, faults.run)
-            children.append(pid)
+                _become([pipe.stdin.fileno() for pipe in pipes], request, faults.run)
+            for pipe in pipes:
+                pipe.stdin.close()
+            children.append((pid, pipes))
         elif "wait" in request:
-            answer = [_wait(pid, request["wait"]) for pid in children]
+            answer = [_wait(pid, request["wait"]) for pid, _ in children]
+            for pipe in [pipe for _, pipes in children for pipe in pipes]:
+                pipe.wait()
             children.clear()
         print(json.dumps(answer), flush=True)
 
 
-def _become(request: dict, run) -> None:
+def _become(streams: list[int], request: dict, run) -> None:
     """In a fork: the verb."""
     os.setsid()
-    for name, number in (("out", 1), ("err", 2)):
-        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream, number)
+        os.close(stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={request['devices']}"
     status = 1
@@ -249,10 +259,8 @@ class Punisher:
         argv = ["train", f"--config={self._folder / 'config.py'}", f"--workdir={workdir}"]
         if not several:
             return self._starter.run((faults, 2, argv))
-        port = next(self._ports)
-        pair = [
-            [*argv, f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"] for i in (0, 1)
-        ]
+        argv += [f"--coordinator_address=127.0.0.1:{next(self._ports)}", "--num_processes=2"]
+        pair = [[*argv, f"--process_id={i}"] for i in (0, 1)]
         # The one that is punished first, so that the last one's output says how the run went on.
         return self._starter.run((faults, 1, pair[1]), ([], 1, pair[0]))
 
