@@ -121,7 +121,8 @@ class Starter:
             self._ask({"faults": faults, "devices": devices, "argv": argv, "out": str(out), "err": str(err)})
         statuses = self._ask({"wait": SECONDS_AT_MOST})
         return [
-            Ended(status, out.read_text(), err.read_text()) for status, (out, err) in zip(statuses, files, strict=True)
+            Ended(status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+            for status, (out, err) in zip(statuses, files, strict=True)
         ]
 
     def close(self) -> None:
@@ -169,6 +170,7 @@ def _become(streams: list[int], request: dict, run) -> None:
     for number, stream in enumerate(streams, 1):
         os.dup2(stream, number)
         os.close(stream)
+    sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={request['devices']}"
     status = 1
