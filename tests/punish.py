@@ -42,6 +42,7 @@ TEXT = " ".join(f"{n} times {n} is {n * n}." for n in range(100, 215))
 
 # Every kind with the moments at which it makes a difference, and where it is put in.
 STEP, SAVED = 7, 8
+LATE = "step@11"  # there are two checkpoints
 MOMENTS = {
     "start": "start", "compile": "compile", "step": f"step@{STEP}", "evaluation": "evaluation",
     "save": f"save@{SAVED}", "commit": f"commit@{SAVED}", "rotate": f"rotate@{EVERY}", "exit": "exit",
@@ -53,7 +54,7 @@ KINDS = {
     "SIGSTOP": ("stop", ("compile", "step", "evaluation", "save")),
     "disk full": ("full", ("start", "step", "save", "exit")),
     "non-finite": ("nan", ("step",)),
-    "flipped bit": ("flip", ("step", "evaluation", "exit")),
+    "flipped bit": ("flip", ("step", "exit")),
     "dead peer": ("kill", ("start", "compile", "step", "evaluation", "save", "exit")),
 }
 CELLS = {f"{kind}/{moment}": (action, moment) for kind, (action, moments) in KINDS.items() for moment in moments}
@@ -120,10 +121,8 @@ class Starter:
             files.append((out, err))
             self._ask({"faults": faults, "devices": devices, "argv": argv, "out": str(out), "err": str(err)})
         statuses = self._ask({"wait": SECONDS_AT_MOST})
-        return [
-            Ended(status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
-            for status, (out, err) in zip(statuses, files, strict=True)
-        ]
+        texts = [[file.read_text(encoding="utf-8") for file in pair] for pair in files]
+        return [Ended(status, *pair) for status, pair in zip(statuses, texts, strict=True)]
 
     def close(self) -> None:
         self._server.stdin.close()
@@ -241,7 +240,7 @@ class Punisher:
         shutil.rmtree(workdir, ignore_errors=True)
         begun = time.monotonic()
         statuses, lines, lost = [], [], 0
-        faults = [f"{MOMENTS[moment]}:{action}"]
+        faults = [f"{LATE if action == 'flip' and moment == 'step' else MOMENTS[moment]}:{action}"]
         for _ in range(4):
             done = _last_step(workdir)
             ended = self._start(workdir, faults, several)
