@@ -97,10 +97,8 @@ def test_a_request_that_came_too_late_to_be_answered_ends_it_when_all_is_saved()
 
 
 def test_a_repeat_on_the_way_out_does_not_change_the_status():
-    program = (
-        Program(HOLD + "say('out'); time.sleep(0.3); sys.exit(42)").at("there").send(signal.SIGTERM).at("15").at("out")
-    )
-    assert program.send(signal.SIGTERM).end()[0] == 42
+    program = Program(HOLD + "say('out'); time.sleep(0.3); sys.exit(42)").at("there").send(signal.SIGTERM)
+    assert program.at("15").at("out").send(signal.SIGTERM).end()[0] == 42
 
 
 @pytest.mark.parametrize("number", ALL)
