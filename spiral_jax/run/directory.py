@@ -227,7 +227,7 @@ def validation_store_of(workdir: Path, storage: Storage = LOCAL) -> TokenStore:
     """
     place = _places(workdir)["validation"]
     if place is None:
-        raise SpiralError(f"{workdir}: the run has no validation text; give --input")
+        raise SpiralError(f"{workdir}: the run has no validation text; allowed: a text with --input")
     return TokenStore.open(place, storage)
 
 
@@ -242,7 +242,7 @@ def _places(workdir: Path) -> dict[str, Any]:
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
     except (SpiralError, KeyError, TypeError):
-        raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
+        raise SpiralError(f"{workdir / 'data.json'} is missing or broken; allowed: a text with --input") from None
 
 
 def _relative(place: str, workdir: Path) -> str:
