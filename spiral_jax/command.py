@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in, require, shown
 from spiral_jax.parallel import gloo
@@ -241,6 +242,10 @@ def _allowed(flag: flags.Flag) -> str:
         return "true or false"
     if isinstance(flag.parser, flags.EnumParser):
         return ", ".join(flag.parser.enum_values)
+    if isinstance(flag.parser, tuple_parser.TupleParser):
+        return "a tuple, as in '(4, 2, 1)'"
+    if type(flag.parser).__name__ == "_ConfigDictParser":  # of ml_collections, and private
+        return f"its fields, as in --{flag.name}.FIELD=VALUE"
     return flag.parser.syntactic_help if isinstance(flag.parser, flags.IntegerParser | flags.FloatParser) else ""
 
 

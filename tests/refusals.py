@@ -25,7 +25,7 @@ def refused(verb, arguments, words, root: Path) -> str:
     sys.modules.pop("config_config", None)  # ml_collections would keep the functions of the file before
     before, floor = tree(root), reset_peak()
     with contextlib.redirect_stdout(io.StringIO()):
-        status, errors = call(verb, *arguments)
+        status, errors = call(verb, *arguments, exact=True)
     peak = peak_bytes()
     assert status == 2, (status, errors)
     assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors

@@ -5,7 +5,7 @@ import itertools
 import math
 from typing import Literal, NamedTuple, get_args
 
-from spiral_jax.errors import require
+from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.neox import layer_parameters, layer_weights
 from spiral_jax.model.operators import Linear
@@ -104,8 +104,8 @@ class ModelConfig:
             check(field, getattr(self, field) >= 0, "0 or more")
         for field, largest in _LARGEST.items():
             check(field, (getattr(self, field) or 0) <= largest, f"up to {largest}")
-        has_few = self.num_iterations <= MOST_ITERATIONS
-        require(has_few, "model.chunks", f"of {self.num_iterations} iterations", f"up to {MOST_ITERATIONS}")
+        if self.num_iterations > MOST_ITERATIONS:
+            raise SpiralError(f"model.chunks has {self.num_iterations} iterations; allowed: up to {MOST_ITERATIONS}")
         for name, layers in (("stored", self.stored_layers), ("run", self.unrolled_layers)):
             few = f"1 to {_MOST_LAYERS}, in prelude, core and coda"
             require(1 <= layers <= _MOST_LAYERS, f"model: the number of layers that are {name}", layers, few)

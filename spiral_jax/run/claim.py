@@ -54,10 +54,13 @@ class Claim:
         Raises:
           SpiralError: another process holds it.
         """
+        with atomic.written(self._path):
+            self._take()
+
+    def _take(self) -> None:
         if self._path.is_dir():
             set_aside(self._path, self._workdir)
-        with atomic.written(self._path):
-            file, owner = _open(self._path), _read(self._path)
+        file, owner = _open(self._path), _read(self._path)
         # Locks of network file systems may not reach other machines.
         elsewhere = owner is not None and owner.get("host") != socket.gethostname() and owner.get("beat") != _RELEASED
         replaces = not _try_lock(file) or elsewhere
@@ -71,7 +74,7 @@ class Claim:
             new.replace(self._path)
         elif not _is_at(file, self._path):  # replaced since it was opened
             file.close()
-            self.take()
+            self._take()
             return
         else:
             file.truncate(0)

@@ -227,7 +227,8 @@ def _checked(hint, value, field: str):
         return _checked(hint, value, field)
     if origin is tuple:
         require(isinstance(value, list | tuple), field, value, "a tuple")
-        require(len(value) <= _LONGEST, field, f"of {len(value)} entries", f"up to {_LONGEST}")
+        if len(value) > _LONGEST:
+            raise SpiralError(f"{field} has {len(value)} entries; allowed: up to {_LONGEST}")
         return tuple(_checked(options[0], entry, f"{field}[{i}]") for i, entry in enumerate(value))
     if origin is typing.Literal:
         hint = str

@@ -14,7 +14,7 @@ from spiral_jax import train
         (("--num_processes=2", "--process_id=2"), {}, "--process_id is 2; allowed: 0 to 1, with 2 processes"),
         (("--process_id=-1",), {}, "--process_id is -1; allowed: 0 or more"),
         (("--num_processes=0",), {}, "--num_processes is 0; allowed: 1 or more"),
-        (("--num_processes=two",), {}, "--num_processes=two"),
+        (("--num_processes=two",), {}, "--num_processes is 'two'; allowed: an integer"),
         (("--coordinator_address=localhost",), {}, "--coordinator_address is 'localhost'; allowed: HOST:PORT"),
         (("--coordinator_address=a:70000",), {}, "--coordinator_address is 'a:70000'"),
         (("--initialization_timeout=0",), {}, "--initialization_timeout is 0; allowed: 1 or more seconds"),
