@@ -229,13 +229,8 @@ def _places(workdir: Path) -> dict[str, Any]:
         places = read_json_object(workdir / "data.json")
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
-<<<<<<< HEAD
     except (SpiralError, KeyError, TypeError, AttributeError):
-        raise SpiralError(f"{workdir / 'data.json'}: missing or broken; give --input") from None
-=======
-    except (SpiralError, KeyError, TypeError):
         raise SpiralError(f"{workdir / 'data.json'} is missing or broken; allowed: a text with --input") from None
->>>>>>> 642bcca00ba7d3225143438274367e1219bdf10f
 
 
 def _relative(place: str, workdir: Path) -> str:
