@@ -147,6 +147,16 @@ def test_a_failed_save_on_a_signal_is_no_success(disk, layout):
     checkpoints.close()
 
 
+def test_a_save_that_could_not_even_begin_is_no_success(tmp_path, layout):
+    checkpoints = Checkpoints(tmp_path / "run")
+    saving = saves(checkpoints, on_failure="go_on")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    saving(3, random_state(layout, 3))
+    with pytest.raises(SaveFailed, match="checkpoints is not there any more"):
+        saving.finish()
+    checkpoints.close()
+
+
 SCRIPT = """
 import gc, sys
 from spiral_jax import command
