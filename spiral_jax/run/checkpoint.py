@@ -144,10 +144,9 @@ class Checkpoints:
         self.wait()
 
     def _save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        self.wait()
+        self.wait()  # what an error names has to be complete
         found = summary(items)
         if found.not_finite:
-            self.wait()  # what is named has to be complete
             raise Diverged(f"step {step}: {found.not_finite[0]} is not finite and is not saved; {self._last_good()}")
         meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
         meta["digest"] = _digest_of(meta)
