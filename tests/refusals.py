@@ -40,8 +40,9 @@ def tree(root: Path) -> dict[str, tuple]:
     """Every file and folder below a folder, with what would tell that it was changed."""
     found = {}
     for path in sorted(root.rglob("*")):
-        status, content = path.lstat(), hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        written = status.st_mtime_ns if content and status.st_size else 0  # to open a lock is not to change it
+        status, content, written = path.lstat(), "", 0
+        if path.is_file() and path.name != ".lock":  # which names its newest owner
+            content, written = hashlib.sha256(path.read_bytes()).hexdigest(), status.st_mtime_ns
         found[str(path.relative_to(root))] = content, status.st_mode, written
     return found
 

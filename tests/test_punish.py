@@ -8,7 +8,7 @@ QUICK = (
     "SIGTERM/evaluation", "SIGTERM/save", "twice/step", "disk full/save", "non-finite/step", "flipped bit/step",
 )  # fmt: skip
 # How the punished start ends, by kind; SIGTERM and two of them end with 143 where there is nothing to save yet.
-FIRST = {"SIGKILL": {-9}, "SIGTERM": {42}, "twice": {42}, "SIGSTOP": {0}, "disk full": {2}, "non-finite": {0},
+FIRST = {"SIGKILL": {-9}, "SIGTERM": {42}, "twice": {42}, "SIGSTOP": {0}, "disk full": {2}, "non-finite": {44},
          "flipped bit": {-9}, "dead peer": {-9}}  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Claim:
         self._seen = time.monotonic()  # the last moment at which the directory was ours
         self._file: IO[str] | None = None
         self._closed = threading.Event()
+        self._lost = threading.Lock()  # taken by whichever thread ends this process, and never given back
 
     def take(self) -> None:
         """Takes the directory.
@@ -100,6 +101,7 @@ class Claim:
         """The same, however sure that is."""
         owner = _read(self._path)
         if owner is not None and owner.get("owner") != self._owner:
+            self._lost.acquire()
             # Without a way out, on which a save that was going on would be finished.
             self._end(
                 HUNG,

@@ -6,7 +6,7 @@ from verbs import call
 
 from spiral_jax import aot, check, describe, train
 from spiral_jax.errors import SpiralError
-from spiral_jax.run.directory import claim
+from spiral_jax.run.claim import claim
 
 FIELDS = {
     # (field, value): words of the line. What every verb with --config says.
@@ -137,7 +137,7 @@ TRAIN = {
         ("--config.data.paths={good}/records.jsonl", "--config.data.text_field=body"),
         'no field "body"',
     ),
-    "source that is no run": (("--config.upcycle.source={good}",), "config.json"),
+    "source that is no run": (("--config.upcycle.source={good}",), "has no checkpoints"),
     "unknown flag": (("--batch=3",), ("--batch", "--help")),
     "stray word": (("words",), "'words'"),
     "workdir twice": (("--workdir={good}/other",), "--workdir is given 2 times"),

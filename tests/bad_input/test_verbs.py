@@ -98,8 +98,8 @@ GENERATE = {
 }
 EVALUATE = {
     "nothing": ((), "--workdir is missing"),
-    "no run": (("--workdir={good}",), "config.json"),
-    "an export": (("--workdir={good}/hf",), "config"),
+    "no run": (("--workdir={good}",), "has no checkpoints"),
+    "an export": (("--workdir={good}/hf",), "has no checkpoints"),
     "no validation text": (("--workdir={good}/run",), "data.json"),
     "no such input": (("--workdir={good}/run", "--input=/no/file"), "/no/file"),
     "an empty input": (("--workdir={good}/run", "--input={good}/empty.txt"), "empty.txt"),

@@ -217,9 +217,9 @@ def folder(tmp_path_factory):
     (folder / "data" / "lambada_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     measured = TaskEvaluation.metrics
 
-    def slow(self, params):
+    def slow(self, *given):
         time.sleep(SLOW)
-        return measured(self, params)
+        return measured(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskEvaluation, "metrics", slow)

@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from etils.epath import Path
 from full_disk import small_disk
-from states import CONFIG, META, assert_bitwise_equal, random_state
+from states import CONFIG, META, assert_bitwise_equal, random_state, saves_of
 
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.parallel.processes import ALONE
 from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveFailed
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.saves import Saves
 from spiral_jax.training.step import abstract_state
 
 FULL = "No space left on device"
@@ -91,9 +89,9 @@ def test_what_a_kill_left_of_a_save_is_removed_by_the_next(tmp_path, layout):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
-def saves(checkpoints, **fields) -> Saves:
+def saves(checkpoints, **fields):
     config = RunConfig(model=CONFIG.model, train=CONFIG.train, checkpoint=CheckpointConfig(every_steps=2, **fields))
-    return Saves(checkpoints, config, ["abc"], ALONE)
+    return saves_of(checkpoints, config)
 
 
 def wait_for_the_disk(saving, step) -> None:
@@ -122,7 +120,7 @@ def test_a_run_that_goes_on_saves_again(disk, layout, capfd):
     wait_for_the_disk(saving, 3)
     disk.free()
     saving(4, random_state(layout, 4))
-    saving.finish()
+    saving.finish(4)
     assert checkpoints.steps() == [4]
     (line,) = capfd.readouterr().err.splitlines()
     assert line == (
@@ -132,7 +130,7 @@ def test_a_run_that_goes_on_saves_again(disk, layout, capfd):
     disk.leave(20_000)
     with pytest.raises(SaveFailed, match=r"checkpoints/10 cannot be saved .* of step 4$"):  # the last one
         saving(10, random_state(layout, 10))
-        saving.finish()
+        saving.finish(10)
     checkpoints.close()
 
 
@@ -143,7 +141,7 @@ def test_a_failed_save_on_a_signal_is_no_success(disk, layout):
     disk.leave(0)
     with pytest.raises(SaveFailed, match="checkpoints/3 "):
         saving(3, random_state(layout, 3))
-        saving.finish()
+        saving.finish(3)
     checkpoints.close()
 
 
@@ -153,7 +151,7 @@ def test_a_save_that_could_not_even_begin_is_no_success(tmp_path, layout):
     (tmp_path / "run").rename(tmp_path / "moved")
     saving(3, random_state(layout, 3))
     with pytest.raises(SaveFailed, match="checkpoints is not there any more"):
-        saving.finish()
+        saving.finish(3)
     checkpoints.close()
 
 

@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from states import CONFIG, saves_of
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.run import saves
 from spiral_jax.run.checkpoint import CheckpointConfig
-from spiral_jax.run.saves import Clock, Saves
+from spiral_jax.run.saves import Clock
 
 
 @pytest.fixture
@@ -30,11 +31,12 @@ def test_a_checkpoint_for_another_reason_starts_it_again(now):
     """Otherwise a slow run would save twice in a row."""
     clock = Clock(CheckpointConfig(every_minutes=1.0))
     calls = []
-    checkpoints = SimpleNamespace(due=lambda step, last: step == 5, save=lambda step, state, meta: calls.append(step))
+    checkpoints = SimpleNamespace(due=lambda step, last: step == 5, wait=lambda: None, check=lambda: None,
+                                  save=lambda step, state, meta: calls.append(step))  # fmt: skip
     guards = SimpleNamespace(check_claim=lambda: calls.append("ours"),
                              watchdog=SimpleNamespace(expect=lambda what, field: calls.append(field)))  # fmt: skip
     asked = [False]
-    saving = Saves(checkpoints, 9, {}, [], guards=guards, clock=clock, asked=lambda: asked[0])
+    saving = saves_of(checkpoints, CONFIG, guards=guards, clock=clock, asked=lambda: asked[0])
     assert [saving.due(step) for step in (4, 5, 6)] == [False, True, False]
     now[0] = 50.0
     saving(5, None)

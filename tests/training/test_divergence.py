@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from states import saves_of
 
 from spiral_jax.errors import Diverged, SpiralError
 from spiral_jax.model.config import ModelConfig
@@ -21,7 +22,6 @@ from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.resume import newest_whole
 from spiral_jax.run.returns import Returns
-from spiral_jax.run.saves import Saves
 from spiral_jax.training import step as steps_of_training
 from spiral_jax.training.config import OptimizerConfig, TrainConfig
 from spiral_jax.training.divergence import DivergenceConfig, Skips, reason
@@ -186,7 +186,8 @@ class Run:
 
     def __call__(self, faults, until=None, every_steps=EVERY_STEPS, keep=3):
         """Goes on from the newest checkpoint, and stops after the step `until`."""
-        checkpoints = Checkpoints(self.folder, CheckpointConfig(every_steps, keep))
+        cadence = CheckpointConfig(every_steps, keep=keep)
+        checkpoints = Checkpoints(self.folder, cadence)
         layout = self.program.abstract_state
         saved = newest_whole(self.config, self.folder, checkpoints, layout, ALONE)
         skips = Skips(self.config.divergence, (), saved.divergence if saved else None)
@@ -212,7 +213,7 @@ class Run:
                 ),
                 recorder=Recorder(take),
                 evaluations=[],
-                saving=Saves(checkpoints, STEPS, {"config": self.config.to_dict()}, [], skips),
+                saving=saves_of(checkpoints, dataclasses.replace(self.config, checkpoint=cadence), skips=skips),
                 returning=Returns(self.config, self.folder, checkpoints, layout, skips, ALONE),
                 should_stop=lambda: self.dispatched == until,
             )[0]
