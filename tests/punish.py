@@ -27,11 +27,11 @@ from spiral_jax.run.config import default_config
 
 def get_config():
     c = default_config()
-    c.model.update(dict(vocab_size=264, d_model=16, num_heads=2, prelude_layers=0, core_layers=1, coda_layers=0,
-                        chunks=(2, 1), rotary_fraction=0.5, dtype="float32"))
+    c.model.update(dict(vocab_size=264, d_model=16, num_heads=2, prelude_layers=1, core_layers=0, coda_layers=0,
+                        chunks=(), rotary_fraction=0.5, dtype="float32"))
     c.train.update(dict(steps=STEPS, batch_size=4, sequence_length=32, loss_block=32))
     c.optimizer.update(dict(peak_learning_rate=1e-2, warmup_steps=3))
-    c.data.update(dict(paths=("TEXT",), validation_fraction=0.3))
+    c.data.update(dict(stores=("FOLDER/stores/train",), validation_store="FOLDER/stores/validation"))
     c.mesh.fsdp = 2
     c.checkpoint.update(dict(every_steps=EVERY, keep=2))
     c.evaluation.update(dict(every_steps=5, batches=4))
@@ -214,8 +214,12 @@ class Punisher:
         self._folder = folder
         (folder / "text.txt").write_text(TEXT, encoding="utf-8")
         config = CONFIG.replace("STEPS", str(STEPS)).replace("EVERY", str(EVERY))
-        (folder / "config.py").write_text(config.replace("TEXT", str(folder / "text.txt")), encoding="utf-8")
+        (folder / "config.py").write_text(config.replace("FOLDER", str(folder)), encoding="utf-8")
         self._starter = Starter(folder)
+        argv = ["prepare", f"--input={folder / 'text.txt'}", f"--output={folder / 'stores'}", "--tokenizer=bytes",
+                "--validation_fraction=0.3"]  # fmt: skip
+        (ended,) = self._starter.run(([], 1, argv))
+        assert ended.status == 0, ended
         self._ports = iter(range(20000 + os.getpid() % 9000, 40000))
         self._ends: dict[bool, dict] = {}
 

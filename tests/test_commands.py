@@ -171,6 +171,7 @@ def test_two_processes_cannot_train_in_one_directory(folder):
     assert status == 2 and "another process" in errors and errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_accumulation_evaluates_the_same_in_smaller_batches_and_a_profile_may_end_with_the_run(
     folder, tmp_path, capsys
 ):

@@ -61,6 +61,7 @@ def test_every_block_registers_what_the_text_says(registered):
                      "inverse_square_root"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_operators_fit_and_are_causal_and_decode(registered):
     """Those of the page in three models."""
     assert len(registered) == 8

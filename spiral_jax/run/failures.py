@@ -11,6 +11,8 @@ from typing import Any
 
 # Of the operating system, as tensorstore quotes it: "to file 4: No space left on device [os_error_code='28']".
 _OS_ERROR = re.compile(r"([^:\[\]\n]+) \[os_error_code=")
+# As the C++ of tensorstore begins its errors: "RESOURCE_EXHAUSTED: Error writing ...".
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 
 
 def first_words(error: BaseException) -> str:
@@ -68,6 +70,8 @@ def _is_news(record: logging.LogRecord) -> bool:
         return True
     error = record.exc_info[1] if record.exc_info else None
     where = error.__traceback__ if error else None
+    if where is None and _STATUS.match(str(error)):  # Python has not come to see it
+        return False
     files = []
     while where is not None:
         files.append(where.tb_frame.f_code.co_filename)

@@ -121,14 +121,16 @@ def found(check, **fields) -> invariants.Finding:
     "check, fields, where",
     [
         (invariants.causality, dict(topology="leaks_the_next_token"), r"token \d+ changes with token"),
-        (invariants.causality, dict(topology="leaks_from_far"), "token"),
-        (invariants.causality, dict(pooling="reads_other_chunks"), "token"),
+        pytest.param(invariants.causality, dict(topology="leaks_from_far"), "token", marks=pytest.mark.slow),
+        pytest.param(invariants.causality, dict(pooling="reads_other_chunks"), "token", marks=pytest.mark.slow),
         (invariants.lengths, dict(topology="depends_on_the_length"), "at length 1"),
-        (invariants.lengths, dict(allocation="backwards"), "at length"),
+        pytest.param(invariants.lengths, dict(allocation="backwards"), "at length", marks=pytest.mark.slow),
         (invariants.rows, dict(topology="mixes_rows"), "the (first|last) row"),
         (invariants.scanned, dict(topology="counts_zeros"), ""),
         (invariants.decoded, dict(pooling="wrong_one_token_pass"), "tokens read at once and"),
-        (invariants.decoded, dict(topology="leaks_from_far"), "tokens read at once and"),
+        pytest.param(
+            invariants.decoded, dict(topology="leaks_from_far"), "tokens read at once and", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_is_wrong_is_found(check, fields, where):
@@ -141,9 +143,9 @@ def test_what_is_wrong_is_found(check, fields, where):
     "check, fields",
     [
         (invariants.causality, dict(topology="sums")),
-        (invariants.lengths, dict(pooling="running_mean")),
-        (invariants.rows, dict(topology="injection")),
-        (invariants.scanned, dict(topology="sums")),
+        pytest.param(invariants.lengths, dict(pooling="running_mean"), marks=pytest.mark.slow),
+        pytest.param(invariants.rows, dict(topology="injection"), marks=pytest.mark.slow),
+        pytest.param(invariants.scanned, dict(topology="sums"), marks=pytest.mark.slow),
         (invariants.scanned, dict(topology="written_out")),
         (invariants.decoded, dict(pooling="running_mean", topology="sums")),
         pytest.param(invariants.decoded, dict(topology="mesh", shared_core=False), marks=pytest.mark.slow),
@@ -160,7 +162,8 @@ def test_no_number_is_no_agreement():
     assert not invariants.Finding("x", "y", invariants.difference(jnp.nan * jnp.ones(2), jnp.ones(2))).ok
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_sharded_steps_agree(name):
     model = dataclasses.replace(MODEL, chunks=(2,), topology="gated")
     finding = invariants.sharded(RunConfig(model=model, optimizer=OptimizerConfig(name=name)))

@@ -52,7 +52,7 @@ def scanned(request, random_model, quick):
     [
         pytest.param("looped", UNROLLED, marks=pytest.mark.slow),
         ("coarse", UNROLLED),
-        ("coarse", WRITTEN_OUT),
+        pytest.param("coarse", WRITTEN_OUT, marks=pytest.mark.slow),
         ("coarse", DOTS),
         ("coarse", FULL),
         pytest.param("looped", DOTS, marks=pytest.mark.slow),
@@ -94,7 +94,7 @@ def matmuls(text: str) -> int:
     return text.count("dot_general") + text.count(" dot(")
 
 
-@pytest.mark.parametrize("more", [dict(core_layers=8), dict(prelude_layers=6), dict(chunks=(3,) * 6)])
+@pytest.mark.parametrize("more", [dict(core_layers=8), dict(prelude_layers=6, chunks=(3,) * 6)])
 def test_program_does_not_grow_with_depth(more):
     """More layers, or more neighbouring iterations of one level, change trip counts and shapes only."""
     base = dataclasses.replace(TINY, chunks=(3,) * 4, topology="residual", prelude_layers=2, core_layers=3)

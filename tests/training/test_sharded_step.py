@@ -46,11 +46,11 @@ DEFAULT = {
     "mixed_accumulated": changed((2, 2, 2), accumulation=2),
     "fsdp8": changed((1, 8, 1)),
     "data8": changed((8, 1, 1)),
-    "remat_full": changed(model=dict(remat="keep_inputs")),
-    "unrolled": changed(model=dict(unroll=True)),
     "fsdp4_core_whole_accumulated": changed((1, 4, 1), gather_core="step", accumulation=2),
 }
 SLOW = {
+    "remat_full": changed(model=dict(remat="keep_inputs")),
+    "unrolled": changed(model=dict(unroll=True)),
     "tensor2": changed((1, 1, 2)),
     "accumulation4": changed(accumulation=4),
     "tensor4": changed((1, 1, 4)),
