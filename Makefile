@@ -14,11 +14,12 @@ CPU_ENV := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000
 quickstart: $(VENV)/quickstart.stamp
 	$(CPU_ENV) $(RUN) -m spiral_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
+# A file is one worker's: its fixtures are made, and its programs compiled, once.
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest -n auto $(ARGS)
+	$(RUN) -m pytest -n auto --dist=loadfile $(ARGS)
 
 test-slow: $(VENV)/test.stamp
-	$(RUN) -m pytest -n auto -m "slow or not slow" $(ARGS)
+	$(RUN) -m pytest -n auto --dist=loadfile -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check $(OURS)

@@ -178,6 +178,7 @@ def check_communication(found):
         assert sent[what] == pytest.approx(sent["closed_form"][what], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_small_program_is_what_the_closed_forms_say(small_report, tmp_path):
     found = small_report("--config.train.gather_core=step", f"--output={tmp_path}/report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == found

@@ -235,6 +235,7 @@ def test_describe_json(capsys):
     assert description["memory"]["parameters"] == pytest.approx(4 * description["parameters"]["total"] / 64, rel=0.03)
 
 
+@pytest.mark.slow
 def test_every_paper_configuration_describes_itself(capsys):
     from experiments.pile import FAMILIES, SIZES, get_config
     from spiral_jax.run.config import RunConfig

@@ -91,6 +91,7 @@ def test_optimizer_and_schedule(registered):
     np.testing.assert_allclose(updates["core"]["layers"]["out"]["bias"], -0.025, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, monkeypatch, capsys):
     """In the order of the page, on a small text and for few steps."""
     (tmp_path / "experiments").mkdir()

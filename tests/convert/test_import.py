@@ -296,6 +296,7 @@ def test_the_end_of_a_text_is_what_the_folder_says(folder, tmp_path):
     assert info["separator"] == "<end>"
 
 
+@pytest.mark.slow
 def test_from_training_through_export_and_import_to_training(tmp_path, capsys):
     """The commands: the same loss on a text, and training that goes on from the parameters."""
     text = tmp_path / "text.txt"

@@ -232,6 +232,7 @@ def test_parameters_lie_where_the_program_wants_them(source, mesh):
         np.testing.assert_array_equal(np.asarray(array), host)
 
 
+@pytest.mark.slow
 def test_the_command_starts_from_the_source_and_resumes_without_it(folder, tmp_path, capsys):
     """On a mesh; a step of no size leaves what it started from, also of the averaged core."""
     (tmp_path / "text.txt").write_text("a b b a " * 40)

@@ -35,10 +35,10 @@ FAR = dict(chunks=(4, 3, 2), offsets=(0, 1, 1), shifts=(3, 3, 5))
 FAST = {
     "spiral_b": small(chunks=(8, 4, 2, 1), topology="mesh", core_layers=2),
     "far": small(**FAR, topology="mesh", memory_slots=3, prelude_layers=0, pooling="mean", update_scale="linear"),
-    "between": small(chunks=(4, 1, 3, 3), topology="residual", coda_layers=0, allocation="uniform"),
     "injection": small(chunks=(4, 2, 1), topology="injection"),
 }
 SLOW = {
+    "between": small(chunks=(4, 1, 3, 3), topology="residual", coda_layers=0, allocation="uniform"),
     "vanilla": small(chunks=(), prelude_layers=2),
     "looped": small(chunks=(1, 1), topology="mesh"),
     "spiral_l": small(chunks=(16, 8, 4, 2), topology="mesh", core_layers=2),

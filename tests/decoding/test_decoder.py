@@ -75,7 +75,7 @@ def with_ends(greedy):
     return [(ids, "stop" if ids[-1] == STOP else "length") for ids in greedy]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_greedy_texts_are_the_argmax_of_full_passes(weights, requests, greedy, rows):
     found, decoder = texts(weights, requests, rows)
     assert found == with_ends(greedy)

@@ -309,6 +309,7 @@ def test_without_the_harness(folder, capsys, monkeypatch):
     assert (code, out, errors) == (2, "", "error: --tasks needs lm_eval: pip install 'spiral_jax[harness]'\n")
 
 
+@pytest.mark.slow
 def test_the_hub_s_tasks(monkeypatch):
     """An unknown name, and data that cannot be reached."""
     from lm_eval.tasks import TaskManager

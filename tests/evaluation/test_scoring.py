@@ -121,7 +121,8 @@ def multiple_choices():
     return [requests[i] for i in rng.permutation(len(requests))]
 
 
-@pytest.mark.parametrize("broken", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
 def test_contexts_are_read_once_where_they_are_shared(weights, logp_of, monkeypatch, broken):
     given = multiple_choices()
     groups = [group for _, group in choices_of(given, L)]

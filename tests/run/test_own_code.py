@@ -154,6 +154,7 @@ def test_export_says_that_pytorch_has_no_code_for_it(folder, run):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_poolings_allocations_optimizers_and_schedules(folder, capsys):
     """On a mesh, to the end; what each is for shows in the run."""
     assert call(train, f"--config={folder}/own.py", f"--workdir={folder}/own") == (0, "")

@@ -286,6 +286,7 @@ def test_readers_refuse_what_is_damaged_and_name_what_is_whole(copy, tmp_path, c
     assert status == 2 and errors.endswith("; allowed: another run\n") and errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_readers_need_no_config_json(folder, copy, tmp_path, capsys):
     """Nor are they misled by one in which a digit was changed."""
     changed = (copy / "config.json").read_text().replace('"rotary_fraction": 0.5', '"rotary_fraction": 1.0')

@@ -163,7 +163,7 @@ def test_flops_by_hand():
     "remat, topology",
     [
         ("keep_inputs", "anchor"),
-        ("keep_inputs", "injection"),
+        pytest.param("keep_inputs", "injection", marks=pytest.mark.slow),
         pytest.param("keep_all", "anchor", marks=pytest.mark.slow),
         pytest.param("keep_all", "injection", marks=pytest.mark.slow),
     ],

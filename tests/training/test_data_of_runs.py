@@ -111,6 +111,7 @@ def test_tokens_that_changed_since_the_run_began_are_named(folder, weighted):
     assert (folder / "weighted/metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_store_more_needs_weights(folder):
     assert run(folder, "alone", stores=("one",)) == (0, "")
     status, errors = run(folder, "alone", "--config.train.steps=8")
