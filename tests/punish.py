@@ -33,6 +33,7 @@ def get_config():
     c.optimizer.update(dict(peak_learning_rate=1e-2, warmup_steps=3))
     c.data.update(dict(stores=("FOLDER/stores/train",), validation_store="FOLDER/stores/validation"))
     c.mesh.fsdp = 2
+    c.deadlines.silence_seconds = 8.0
     c.checkpoint.update(dict(every_steps=EVERY, keep=2))
     c.evaluation.update(dict(every_steps=5, batches=4))
     c.summary.update(dict(sample_tokens=0, plot=False))
@@ -55,7 +56,7 @@ KINDS = {
     "disk full": ("full", ("start", "step", "save", "exit")),
     "non-finite": ("nan", ("step",)),
     "flipped bit": ("flip", ("step", "exit")),
-    "dead peer": ("kill", ("start", "compile", "step", "evaluation", "save", "exit")),
+    "dead peer": ("kill", ("start", "compile", "step", "evaluation", "save")),
 }
 CELLS = {f"{kind}/{moment}": (action, moment) for kind, (action, moments) in KINDS.items() for moment in moments}
 
