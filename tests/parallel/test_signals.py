@@ -23,17 +23,29 @@ def say(word):
 """
 
 
+ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def as_a_terminal_starts_it() -> None:
+    """Whatever this process ignores, or has inherited."""
+    for number in ALL:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Program:
     """A running program, which says where it is."""
 
-    def __init__(self, code, before=None):
+    def __init__(self, code, before=as_a_terminal_starts_it):
         self.process = subprocess.Popen(
             [sys.executable, "-c", HEADER + code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, preexec_fn=before,
         )  # fmt: skip
 
     def at(self, word):
-        assert self.process.stdout.readline() == word + "\n"
+        said = self.process.stdout.readline()
+        if said != word + "\n":
+            self.process.kill()
+        assert said == word + "\n"
         return self
 
     def send(self, number):
@@ -50,7 +62,6 @@ class Program:
             self.process.kill()
 
 
-ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 END = "with StopRequest() as stop:\n    say('there'); busy(20)"
 HOLD = """
 with StopRequest() as stop:
