@@ -39,11 +39,7 @@ from spiral_jax.progress import duration
 from spiral_jax.run import metrics, own_code, side_files, summary
 from spiral_jax.run.claim import claim
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import (
-    check_dtype,
-    make_workdir,
-    workdir_of,
-)
+from spiral_jax.run.directory import check_dtype, make_workdir, workdir_of
 from spiral_jax.run.finish import finish
 from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import batches_of_process

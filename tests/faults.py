@@ -49,7 +49,7 @@ def install(fault: str, argv: list[str]) -> None:
     left = [True]
 
     def act() -> None:
-        if left.pop() if left else False:
+        if left and left.pop():
             if action in SIGNALS:
                 os.kill(os.getpid(), SIGNALS[action])
             else:
@@ -160,8 +160,8 @@ def run(faults: list[str], argv: list[str]) -> None:
     """Runs a verb with its arguments, after putting the faults in; ends as the verb ends."""
     for fault in faults:
         install(fault, argv)
-    verb, sys.argv = argv[0], [argv[0], *argv[1:]]
-    # An imported module runs as __main__ a second time otherwise, without the faults.
+    verb, sys.argv = argv[0], argv
+    # Not by runpy, which would make a second module of it, without the faults.
     module = importlib.import_module(f"spiral_jax.{verb}")
     importlib.import_module("spiral_jax.command").run(verb, module.__doc__, module.define, module.main)
 

@@ -12,6 +12,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from verbs import call
+
+from spiral_jax import train
+from spiral_jax.data import pipeline
+from spiral_jax.run.metrics import read_rows
+
 ROOT = Path(__file__).parents[1]
 STEPS, STOPPED, BATCH, WINDOW = 6, 5, 8, 17
 CONFIG = """
@@ -141,3 +148,19 @@ def both_end(done, named: str, status=2):
         assert process.returncode == status, process.stderr
         assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
         assert named in process.stderr
+
+
+def run_alone(folder, name):
+    """The run in this process, of 8 devices: its rows, and the batches it read, step to tokens [B, W]."""
+    batches = {}
+    read = pipeline.TrainBatches.__next__
+
+    def record(self):
+        batch = read(self)
+        batches[self.step] = batch["tokens"]
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.TrainBatches, "__next__", record)
+        assert call(train, *flags_of(folder, name), "--config.summary.sample_tokens=0") == (0, "")
+    return SimpleNamespace(rows=read_rows(folder / name / "metrics.jsonl"), batches=batches)

@@ -255,11 +255,10 @@ class Punisher:
             if all(one.status == 0 for one in ended):
                 break
             faults = []
-        seconds = time.monotonic() - begun
+        seconds, same = time.monotonic() - begun, False
         with contextlib.suppress(OSError, ValueError, KeyError):
             same = _arrays(workdir) == straight
-            return Row(cell, tuple(statuses), lost, seconds, same, tuple(lines))
-        return Row(cell, tuple(statuses), lost, seconds, False, tuple(lines))
+        return Row(cell, tuple(statuses), lost, seconds, same, tuple(lines))
 
     def _start(self, workdir: Path, faults: list[str], several: bool) -> list[Ended]:
         argv = ["train", f"--config={self._folder / 'config.py'}", f"--workdir={workdir}"]

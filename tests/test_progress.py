@@ -24,24 +24,21 @@ def test_share_rate_and_time_left_every_few_seconds(monkeypatch):
     assert lines[1] == "data: tokenising: 11.0 of 10.0 MB (100%), 0.9 MB/s, 0s left"
 
 
-def test_whole_numbers_of_things(monkeypatch):
+@pytest.mark.parametrize(
+    "total, seconds, done, line",
+    [
+        (4000, 4.0, 1000, "scored: 1,000 of 4,000 batches (25%), 250 batches/s, 12s left"),
+        (4, 2.5, 1, "scored: 1 of 4 batches (25%), 0.4 batches/s, 8s left"),
+    ],
+)
+def test_whole_numbers_of_things(monkeypatch, total, seconds, done, line):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     lines = []
-    shown = Progress("scored", 4000, unit="batches", report=lines.append)
-    now = 4.0
-    shown.advance(1000)
-    assert lines == ["scored: 1,000 of 4,000 batches (25%), 250 batches/s, 12s left"]
-
-
-def test_slower_than_one_a_second(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    lines = []
-    shown = Progress("scored", 4, unit="batches", report=lines.append)
-    now = 2.5
-    shown.advance(1)
-    assert lines == ["scored: 1 of 4 batches (25%), 0.4 batches/s, 8s left"]
+    shown = Progress("scored", total, unit="batches", report=lines.append)
+    now = seconds
+    shown.advance(done)
+    assert lines == [line]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 from spiral_jax.corpus.pieces import Piece
 from spiral_jax.corpus.store_writer import Counts, check_ids
 from spiral_jax.corpus.texts import Invalid, Text, read_piece, split_of
-from spiral_jax.data.atomic import write_text
+from spiral_jax.data.atomic import write_text, written
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json
 from spiral_jax.data.store import OFFSET_DTYPE, token_dtype
@@ -105,7 +105,7 @@ def encode_piece(
     part = Part(piece.name, piece.sources[0].path if is_one_text else "")
     # A worker that outlives its parent for a moment must not write into a file of the next run, which removes these.
     scratch = {split: folder / f".{piece.name}.{split}.{os.getpid()}" for split in SPLITS}
-    try:
+    with written(folder / piece.name):
         with contextlib.ExitStack() as stack:
             files = {split: _TokenFile(stack.enter_context(open(scratch[split], "wb")), tokenizer) for split in SPLITS}
             for batch in _batches(piece, config, part):
@@ -119,9 +119,7 @@ def encode_piece(
         for split in SPLITS:
             os.replace(scratch[split], folder / f"{piece.name}.{split}")
         write_text(folder / f"{piece.name}.json", json.dumps(dataclasses.asdict(part)))
-        return part
-    except OSError as error:
-        raise SpiralError(f"{folder / piece.name} cannot be written ({error.strerror or error})") from error
+    return part
 
 
 def _batches(piece: Piece, config: DataConfig, part: Part) -> Iterator[list[tuple[str, Text, int]]]:

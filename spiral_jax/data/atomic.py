@@ -71,16 +71,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial = partial_of(folder)
     made = [above for above in folder.parents if not above.exists()]
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        rename_whole(partial, folder)
-    except OSError as error:
-        raise SpiralError(f"{folder} cannot be written ({error.strerror or error})") from error
+        with written(folder):
+            shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+            partial.mkdir(parents=True)
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            rename_whole(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # what holds something stays

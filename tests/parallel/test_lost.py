@@ -2,15 +2,11 @@
 
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pairs import BATCH, STEPS, WINDOW, finished, flags_of, start_pair
-from verbs import call
+from pairs import BATCH, STEPS, WINDOW, finished, flags_of, run_alone, start_pair
 
-from spiral_jax import train
-from spiral_jax.data import pipeline
 from spiral_jax.run import claim
 from spiral_jax.run.metrics import read_rows
 
@@ -24,20 +20,11 @@ def alone(folder):
     return run_alone(folder, "alone")
 
 
-def run_alone(folder, name):
-    batches = {}
-    read = pipeline.TrainBatches.__next__
-
-    def record(self):
-        batch = read(self)
-        batches[self.step] = batch["tokens"]
-        return batch
-
+def take_over(folder, name):
+    """As `run_alone`, in a directory whose owner is gone or stopped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.TrainBatches, "__next__", record)
         patch.setattr(claim, "SECONDS_OF_SILENCE", 4.0)
-        assert call(train, *flags_of(folder, name), "--config.summary.sample_tokens=0") == (0, "")
-    return SimpleNamespace(rows=read_rows(folder / name / "metrics.jsonl"), batches=batches)
+        return run_alone(folder, name)
 
 
 def files_of(workdir):
@@ -60,7 +47,7 @@ def test_the_other_ends_and_the_run_goes_on_elsewhere(folder, alone, kind, victi
             assert f"stopped after step {step} of {STEPS}, saved" in asked.stderr + other.stderr
         else:
             assert (other.returncode, other.stderr) == (43, LINE.format(victim))
-        resumed = run_alone(folder, name)
+        resumed = take_over(folder, name)
         assert [row["step"] for row in resumed.rows] == list(range(1, STEPS + 1))
         assert min(resumed.batches) == step + 1
         for number, batch_BxW in resumed.batches.items():

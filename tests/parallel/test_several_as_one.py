@@ -2,33 +2,20 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pairs import BATCH, STEPS, STOPPED, WINDOW, flags_of
+from pairs import BATCH, STEPS, STOPPED, WINDOW, flags_of, run_alone
 from verbs import call
 
 from spiral_jax import evaluate, train
-from spiral_jax.data import pipeline
 from spiral_jax.run.metrics import read_rows
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
     """The run in one process of 8 devices, and the batches it read: step to tokens [B, W]."""
-    batches = {}
-    read = pipeline.TrainBatches.__next__
-
-    def record(self):
-        batch = read(self)
-        batches[self.step] = batch["tokens"]
-        return batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.TrainBatches, "__next__", record)
-        assert call(train, *flags_of(folder, "alone"), "--config.summary.sample_tokens=0") == (0, "")
-    return SimpleNamespace(rows=read_rows(folder / "alone/metrics.jsonl"), batches=batches)
+    return run_alone(folder, "alone")
 
 
 @pytest.fixture(scope="module")
