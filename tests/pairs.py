@@ -93,7 +93,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_pair(folder, verb, *flags, sabotage="", first=(), second=(), timeout=120) -> list[SimpleNamespace]:
+def run_pair(folder, verb, *flags, sabotage="", first=(), second=(), timeout=300) -> list[SimpleNamespace]:
     """Two finished processes.
 
     Args:

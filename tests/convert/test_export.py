@@ -74,6 +74,17 @@ def ours(folder, forward, tokens_BxL, **kwargs):
     return forward(model.config, params, tokens_BxL)
 
 
+FEW = ("vanilla_mesh", "looped_mesh", "spiral_b_mesh", "spiral_odd")
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        *FEW,
+        *(pytest.param(path.name, marks=pytest.mark.slow) for path in sorted(GOLDEN.glob("*/")) if path.name not in FEW),
+    ],
+    indirect=True,
+)
 def test_goldens_are_loaded_and_exported_again(golden, golden_folder, forward, x64, tmp_path):
     """Logits within bounds; tensors bit for bit but embed_in, within an ulp; the next export is identical."""
     for dtype, bound in (("float32", 2e-4), ("float64", 1e-9)):

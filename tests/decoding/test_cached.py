@@ -256,7 +256,10 @@ def wide_products(hlo: str, width: int) -> tuple[int, int]:
     return products(always), products(reached(entry_name, True) - always)
 
 
-@pytest.mark.parametrize(("batch", "chunks", "branches"), [(1, (8, 4, 2), 3), (3, (8, 4, 2), 1), (1, (4, 1), 1)])
+@pytest.mark.parametrize(
+    ("batch", "chunks", "branches"),
+    [(1, (8, 4, 2), 3), (3, (8, 4, 2), 1), pytest.param(1, (4, 1), 1, marks=pytest.mark.slow)],
+)
 def test_compiled_core_products_are_in_branches(batch, chunks, branches, random_model):
     """Without layers of the prelude and coda, what is as wide as an MLP is the core's: one product a run."""
     config = small(chunks=chunks, prelude_layers=0, coda_layers=0)

@@ -96,7 +96,7 @@ def test_rows_on_a_mesh(weights, requests, greedy):
     assert all(x.addressable_shards[0].data.shape[0] == 1 for x in jax.tree.leaves(rows.state.iterations[0].open))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_work_is_that_of_the_closed_form(weights, requests, greedy, rows):
     """A step reads the new tokens but the last one, at positions P and on; a core runs where one closes a chunk."""
     _, decoder = texts(weights, requests, rows)

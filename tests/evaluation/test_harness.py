@@ -130,6 +130,7 @@ def compare(monkeypatch, pair, names, *, num_fewshot, limit, folder=EVAL):
     return results, wanted
 
 
+@pytest.mark.slow
 @needs_data
 def test_a_few_requests_against_the_hugging_face_model(monkeypatch, pair):
     results, answers = compare(monkeypatch, pair, ["lambada_openai", "winogrande"], num_fewshot=0, limit=8)
@@ -231,6 +232,7 @@ SLOW = 4.0  # seconds that the tasks take at least
 NAMES = {"task/piqa/acc", "task/piqa/acc_norm", "task/lambada_openai/acc", "task/lambada_openai/perplexity"}
 
 
+@pytest.mark.slow
 def test_tasks_while_training(folder):
     """Every third step and at the end; outside of the steps' time, however long they take."""
     rows = metrics.read_rows(folder / "run" / "metrics.jsonl")

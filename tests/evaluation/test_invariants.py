@@ -126,7 +126,7 @@ def found(check, **fields) -> invariants.Finding:
         (invariants.lengths, dict(topology="depends_on_the_length"), "at length 1"),
         pytest.param(invariants.lengths, dict(allocation="backwards"), "at length", marks=pytest.mark.slow),
         (invariants.rows, dict(topology="mixes_rows"), "the (first|last) row"),
-        (invariants.scanned, dict(topology="counts_zeros"), ""),
+        pytest.param(invariants.scanned, dict(topology="counts_zeros"), "", marks=pytest.mark.slow),
         (invariants.decoded, dict(pooling="wrong_one_token_pass"), "tokens read at once and"),
         pytest.param(
             invariants.decoded, dict(topology="leaks_from_far"), "tokens read at once and", marks=pytest.mark.slow
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_found(check, fields, where):
         pytest.param(invariants.rows, dict(topology="injection"), marks=pytest.mark.slow),
         pytest.param(invariants.scanned, dict(topology="sums"), marks=pytest.mark.slow),
         (invariants.scanned, dict(topology="written_out")),
-        (invariants.decoded, dict(pooling="running_mean", topology="sums")),
+        pytest.param(invariants.decoded, dict(pooling="running_mean", topology="sums"), marks=pytest.mark.slow),
         pytest.param(invariants.decoded, dict(topology="mesh", shared_core=False), marks=pytest.mark.slow),
         pytest.param(invariants.decoded, dict(chunks=(), core_layers=0), marks=pytest.mark.slow),
     ],

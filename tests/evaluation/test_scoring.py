@@ -95,7 +95,7 @@ def requests(logp_of):
     return requests, [expected(logp_of, request) for request in requests]
 
 
-@pytest.mark.parametrize("mesh, batch_size", [((4, 2, 1), 3), ((2, 2, 2), 1)])
+@pytest.mark.parametrize("mesh, batch_size", [((4, 2, 1), 3), pytest.param((2, 2, 2), 1, marks=pytest.mark.slow)])
 def test_requests_against_the_reference(weights, requests, mesh, batch_size):
     """On meshes that the batch does not divide over, and whatever the order."""
     placed, params = on_mesh(weights, MeshConfig(*mesh))

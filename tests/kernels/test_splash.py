@@ -64,7 +64,7 @@ def test_bfloat16_is_as_near_the_truth_as_xla(K, quick):
     assert error(INTERPRETED) < 1.5 * error(plain.causal_attention)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 1, 8), marks=pytest.mark.slow)], ids=str)
 def test_on_a_mesh(mesh, quick):
     """Each device computes its rows and heads, which are those of the whole, and asks no other for anything."""
     mesh = make_mesh(MeshConfig(*mesh))

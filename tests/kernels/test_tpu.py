@@ -47,9 +47,8 @@ def kernel_calls(text: str) -> set[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "remat", ["keep_products", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("keep_all", "keep_inputs"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["keep_products", "keep_all", "keep_inputs"])
 def test_every_level_from_128_chunks_calls_the_kernel(remat):
     """Forward and backward; and nothing of that length has scores, which the XLA program has at every level."""
     config = dataclasses.replace(MODEL, remat=remat)

@@ -53,7 +53,7 @@ def scanned(request, random_model, quick):
         pytest.param("looped", UNROLLED, marks=pytest.mark.slow),
         ("coarse", UNROLLED),
         pytest.param("coarse", WRITTEN_OUT, marks=pytest.mark.slow),
-        ("coarse", DOTS),
+        pytest.param("coarse", DOTS, marks=pytest.mark.slow),
         ("coarse", FULL),
         pytest.param("looped", DOTS, marks=pytest.mark.slow),
         pytest.param("looped", FULL, marks=pytest.mark.slow),
@@ -94,7 +94,9 @@ def matmuls(text: str) -> int:
     return text.count("dot_general") + text.count(" dot(")
 
 
-@pytest.mark.parametrize("more", [dict(core_layers=8), dict(prelude_layers=6, chunks=(3,) * 6)])
+@pytest.mark.parametrize(
+    "more", [dict(core_layers=8), pytest.param(dict(prelude_layers=6, chunks=(3,) * 6), marks=pytest.mark.slow)]
+)
 def test_program_does_not_grow_with_depth(more):
     """More layers, or more neighbouring iterations of one level, change trip counts and shapes only."""
     base = dataclasses.replace(TINY, chunks=(3,) * 4, topology="residual", prelude_layers=2, core_layers=3)
@@ -110,6 +112,7 @@ def test_program_does_not_grow_with_depth(more):
     assert len(unrolled) > 1.2 * len(shallow), "the measure must see growth where there is some"
 
 
+@pytest.mark.slow
 def test_compiled_program_does_not_grow_with_layers(quick):
     def text(core_layers):
         config = dataclasses.replace(TINY, chunks=(3, 1), topology="mesh", core_layers=core_layers)

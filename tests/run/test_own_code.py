@@ -109,7 +109,8 @@ def test_the_example_trains_decodes_and_is_counted(folder, run, capsys):
     flag = f"--import={folder}/mine.py"
     status, errors = call(generate, flag, f"--workdir={run}", "--prompt=line", "--max_new_tokens=5", "--temperature=0")
     assert status == 0 and "note" not in errors
-    assert call(evaluate, flag, f"--workdir={run}") == (0, "")
+    status, errors = call(evaluate, flag, f"--workdir={run}")
+    assert status == 0 and "note" not in errors  # of a slow machine its progress is there
     capsys.readouterr()
     assert call(describe, *arguments(folder, "--json", "--devices=8")) == (0, "")
     counts = json.loads(capsys.readouterr().out)["parameters"]

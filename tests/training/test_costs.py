@@ -92,7 +92,14 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "iteration",
+        "tensor",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (CASES | SLOW) if case not in ("iteration", "tensor")),
+    ],
+)
 def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
     config = (CASES | SLOW)[case]
     assert moved(compiled(config), config.mesh.tensor) == pytest.approx(form(config), rel=0.1)
@@ -114,6 +121,7 @@ def test_nothing_but_activations_is_exchanged_along_tensor(case, compiled):
     assert sum(op.collective.bytes * op.times for op in inside) == pytest.approx(form, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_core_gathered_once_is_gathered_once_whatever_the_iterations(compiled):
     """Two iterations and three move the same, but for the vectors of the third; gathered anew, they do not."""
     two, three = (moved(compiled(CASES[case])) for case in ("step", "step, more iterations"))

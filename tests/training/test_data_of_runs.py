@@ -75,6 +75,7 @@ def test_epochs_are_logged_as_fractions(folder, weighted):
     assert weighted[-1]["validation_loss"] is not None  # of the second store, the first one has none
 
 
+@pytest.mark.slow
 def test_stores_by_size_and_what_is_left_in_the_directory(folder, capsys):
     assert run(folder, "by_size") == (0, "")
     rows = rows_of(folder, "by_size")
@@ -85,6 +86,7 @@ def test_stores_by_size_and_what_is_left_in_the_directory(folder, capsys):
     spiral_jax.load(folder / "by_size")
 
 
+@pytest.mark.slow
 def test_a_later_stage_is_decided_on_resume_and_stores_may_have_moved(folder, weighted):
     shutil.copytree(folder / "one", folder / "moved")
     assert run(folder, "staged", WEIGHTED, "--config.train.steps=4", stores=("moved", "two")) == (0, "")

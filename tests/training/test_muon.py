@@ -85,7 +85,7 @@ def momenta(grads: list[np.ndarray], beta: float = 0.95) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("rms", [0.2, 0.0])
+@pytest.mark.parametrize("rms", [0.2, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_each_matrix_is_orthogonalised_by_itself(arrays, rms):
     """Against NumPy: every layer, each of q, k and v, input axes of the output projection together."""
     params, *grads = (leaves(tree) for tree in arrays)

@@ -147,7 +147,18 @@ def check(config: RunConfig, compiled, plain):
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("case", DEFAULT)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "one_device",
+        "mixed_accumulated",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in DEFAULT
+            if case not in ("one_device", "mixed_accumulated")
+        ),
+    ],
+)
 def test_loss_and_gradients(case, compiled, plain):
     check(DEFAULT[case], compiled, plain)
 
@@ -195,7 +206,7 @@ def stacked_shapes(program) -> set[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("case", ["fsdp8", "mixed_accumulated"])
+@pytest.mark.parametrize("case", [pytest.param("fsdp8", marks=pytest.mark.slow), "mixed_accumulated"])
 def test_fsdp_step_gathers_a_layer_at_a_time(case, compiled):
     """Parameters are gathered and gradients summed over fsdp, and nothing holds the parameters of all layers.
 
@@ -220,6 +231,7 @@ def test_mixed_step_keeps_the_batch_apart(compiled):
     assert not whole
 
 
+@pytest.mark.slow
 def test_data_parallel_step_only_sums(compiled):
     """Replicas exchange nothing but sums: of every gradient and of the metrics."""
     program, step = compiled(DEFAULT["data8"])

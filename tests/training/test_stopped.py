@@ -33,6 +33,7 @@ def handlers():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_in_an_evaluation_no_step_is_lost_and_the_evaluation_is_left(tmp_path, monkeypatch, handlers, capsys):
     """Twice within a second, as some clusters do; the end is that of the run that was left alone."""
     write_inputs(tmp_path)
