@@ -157,3 +157,36 @@ def wait_for(what, told=lambda: "", seconds: float = 30.0):
         assert time.monotonic() < deadline, told()
         time.sleep(0.05)
     return found
+
+
+class Ssh:
+    """Runs what gcloud would: `execute` of tpu/gcloud.py, with hosts of a `Slice` behind ssh and scp.
+
+    Attributes:
+      commands: what was run, as argument lists.
+      broken: per host, how many times ssh to it ends with 255 before it does anything.
+      skipped: hosts that `--worker=all` leaves out without a word, as gcloud does.
+    """
+
+    def __init__(self, slice_: Slice):
+        self.slice, self.commands, self.broken, self.skipped = slice_, [], {}, set()
+
+    def __call__(self, arguments, timeout: float) -> tuple[int, str, str]:
+        self.commands.append(list(arguments))
+        flags = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
+        everyone = flags["worker"] == "all"
+        hosts = [host for host in self.slice.hosts if everyone or str(host.number) == flags["worker"]]
+        for host in hosts:
+            if everyone and host.number in self.skipped:
+                continue
+            if self.broken.get(host.number, 0):
+                self.broken[host.number] -= 1
+                return 1, "", "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255]."
+            if "scp" in arguments:
+                source, target = [a for a in arguments[arguments.index("scp") + 1 :] if not a.startswith("--")]
+                (host.folder / target.partition(":")[2]).write_bytes(Path(source).read_bytes())
+            else:
+                done = host.ssh(flags["command"])
+                if done.returncode:
+                    return 1, "", f"{done.stderr}\nERROR: (gcloud.compute.tpus.tpu-vm.ssh) exited [{done.returncode}]."
+        return 0, "", ""

@@ -6,6 +6,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import loopback
 import pytest
 from pairs import free_port
 
@@ -46,3 +47,23 @@ def bucket_url(storage, monkeypatch, request) -> str:
     request = urllib.request.Request(f"{storage}/storage/v1/b", body, {"Content-Type": "application/json"})
     urllib.request.urlopen(request, timeout=5).close()
     return f"gs://{name}"
+
+
+@pytest.fixture(scope="session")
+def code() -> bytes:
+    return loopback.tarball()
+
+
+@pytest.fixture
+def slice_of(tmp_path, bucket_url, storage, code):
+    """Makes a slice of some hosts; its processes do not outlive the test."""
+    made = []
+
+    def make(count=2, storage=storage):
+        made.append(loopback.Slice(tmp_path, bucket_url, storage, count, code))
+        return made[-1]
+
+    yield make
+    for slice_ in made:
+        for host in slice_.hosts:
+            host.kill()

@@ -32,25 +32,9 @@ while n < last:
 """
 
 
-@pytest.fixture(scope="module")
-def code():
-    return loopback.tarball()
-
-
-@pytest.fixture
-def slice_of(tmp_path, bucket_url, storage, code):
-    """Makes a slice; its processes do not outlive the test."""
-    made = []
-
-    def make(count=2, storage=storage):
-        made.append(loopback.Slice(tmp_path, bucket_url, storage, count, code))
-        (tmp_path / "job.py").write_text(JOB)
-        return made[-1]
-
-    yield make
-    for slice_ in made:
-        for host in slice_.hosts:
-            host.kill()
+@pytest.fixture(autouse=True)
+def write_job(tmp_path):
+    (tmp_path / "job.py").write_text(JOB)
 
 
 def steps(log: str) -> list[int]:

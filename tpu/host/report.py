@@ -82,8 +82,8 @@ class Reporter:
     def __init__(self, bucket: Bucket, attempt: int, host: int, spool: Spool, seconds: float):
         self.bucket, self.spool, self.host = bucket, spool, host
         self.folder = attempt_folder(attempt)
-        self.state = {"state": "setting_up", "beat": 0.0, "status": None, "signal": False, "line": "", "kernel": [],
-                      "code": "", "versions": {}, "first_exit": None}  # fmt: skip
+        self.state = {"state": "setting_up", "phase": "setting_up", "beat": 0.0, "status": None, "signal": False,
+                      "line": "", "kernel": [], "code": "", "versions": {}, "first_exit": None}  # fmt: skip
         self.stop_asked, self.first_exit = False, None
         self._seconds, self._now, self._ended = seconds, threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)

@@ -82,7 +82,7 @@ class Supervisor:
                 end = Exit(LOST, line=f"supervisor: {type(error).__name__}: {error}")
             now = time.time()
             with contextlib.suppress(SpiralError):  # then host-I.json says so, as soon as the bucket answers
-                reporter.claim_first_exit(**end._asdict(), time=now)
+                reporter.claim_first_exit(**end._asdict(), time=now, phase=reporter.state["phase"])
             reporter.say(state="ended", first_exit=now, **end._asdict())
         return end.status
 
@@ -91,7 +91,7 @@ class Supervisor:
         end = self._child(setup, SETUP_SECONDS)
         if end.status:
             return self._without_job(f"set-up: {end.line}")
-        self._reporter.say(state="testing")
+        self._reporter.say(state="testing", phase="testing")
         line = self._agree()
         if line:
             return Exit(LOST, line=f"smoke test: {line}")
@@ -104,7 +104,7 @@ class Supervisor:
             return self._without_job("")
         if not self._plan["argv"]:
             return Exit(0)
-        self._reporter.say(state="running")
+        self._reporter.say(state="running", phase="running")
         return self._child([python, *self._plan["argv"]])
 
     def _without_job(self, line: str) -> Exit:
