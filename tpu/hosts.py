@@ -24,6 +24,7 @@ SCRIPT = Path(__file__).parent / "host" / "setup.sh"
 ON_HOST = "spiral_jax_setup.sh"
 TEST = 0  # the attempt that sets up and tests, and runs no job
 BEAT, GRACE, STOP = 10.0, 60.0, 300.0  # seconds: between reports; for a host whose sibling failed; to save in
+END = 30.0  # seconds for what was asked before and has not ended
 ANSWER, POLL = 30.0, 2.0  # seconds for hosts that were told to answer, and between looks
 
 _FUSED = ("xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
@@ -152,7 +153,7 @@ def stop(
     if plan is None:
         return
     if gcloud.dry_run:
-        _tell(job, provider, gcloud, plan, "--end")
+        _tell(job, provider, gcloud, plan, f"--end={END:g}")
         return
     bucket.put("control/stop", {"time": time.time()})
 
@@ -167,7 +168,7 @@ def stop(
     told: dict[int, bool] = {}
 
     def end(host: int | None) -> str:
-        line = _tell(job, provider, gcloud, plan, "--end", host)
+        line = _tell(job, provider, gcloud, plan, f"--end={END:g}", host)
         # A supervisor that was killed says nothing any more: that the command came to its end is the answer.
         told.update({} if line or host is None else {host: True})
         return line
@@ -192,8 +193,9 @@ def logs(
     write: Callable[[str], object] = lambda text: print(text, end="", flush=True),
 ) -> None:
     """Prints what hosts have printed, host by host; with `follow` what comes, until all of them have ended."""
-    hosts, last = list(hosts), {}
-    shown, folder = None, attempt_folder(attempt)
+    hosts, folder = list(hosts), attempt_folder(attempt)
+    last: dict[int, str] = {}
+    shown = None
     while True:
         over = follow and {h for h, s in states(bucket, attempt).items() if s["state"] == "ended"} >= set(hosts)
         for host in hosts:

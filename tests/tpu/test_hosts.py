@@ -19,6 +19,14 @@ from tpu import hosts
 
 SLOW = "import signal, time; signal.signal(15, lambda *_: exit(42)); print('begun'); time.sleep(60)"
 
+DEAF = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+chip = open(os.environ["HOME"] + "/accel0", "w")
+print("begun")
+time.sleep(60)
+"""
+
 
 @pytest.fixture
 def launch(slice_of, bucket_url, monkeypatch):
@@ -104,12 +112,11 @@ def test_story_13_what_fails_before_the_job_is_told_in_a_line(launch):
         launch.tested(1)
 
 
-def test_story_08_stop_ends_what_does_not_answer(launch):
+def test_story_08_stop_ends_what_does_not_answer(launch, monkeypatch):
     """A supervisor that hangs, and one that was killed while its job goes on holding a chip."""
     hangs, gone = launch.slice.hosts
-    launch.program = f"import signal; signal.signal(15, 1); f = open('{gone.folder}/accel0', 'w'); {SLOW[30:]}".replace(
-        "signal.signal(15, lambda *_: exit(42)); ", ""
-    )
+    launch.program = DEAF
+    monkeypatch.setattr(hosts, "END", 1.0)
     launch.up(1)
     wait_for(lambda: "begun" in launch.slice.log(1, 0) and "begun" in launch.slice.log(1, 1))
     os.kill(hangs.pid("tpu.host.supervisor"), signal.SIGSTOP)

@@ -84,7 +84,8 @@ class Reporter:
         self.folder = attempt_folder(attempt)
         self.state = {"state": "setting_up", "phase": "setting_up", "beat": 0.0, "status": None, "signal": False,
                       "line": "", "kernel": [], "code": "", "versions": {}, "first_exit": None}  # fmt: skip
-        self.stop_asked, self.first_exit = False, None
+        self.stop_asked = False
+        self.first_exit: dict | None = None
         self._seconds, self._now, self._ended = seconds, threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 

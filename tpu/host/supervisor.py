@@ -2,7 +2,7 @@
 
 python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --attempt=3                detaches
 python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --attempt=3 --foreground   for a container: has the job's status
-python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --end                      ends the one that runs
+python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --end=30                   ends the one that runs
 
 It needs Python 3.10 and its standard library. What it runs stands in attempts/000N/job.json; what becomes of it, in
 host-I.json beside that (tpu/host/report.py).
@@ -296,11 +296,11 @@ def main() -> int:
     parser.add_argument("--root", required=True)
     parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--foreground", action="store_true")
-    parser.add_argument("--end", action="store_true")
+    parser.add_argument("--end", type=float, help="end whatever runs here; kill it after so many seconds")
     flags = parser.parse_args()
     HOME.mkdir(exist_ok=True)
-    if flags.end:
-        return end(flags.root)
+    if flags.end is not None:
+        return end(flags.end)
     if not flags.foreground:
         return detach(flags.root, flags.attempt)
     with only_one(flags.root, flags.attempt):
@@ -330,12 +330,12 @@ def detach(root: str, attempt: int) -> int:
     return 0
 
 
-def end(root: str) -> int:
-    """Ends whatever runs here."""
+def end(seconds: float) -> int:
+    """Ends whatever runs here, and whoever holds the chips."""
     with LOCK.open("a") as file:
         if not _locked(file.fileno()):
-            end_other(file.fileno(), 30.0)
-    return 0 if machine.free(FREE_SECONDS) else LOST
+            end_other(file.fileno(), seconds)
+    return 0 if machine.free(seconds) else LOST
 
 
 if __name__ == "__main__":
