@@ -1,9 +1,13 @@
 """Two hosts on this machine, for real: supervisors, signals, logs, a bucket. Stories are those of shared/TPU.md."""
 
+import http.server
 import os
 import re
 import signal
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 
 import loopback
 import pytest
@@ -193,6 +197,54 @@ def test_a_stop_that_is_asked_for(slice_of, tmp_path):
     two.bucket.put("control/stop", b"")
     assert [(state["status"], state["signal"]) for state in two.wait(1)] == [(42, False)] * 2
     assert all("saved at" in two.log(1, host) for host in (0, 1))
+
+
+@pytest.fixture
+def flaky(storage):
+    """The address of the bucket through a proxy that, while its `down` is set, answers 503; and that event."""
+    down = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def forward(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            request = urllib.request.Request(storage + self.path, body or None, dict(self.headers), method=self.command)
+            try:
+                answer = urllib.request.urlopen(request) if not down.is_set() else None
+            except urllib.error.HTTPError as error:
+                answer = error
+            content = answer.read() if answer else b"busy"
+            self.send_response(answer.status if answer else 503)
+            for name, value in answer.headers.items() if answer else ():
+                if name.lower().startswith("x-goog"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_DELETE = forward
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", down
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_bucket_that_fails_for_a_while(slice_of, tmp_path, flaky):
+    """Nothing is lost: the job goes on, and even ends, while the bucket does not answer."""
+    address, down = flaky
+    one = slice_of(1, address)
+    one.start(1, [f"{tmp_path}/job.py", "100", "0.01"])
+    wait_for(lambda: "step 5" in one.log(1, 0))
+    down.set()
+    wait_for(lambda: not [c for c in one.hosts[0].processes().values() if "job.py" in c])
+    assert one.state(1, 0)["state"] == "running" and "step 100\n" not in one.log(1, 0)
+    down.clear()
+    (state,) = one.wait(1)
+    assert state["status"] == 0 and steps(one.log(1, 0)) == list(range(1, 101))
 
 
 @pytest.mark.parametrize("what", ["version", "code"])
