@@ -135,7 +135,7 @@ class Slice:
     def state(self, attempt: int, host: int) -> dict:
         return self.bucket.read(f"attempts/{attempt:04d}/host-{host}.json") or {"state": ""}
 
-    def wait(self, attempt: int, state: str = "ended", hosts=None) -> list[dict]:
+    def wait(self, attempt: int, state: str = "ended", hosts=None, seconds: float = 30.0) -> list[dict]:
         """The states of hosts once they all are so far."""
         numbers = range(len(self.hosts)) if hosts is None else hosts
 
@@ -143,7 +143,7 @@ class Slice:
             states = [self.state(attempt, n) for n in numbers]
             return states if all(s["state"] == state for s in states) else None
 
-        return wait_for(arrived, lambda: [self.state(attempt, n) for n in numbers] + [self.log(attempt, 0)])
+        return wait_for(arrived, lambda: [self.state(attempt, n) for n in numbers] + [self.log(attempt, 0)], seconds)
 
     def log(self, attempt: int, host: int) -> str:
         folder = f"attempts/{attempt:04d}/logs/host-{host}/"

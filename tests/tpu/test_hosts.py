@@ -4,6 +4,8 @@ import hashlib
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import loopback
 import pytest
@@ -169,3 +171,30 @@ def test_flags_of_the_compiler(generation):
     flags = hosts.libtpu_arguments(generation).split(" ")
     assert all(re.fullmatch(r"--xla_\w+=\w+", flag) for flag in flags) and len(set(flags)) == len(flags)
     assert "data_parallel" in hosts.libtpu_arguments(generation, num_slices=2)
+
+
+SMALL = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+COMPILE = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from spiral_jax.hardware import parse_slice
+from spiral_jax.roofline.slices import describe_devices
+mesh = Mesh(np.array(describe_devices(parse_slice(sys.argv[1]))), ("all",))
+x = jax.ShapeDtypeStruct((256, 256), "float32", sharding=NamedSharding(mesh, PartitionSpec("all")))
+jax.jit(lambda x: x @ x).lower(x).compile()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", sorted(SMALL))
+def test_the_compiler_accepts_its_flags(generation, libtpu):
+    """libtpu ends the process at a flag that it does not know."""
+
+    def compiled(flags):
+        variables = os.environ | {"LIBTPU_INIT_ARGS": flags, "PYTHONPATH": str(loopback.ROOT), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", COMPILE, SMALL[generation]]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+
+    done = compiled(hosts.libtpu_arguments(generation, num_slices=2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert compiled("--xla_tpu_no_such_flag=true").returncode

@@ -5,13 +5,12 @@ A thread of its own does all of it: however long the bucket is silent, the job a
 
 import contextlib
 import ctypes
-import json
 import os
 import threading
 import time
+import traceback
 from pathlib import Path
 
-from spiral_jax.errors import SpiralError
 from tpu.bucket import Bucket, Conflict
 
 _PART = 1 << 20  # bytes of a part, at most
@@ -119,8 +118,8 @@ class Reporter:
                     return
                 self.first_exit = self.bucket.read(f"{self.folder}/first_exit.json")
                 self.stop_asked = self.stop_asked or self.bucket.get("control/stop") is not None
-            except (SpiralError, OSError, json.JSONDecodeError) as error:
+            except Exception:
                 # Whatever is wrong with the bucket may be mended; what is to be said waits in the spool.
-                print(f"{time.ctime()}: {error}", flush=True)
+                traceback.print_exc()
             self._now.wait(self._seconds)
             self._now.clear()

@@ -130,21 +130,22 @@ class Supervisor:
 
         machine.wait_until(all_here, READY_SECONDS)
         missing = [str(host) for host in range(self._hosts) if host not in found]
+        if missing and self._why_end():
+            return ""
         if missing:
-            return (
-                ""
-                if self._why_end()
-                else f"host {', '.join(missing)} is not set up {READY_SECONDS:.0f} s after this one"
-            )
+            return f"host {', '.join(missing)} is not set up {READY_SECONDS:.0f} s after this one"
         usual = collections.Counter(found[host] for host in sorted(found)).most_common(1)[0][0]
-        read = {host: self._bucket.read(f"{ready}{host}-{digest}") or {} for host, digest in found.items()
-                if digest != usual or host == min(h for h in found if found[h] == usual)}  # fmt: skip
-        common = next(versions for host, versions in read.items() if found[host] == usual)
+
+        def versions(host: int) -> dict:
+            return self._bucket.read(f"{ready}{host}-{found[host]}") or {}
+
+        others = versions(next(host for host in found if found[host] == usual))
+        odd = {host: versions(host) for host in sorted(found) if found[host] != usual}
         return "; ".join(
-            f"host {host} has {name} {versions.get(name)}, others {common.get(name)}"
-            for host, versions in sorted(read.items())
-            for name in sorted({*versions, *common})
-            if versions.get(name) != common.get(name)
+            f"host {host} has {name} {has.get(name)}, others {others.get(name)}"
+            for host, has in odd.items()
+            for name in sorted({*has, *others})
+            if has.get(name) != others.get(name)
         )
 
     def _child(self, command: Sequence[str], seconds: float = float("inf")) -> Exit:
@@ -153,16 +154,8 @@ class Supervisor:
         variables = os.environ | {"PYTHONPATH": str(CODE), "PYTHONUNBUFFERED": "1"} | self._plan["env"]
         deadline, asks_at, kills_at = time.monotonic() + seconds, float("inf"), float("inf")
         asked = ""  # why it was asked to end
-        child = subprocess.Popen(
-            command,
-            cwd=CODE,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=spool.file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
+        child = subprocess.Popen(command, cwd=CODE, env=variables, start_new_session=True, preexec_fn=_end_with_parent,
+                                 stdin=subprocess.DEVNULL, stdout=spool.file, stderr=spool.file)  # fmt: skip
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.2)
