@@ -149,11 +149,11 @@ def stop(
     Raises:
       SpiralError: hosts on which it has not ended, by name.
     """
+    if gcloud.dry_run:
+        _tell(job, provider, gcloud, {"code": "CODE", "sha256": "SHA256"}, f"--end={END:g}")
+        return
     plan = bucket.read(f"{attempt_folder(attempt)}/job.json")
     if plan is None:
-        return
-    if gcloud.dry_run:
-        _tell(job, provider, gcloud, plan, f"--end={END:g}")
         return
     bucket.put("control/stop", {"time": time.time()})
 

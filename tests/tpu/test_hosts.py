@@ -150,6 +150,8 @@ def test_dry_run_prints_commands_and_nothing_else(launch, capsys):
     scp, ssh = capsys.readouterr().out.splitlines()
     assert "queued-resources scp" in scp and "spiral_jax_setup.sh" in scp and "--worker=all" in scp
     assert "bash spiral_jax_setup.sh start" in ssh and "--attempt=1" in ssh
+    launch.stop(1)
+    assert "CODE SHA256 --end=30" in capsys.readouterr().out
     assert not launch.slice.bucket.list("attempts/") and not launch.ssh.commands
 
 

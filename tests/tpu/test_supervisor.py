@@ -137,7 +137,7 @@ def test_a_lost_host(slice_of, tmp_path):
 
 def test_a_supervisor_that_is_killed_takes_the_job_with_it(slice_of, tmp_path):
     one = slice_of(1)
-    one.start(1, [f"{tmp_path}/job.py", "1000", "0.02"])
+    one.start(1, [f"{tmp_path}/job.py", "100000", "0.02"])
     wait_for(lambda: "step 5" in one.log(1, 0))
     os.kill(one.hosts[0].pid("tpu.host.supervisor"), signal.SIGKILL)
     wait_for(lambda: not one.hosts[0].processes())
