@@ -1,0 +1,339 @@
+"""Runs the job on one host, so that neither a dropped ssh nor a launcher that has died ends it.
+
+python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --attempt=3                detaches
+python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --attempt=3 --foreground   for a container: has the job's status
+python3 -m tpu.host.supervisor --root=gs://BUCKET/NAME --end=30                   ends the one that runs
+
+It needs Python 3.10 and its standard library. What it runs stands in attempts/000N/job.json; what becomes of it, in
+host-I.json beside that (tpu/host/report.py).
+"""
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from spiral_jax.errors import SpiralError
+from tpu.bucket import Bucket
+from tpu.host import machine
+from tpu.host.report import Reporter, Spool, attempt_folder
+
+CODE = Path(__file__).resolve().parents[2]
+HOME = Path.home() / "spiral_jax"
+LOCK = HOME / "supervisor.json"
+SETUP_SECONDS, READY_SECONDS, SMOKE_SECONDS, FREE_SECONDS = 1800.0, 1800.0, 300.0, 20.0
+FILES = 100_000  # that tensorstore and the loaders may have open
+LOST = 43  # the launcher starts the job again, and counts a failure
+NOT_FAILURES = (0, 42)
+_LATE = "not done after"
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class Exit(NamedTuple):
+    """How something ended: its status (128 + n by signal n), whether that was a signal, a line, the kernel's lines."""
+
+    status: int
+    signal: bool = False
+    line: str = ""
+    kernel: tuple[str, ...] = ()
+
+
+class Supervisor:
+    """One attempt on this host."""
+
+    def __init__(self, bucket: Bucket, attempt: int, plan: dict, host: int):
+        self._plan, self._host, self._hosts = plan, host, plan["hosts"]
+        self._bucket, self._folder = bucket, attempt_folder(attempt)
+        spools = HOME / "logs" / urllib.parse.quote(bucket.url, safe="")
+        spool = Spool(bucket, f"{self._folder}/logs/host-{host}", spools / f"{attempt:04d}-{host}.txt")
+        self._left = [path for path in sorted(spools.glob("*.txt")) if path != spool.path]
+        self._reporter = Reporter(bucket, attempt, host, spool, plan["seconds"])
+        self._environment = HOME / "venv" / hashlib.sha256((CODE / "tpu/lock.txt").read_bytes()).hexdigest()[:16]
+        self._free_seconds = min(FREE_SECONDS, plan["stop_seconds"])
+        self._terminated = False
+
+    def run(self) -> int:
+        """The exit status of the attempt on this host."""
+        signal.signal(signal.SIGTERM, self._terminate)
+        with self._reporter as reporter:
+            reporter.say(code=self._plan["code"])
+            self._send_what_was_left()
+            try:
+                machine.free(self._free_seconds)
+                end = self._phases()
+            except Exception as error:  # a bucket that is silent for too long, a disk that is full, a mistake here
+                traceback.print_exc()
+                end = Exit(LOST, line=f"supervisor: {type(error).__name__}: {error}")
+            now = time.time()
+            with contextlib.suppress(SpiralError):  # then host-I.json says so, as soon as the bucket answers
+                reporter.claim_first_exit(**end._asdict(), time=now, phase=reporter.state["phase"])
+            reporter.say(state="ended", first_exit=now, **end._asdict())
+        return end.status
+
+    def _phases(self) -> Exit:
+        setup = ["bash", str(CODE / "tpu/host/setup.sh"), "environment", str(self._environment)]
+        end = self._child(setup, SETUP_SECONDS)
+        if end.status:
+            return self._without_job(f"set-up: {end.line}")
+        self._reporter.say(state="testing", phase="testing")
+        line = self._agree()
+        if line:
+            return Exit(LOST, line=f"smoke test: {line}")
+        python = str(self._environment / "bin" / "python")
+        if self._plan["smoke"] and not self._why_end():
+            end = self._child([python, *self._plan["smoke"]], SMOKE_SECONDS)
+            if end.status:
+                return self._without_job(f"smoke test: {end.line}")
+        if self._why_end():
+            return self._without_job("")
+        if not self._plan["argv"]:
+            return Exit(0)
+        self._reporter.say(state="running", phase="running")
+        return self._child([python, *self._plan["argv"]])
+
+    def _without_job(self, line: str) -> Exit:
+        """The end of an attempt in which the job did not run."""
+        why = self._why_end()
+        return Exit(143, line=f"{why}, before the job ran") if why else Exit(LOST, line=line)
+
+    def _agree(self) -> str:
+        """Waits until all hosts are set up; what is wrong with which of them, or nothing."""
+        mine = json.dumps(machine.versions(self._environment, CODE))
+        self._reporter.say(versions=json.loads(mine))
+        digest, ready = hashlib.sha256(mine.encode()).hexdigest()[:16], f"{self._folder}/ready/"
+        self._bucket.put(f"{ready}{self._host}-{digest}", mine.encode())
+        found: dict[int, str] = {}
+
+        def all_here() -> bool:
+            # The names alone say enough: one question, however many hosts there are.
+            names = [o.name.removeprefix(ready).split("-") for o in self._bucket.list(ready)]
+            found.update({int(host): digest for host, digest in names})
+            if len(found) < self._hosts and not self._why_end():
+                time.sleep(min(2.0, self._plan["seconds"]))
+            return len(found) >= self._hosts or bool(self._why_end())
+
+        machine.wait_until(all_here, READY_SECONDS)
+        missing = [str(host) for host in range(self._hosts) if host not in found]
+        if missing and self._why_end():
+            return ""
+        if missing:
+            return f"host {', '.join(missing)} is not set up {READY_SECONDS:.0f} s after this one"
+        usual = collections.Counter(found[host] for host in sorted(found)).most_common(1)[0][0]
+
+        def versions(host: int) -> dict:
+            return self._bucket.read(f"{ready}{host}-{found[host]}") or {}
+
+        others = versions(next(host for host in found if found[host] == usual))
+        odd = {host: versions(host) for host in sorted(found) if found[host] != usual}
+        return "; ".join(
+            f"host {host} has {name} {has.get(name)}, others {others.get(name)}"
+            for host, has in odd.items()
+            for name in sorted({*has, *others})
+            if has.get(name) != others.get(name)
+        )
+
+    def _child(self, command: Sequence[str], seconds: float = float("inf")) -> Exit:
+        """Runs a program to its end, or ends it: first SIGTERM, then SIGKILL."""
+        spool, began = self._reporter.spool, self._reporter.spool.size()
+        variables = os.environ | {"PYTHONPATH": str(CODE), "PYTHONUNBUFFERED": "1"} | self._plan["env"]
+        deadline, asks_at, kills_at = time.monotonic() + seconds, float("inf"), float("inf")
+        asked = ""  # why it was asked to end
+        child = subprocess.Popen(command, cwd=CODE, env=variables, start_new_session=True, preexec_fn=_end_with_parent,
+                                 stdin=subprocess.DEVNULL, stdout=spool.file, stderr=spool.file)  # fmt: skip
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.2)
+                break
+            now, why = time.monotonic(), self._why_end()
+            if now > deadline:
+                why = f"{_LATE} {seconds:.0f} seconds"
+            if why and asks_at == float("inf"):
+                # A job that lost another ends by itself, and knows best how.
+                asks_at = now + (self._plan["grace"] if why.startswith("host ") else 0)
+            if not asked and now > asks_at:
+                spool.note(f"{why}: SIGTERM")
+                self._reporter.say(state="stopping")
+                machine.send(child.pid, signal.SIGTERM)
+                asked, kills_at = why, now + self._plan["stop_seconds"]
+            if now > kills_at:
+                spool.note(f"has not ended {self._plan['stop_seconds']:.0f} seconds after SIGTERM: SIGKILL")
+                machine.send(child.pid, signal.SIGKILL, group=True)
+                kills_at = float("inf")
+        machine.send(child.pid, signal.SIGKILL, group=True)  # what it has left behind
+        if not machine.free(self._free_seconds):
+            spool.note(f"devices are still held by processes {sorted(machine.holders())}")
+        return self._exit(child.returncode, spool.tail(began), asked)
+
+    def _exit(self, code: int, output: str, asked: str) -> Exit:
+        lines = [line.strip()[:500] for line in output.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        line = (errors or lines or [""])[-1] if code else ""
+        if asked.startswith(_LATE):
+            return Exit(LOST, line=asked)
+        if code >= 0:
+            return Exit(code, line=line)
+        silent = not asked and not errors and not re.search(r"^Traceback ", output, re.M)
+        kernel = tuple(machine.kernel_lines()) if silent else ()
+        for told in kernel:
+            self._reporter.spool.note(f"kernel: {told}")
+        return Exit(128 - code, True, asked or f"killed by {signal.Signals(-code).name}, after: {line}", kernel)
+
+    def _why_end(self) -> str:
+        """Why what runs is to end, or nothing."""
+        if self._terminated:
+            return "SIGTERM"
+        if self._reporter.stop_asked:
+            return "asked to stop"
+        first = self._reporter.first_exit
+        if first and first["host"] != self._host and first["status"] not in NOT_FAILURES:
+            return f"host {first['host']} ended with status {first['status']}"
+        return ""
+
+    def _terminate(self, *_) -> None:
+        self._terminated = True
+
+    def _send_what_was_left(self) -> None:
+        """The output that a supervisor before this one, which was killed, had not sent yet."""
+        for path in self._left:
+            attempt, host = path.stem.split("-")
+            try:
+                Spool(self._bucket, f"{attempt_folder(int(attempt))}/logs/host-{host}", path).send()
+                path.unlink()
+            except SpiralError as error:
+                print(error, flush=True)
+
+
+def _end_with_parent() -> None:
+    """In the child: a supervisor that is killed takes the job with it, which can still save."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def only_one(root: str, attempt: int) -> Iterator[None]:
+    """Holds this host's lock; ends the supervisor of an earlier attempt that has it.
+
+    Raises:
+      SpiralError: this attempt, or a later one, is under way.
+    """
+    with LOCK.open("a+") as file:
+        while not _locked(file.fileno()):
+            check_earlier(root, attempt)
+            end_other(file.fileno(), 330.0)
+        os.ftruncate(file.fileno(), 0)
+        file.write(json.dumps({"pid": os.getpid(), "root": root, "attempt": attempt}))
+        file.flush()
+        yield
+
+
+class UnderWay(SpiralError):
+    """The attempt runs on this host already."""
+
+
+def check_earlier(root: str, attempt: int) -> None:
+    """Raises SpiralError if what runs on this host is not of an earlier attempt."""
+    holder = read_holder()
+    if holder and holder["root"] == root and holder["attempt"] >= attempt:
+        kind = UnderWay if holder["attempt"] == attempt else SpiralError
+        raise kind(
+            f"--attempt is {attempt}; allowed: one after {holder['attempt']}, which process {holder['pid']} runs here"
+        )
+
+
+def end_other(file: int, seconds: float) -> None:
+    """Ends the supervisor that has the lock: asks, and after so many seconds kills."""
+    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
+        holder = read_holder()
+        if holder:
+            machine.send(holder["pid"], number)
+        if machine.wait_until(lambda: _locked(file), patience):
+            fcntl.flock(file, fcntl.LOCK_UN)
+            return
+
+
+def read_holder() -> dict | None:
+    """What the lock says about the process that holds it; None if that has ended, or is just writing it."""
+    try:
+        holder = json.loads(LOCK.read_text(encoding="utf-8"))
+        command = Path(f"/proc/{holder['pid']}/cmdline").read_bytes()
+    except (ValueError, OSError):
+        return None
+    return holder if b"tpu.host.supervisor" in command else None
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="supervisor")
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--attempt", type=int, default=0)
+    parser.add_argument("--foreground", action="store_true")
+    parser.add_argument("--end", type=float, help="end whatever runs here; kill it after so many seconds")
+    flags = parser.parse_args()
+    HOME.mkdir(exist_ok=True)
+    if flags.end is not None:
+        return end(flags.end)
+    if not flags.foreground:
+        return detach(flags.root, flags.attempt)
+    with only_one(flags.root, flags.attempt):
+        bucket = Bucket(flags.root)
+        plan = bucket.read(f"{attempt_folder(flags.attempt)}/job.json")
+        if plan is None:
+            raise SpiralError(f"--attempt is {flags.attempt}; allowed: one with a job.json in {flags.root}")
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        files = FILES if limit == resource.RLIM_INFINITY else min(FILES, limit)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, limit))
+        host = machine.index(plan["hosts"] // plan["slices"])
+        before = bucket.read(f"{attempt_folder(flags.attempt)}/host-{host}.json")
+        if before and before["state"] == "ended":
+            raise UnderWay(f"--attempt is {flags.attempt}; allowed: a new one, as this one has ended here")
+        return Supervisor(bucket, flags.attempt, plan, host).run()
+
+
+def detach(root: str, attempt: int) -> int:
+    """Starts a supervisor that outlives the ssh it was started by."""
+    with LOCK.open("a") as file:
+        if not _locked(file.fileno()):
+            check_earlier(root, attempt)
+    command = [sys.executable, "-m", "tpu.host.supervisor", f"--root={root}", f"--attempt={attempt}", "--foreground"]
+    with (HOME / "supervisor.log").open("ab") as log:
+        started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    print(f"attempt {attempt} is process {started.pid}", flush=True)
+    return 0
+
+
+def end(seconds: float) -> int:
+    """Ends whatever runs here, and whoever holds the chips."""
+    with LOCK.open("a") as file:
+        if not _locked(file.fileno()):
+            end_other(file.fileno(), seconds)
+    return 0 if machine.free(seconds) else LOST
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SpiralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(0 if isinstance(error, UnderWay) else 2)
