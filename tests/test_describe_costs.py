@@ -38,3 +38,8 @@ def test_costs_need_a_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     status, errors = call(describe, "--costs")
     assert status == 2 and "main_table.csv does not exist; allowed: --costs in a checkout's folder" in errors
+
+
+def test_the_page_has_what_the_command_prints(capsys):
+    assert call(describe, "--costs") == (0, "")
+    assert capsys.readouterr().out in (ROOT / "tpu" / "costs.md").read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ from typing import Any
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import GIB
 from spiral_jax.roofline.points import chip_hours, nearest, read_points
+from tpu import hosts
 from tpu.code import Code, pack
 from tpu.job import Job
 
@@ -212,7 +213,8 @@ def _mfu(job: Job, found: dict[str, Any], code: Code, say: Say) -> tuple[float, 
 def _compiled(job: Job, code: Code, say: Say) -> dict[str, Any]:
     """The report of `aot`: kept from before, where code, configuration and versions are the same."""
     arguments = [*job.config_arguments, f"--topology={job.slice}", f"--num_slices={job.num_slices}"]
-    everything = [arguments, code.name.rpartition("-")[2], _versions(), sys.version]
+    flags = hosts.libtpu_arguments(job.slice.generation.name, job.num_slices)  # else it would be another program
+    everything = [arguments, flags, code.name.rpartition("-")[2], _versions(), sys.version]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiral_jax" / "plans" / f"{key}.json"
     try:
@@ -221,7 +223,7 @@ def _compiled(job: Job, code: Code, say: Say) -> dict[str, Any]:
         return report
     except (OSError, ValueError):
         pass
-    text = _child("spiral_jax.aot", *arguments, "--json", say=say)
+    text = _child("spiral_jax.aot", *arguments, "--json", say=say, LIBTPU_INIT_ARGS=flags)
     with contextlib.suppress(OSError):  # a cache; without it the next plan compiles again
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
@@ -230,15 +232,21 @@ def _compiled(job: Job, code: Code, say: Say) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _child(module: str, *arguments: str, say: Say | None = None) -> str:
+def _child(module: str, *arguments: str, say: Say | None = None, **variables: str) -> str:
     """What a verb of the framework prints; its progress is passed on, its one-line error raised.
+
+    Args:
+      module: the verb.
+      *arguments: of its command line.
+      say: takes lines of its progress.
+      **variables: of its environment.
 
     Raises:
       SpiralError: it ended with another status than 0.
     """
     command: Sequence[str] = (sys.executable, "-m", module, *arguments)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | variables
     lines: collections.deque[str] = collections.deque(maxlen=3)
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as out,

@@ -60,7 +60,8 @@ def world(monkeypatch, tmp_path, packed):
     answers = {"spiral_jax.describe": json.loads(json.dumps(DESCRIBED)), "spiral_jax.aot": POINT}
     calls, lines = [], []
 
-    def child(module, *arguments, say=None):
+    def child(module, *arguments, say=None, LIBTPU_INIT_ARGS=""):
+        assert ("--xla_tpu_" in LIBTPU_INIT_ARGS) == (module == "spiral_jax.aot"), "the flags that hosts run with"
         calls.append((module, *arguments))
         if isinstance(answers[module], Exception):
             raise answers[module]
