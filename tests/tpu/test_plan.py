@@ -160,6 +160,19 @@ def test_what_is_quick_is_refused_before_the_compiler_starts(world):
     assert "spiral_jax.aot" not in asked(world)
 
 
+def test_data_in_another_region_is_said():
+    lines, places = [], {"data.stores": ["gs://runs-of-ours/pile", "gs://far/pile", "gs://others/pile"]}
+
+    def locate(url):
+        if url == "gs://others":
+            raise SpiralError("forbidden")
+        return "europe-west4" if url == "gs://far" else "us-east5"
+
+    plan._check_places(JOB, places, plan.Code("", b"", "", ()), locate, lines.append)
+    (note,) = [line for line in lines if "note" in line]
+    assert "gs://far, which is read, is in europe-west4" in note
+
+
 def test_text_that_the_hosts_have(world):
     stdlib = str(Path(json.__file__).parents[1])
     world.answers["spiral_jax.describe"]["reads"] = {

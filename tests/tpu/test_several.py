@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -79,6 +82,19 @@ def test_entries_take_the_flags_of_the_command_line(tmp_path):
     path = write(tmp_path / "jobs.json", ("a", ["--config=x.py", "--max_chip_hours=5"]), ("b", ["--zone=us-west1-c"]))
     a, b = read_entries(path, COMMON)
     assert (a.job.name, a.job.zone, a.job.max_chip_hours, b.job.zone) == ("a", "us-west4-a", 5, "us-west1-c")
+
+
+def test_the_list_of_the_page(tmp_path):
+    """tpu/costs.md: its file and its command are taken as they stand."""
+    page = (Path(__file__).parents[2] / "tpu" / "costs.md").read_text(encoding="utf-8")
+    (tmp_path / "night.json").write_text(page.partition("```json\n")[2].partition("```")[0])
+    (line,) = [line for line in page.splitlines() if "--jobs=" in line]
+    common = [flag for flag in shlex.split(line)[4:] if not re.match("--(jobs|max_chip_hours|side_by_side)=", flag)]
+    jobs = [entry.job for entry in read_entries(str(tmp_path / "night.json"), common)]
+    assert [(job.name, job.chips, job.max_chip_hours) for job in jobs] == [
+        ("b-seed0", 32, 900), ("b-seed1", 32, 900), ("vanilla", 32, None)
+    ]  # fmt: skip
+    assert all("--config.data.stores=gs://my-spiral/pile" in job.overrides for job in jobs)
 
 
 BAD = {
