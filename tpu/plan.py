@@ -138,9 +138,8 @@ def _check_places(job: Job, reads: dict[str, list[str]], code: Code, locate: Cal
             f"{job.region}, as traffic between regions costs money and time"
         )
     say(f"  bucket         {job.bucket} is in {region}, where the slice is")
-    for bucket in sorted(
-        {f"gs://{place.split('/')[2]}" for place in sum(reads.values(), []) if place.startswith("gs://")}
-    ):
+    read = (place for places in reads.values() for place in places if place.startswith("gs://"))
+    for bucket in sorted({f"gs://{place.split('/')[2]}" for place in read}):
         with contextlib.suppress(SpiralError):  # others' buckets can be read without the right to ask where they are
             if bucket != job.bucket and (other := locate(bucket)) != region:
                 say(f"  note           {bucket}, which is read, is in {other}: traffic between regions costs money")
