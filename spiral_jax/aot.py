@@ -22,10 +22,9 @@ from absl import flags
 from spiral_jax import __version__, command
 from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
-from spiral_jax.hardware import GIB
+from spiral_jax.hardware import GIB, Slice, parse_slice
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.roofline.search import flags_of, nearest_that_fits, search
-from spiral_jax.roofline.slices import Slice, parse_slice
 from spiral_jax.run.config import RunConfig
 
 

@@ -36,8 +36,9 @@ from safetensors.numpy import load_file  # noqa: E402
 from spiral_jax.convert.architecture import config_to_huggingface  # noqa: E402
 from spiral_jax.convert.tensors import params_from_tensors  # noqa: E402
 from spiral_jax.evaluation.invariants import QUICK  # noqa: E402
+from spiral_jax.hardware import parse_slice  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
-from spiral_jax.roofline.slices import describe_devices, no_compilation_cache, parse_slice  # noqa: E402
+from spiral_jax.roofline.slices import describe_devices, no_compilation_cache  # noqa: E402
 
 
 class Golden(NamedTuple):

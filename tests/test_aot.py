@@ -8,11 +8,11 @@ import pytest
 from verbs import call
 
 from spiral_jax import aot
+from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline import report as reports
 from spiral_jax.roofline import search as searches
 from spiral_jax.roofline import slices
 from spiral_jax.roofline.report import CompiledStep, DoesNotFit
-from spiral_jax.roofline.slices import parse_slice
 from spiral_jax.run.config import RunConfig
 
 PILE = "--config=experiments/pile.py:160m,spiral_b"

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spiral_jax.data import atomic
+from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.predict import FITTED, Constants, Cost, cost, places_of, total
-from spiral_jax.roofline.slices import describe_devices, parse_slice
+from spiral_jax.roofline.slices import describe_devices
 from tpu.llama import LOSS_BLOCK, Llama, lower_train_step
 
 FREE = ("attention_efficiency",)
@@ -178,7 +179,7 @@ def save(counts: dict[str, Count], path: str | os.PathLike) -> None:
     """Writes what was counted, with the versions that compiled it."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     runs = {
-        name: counted._replace(costs=[[float(f"{x:.6g}") for x in one] for one in counted.costs])._asdict()
+        name: counted._asdict() | {"costs": [[float(f"{x:.6g}") for x in one] for one in counted.costs]}
         for name, counted in counts.items()
     }
     atomic.write_text(Path(path), json.dumps({"versions": versions, "runs": runs}, indent=1) + "\n")

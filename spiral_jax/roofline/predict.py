@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.hardware import Slice
 from spiral_jax.kernels import splash
-from spiral_jax.roofline.slices import Slice
 from spiral_jax.roofline.work import Collective, Kernel, Matmul, Operation
 
 # Products of two [block, head_width] or [block, block] operands that each splash kernel computes per block of scores:

@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from spiral_jax.hardware import GIB
+from spiral_jax.hardware import GIB, Slice
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.progress import Report
 from spiral_jax.roofline import hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
 from spiral_jax.roofline.predict import FITTED, places_of, predict
-from spiral_jax.roofline.slices import Slice, describe_devices
+from spiral_jax.roofline.slices import describe_devices
 from spiral_jax.roofline.unwanted import unwanted
 from spiral_jax.training import costs
 from spiral_jax.training.config import StepConfig

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.hardware import GIB
+from spiral_jax.hardware import GIB, Slice
 from spiral_jax.model.config import Remat
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh
 from spiral_jax.progress import Report
 from spiral_jax.roofline.hlo import UnreadableProgram
 from spiral_jax.roofline.predict import FITTED
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
-from spiral_jax.roofline.slices import Slice
 from spiral_jax.training import costs
 from spiral_jax.training.config import GatherCore, StepConfig
 from spiral_jax.training.fsdp import holds_core

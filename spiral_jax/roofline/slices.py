@@ -1,105 +1,14 @@
-"""TPU slices that can be rented, by their names, and their devices, described without being there."""
+"""Devices of TPU slices, described without being there."""
 
 import contextlib
-import dataclasses
 import importlib.util
-import math
 import os
-import re
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.hardware import GENERATIONS, Generation, Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Chips that their own links connect.
-
-    Attributes:
-      generation: of its chips.
-      shape: chips along each axis of the torus, as `2x4` or `4x4x8`.
-    """
-
-    generation: Generation
-    shape: Shape
-
-    def __str__(self) -> str:
-        return f"{self.generation.name}:{_times(self.shape)}"
-
-    @property
-    def chips(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def devices(self) -> int:
-        """What JAX sees."""
-        return self.chips * self.generation.devices
-
-    @property
-    def hosts(self) -> int:
-        return -(-self.chips // self.generation.host_chips)
-
-    @property
-    def accelerator_type(self) -> str:
-        """The name to rent it by."""
-        name = (self.generation.aliases or (self.generation.name,))[0]
-        return f"{name}-{self.chips * self.generation.counted_cores}"
-
-    @property
-    def peak_flops(self) -> float:
-        """Of one device, bfloat16."""
-        return self.generation.peak_flops / self.generation.devices
-
-    @property
-    def hbm_bandwidth(self) -> float:
-        """Of one device, bytes/s."""
-        return self.generation.hbm_bandwidth / self.generation.devices
-
-    @property
-    def dcn_bandwidth(self) -> float:
-        """Of one device, bytes/s."""
-        return self.generation.dcn_bandwidth / self.generation.devices
-
-    def ring_bandwidths(self) -> tuple[float, ...]:
-        """Bytes/s that leave a chip along each axis: both directions of a ring, one link's at the end of a line."""
-        g = self.generation
-        # Rings of a 3D slice close in switches that only whole cubes reach, those of a 2D one at the edges of the pod.
-        open_cube = len(self.shape) == 3 and min(self.shape) < g.wraps_at
-        directions = [1 if open_cube or size < g.wraps_at else 2 for size in self.shape]
-        return tuple(g.ici_bandwidth * count * (size > 1) for size, count in zip(self.shape, directions, strict=True))
-
-
-def parse_slice(text: str) -> Slice:
-    """A slice by its topology (`v5p:4x4x4`, chips) or accelerator type (`v5p-128`, which counts TensorCores).
-
-    The number in an accelerator type counts chips of v5e (`v5litepod-16` or `v5e-16`) and v6e, cores of the others.
-
-    Raises:
-      SpiralError: no such generation, or a size that nobody rents out.
-    """
-    found = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9}){1,5})|(\w+)-(\d{1,9})", text.strip().lower())
-    if not found:
-        raise SpiralError(f"--topology is {text!r}; allowed: a topology such as v5p:4x4x4, or a type such as v5p-128")
-    name = found[1] or found[3]
-    generation = next((g for g in GENERATIONS if name in (g.name, *g.aliases)), None)
-    if generation is None:
-        known = ", ".join(g.name for g in GENERATIONS)
-        raise SpiralError(f"--topology is {text!r}, but there is no generation {name!r}; allowed: {known}")
-    if found[2]:
-        wanted = tuple(map(int, found[2].split("x")))
-        fitting = [shape for shape in generation.shapes if shape == wanted]
-        chips, size = float(math.prod(wanted)), f"the shape {found[2]}"
-    else:
-        chips = int(found[4]) / generation.counted_cores
-        fitting = [shape for shape in generation.shapes if math.prod(shape) == chips]
-        size = f"{found[4]} ({'chips' if generation.counted_cores == 1 else 'TensorCores, two a chip'})"
-    if fitting:
-        return Slice(generation, fitting[0])
-    why = f"but no {generation.name} slice has {size}"
-    raise SpiralError(f"--topology is {text!r}, {why}; allowed, the nearest: {_nearest(generation, chips)}")
+from spiral_jax.hardware import Slice
 
 
 def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
@@ -127,7 +36,10 @@ def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
         "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():
         os.environ.setdefault(name, value)
-    options: dict[str, str | int] = {}
+    options: dict[str, str | int | list[int]] = {}
+    if chips.hosts == 1 and chips.chips > chips.generation.host_chips:
+        # Unless told, the compiler takes two hosts of four for one of eight.
+        options["chips_per_host_bounds"] = [*chips.shape, 1][:3]
     if chips.generation.name == "v4":
         options["chip_config_name"] = "megacore"
     if num_slices > 1:
@@ -150,14 +62,3 @@ def no_compilation_cache():
         yield
     finally:
         enable(enabled)
-
-
-def _nearest(generation: Generation, chips: float) -> str:
-    """The slices nearest in size, both ways to name them."""
-    by_distance = sorted(generation.shapes, key=lambda shape: abs(math.log(math.prod(shape) / max(chips, 0.5))))
-    nearest = sorted(by_distance[:4], key=math.prod)
-    return ", ".join(f"{Slice(generation, shape)} ({Slice(generation, shape).accelerator_type})" for shape in nearest)
-
-
-def _times(shape: Shape) -> str:
-    return "x".join(map(str, shape))

@@ -81,7 +81,11 @@ FEW = ("vanilla_mesh", "looped_mesh", "spiral_b_mesh", "spiral_odd")
     "golden",
     [
         *FEW,
-        *(pytest.param(path.name, marks=pytest.mark.slow) for path in sorted(GOLDEN.glob("*/")) if path.name not in FEW),
+        *(
+            pytest.param(path.name, marks=pytest.mark.slow)
+            for path in sorted(GOLDEN.glob("*/"))
+            if path.name not in FEW
+        ),
     ],
     indirect=True,
 )

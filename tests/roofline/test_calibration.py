@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.predict import FITTED, Cost, total
-from spiral_jax.roofline.slices import parse_slice
 from tpu import calibration
 from tpu.calibration import Count, compact, fit, leave_one_out, load, measured_runs, predict_run, save
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.compiling import compile_described
-from spiral_jax.roofline.slices import describe_devices, no_compilation_cache, parse_slice
+from spiral_jax.roofline.slices import describe_devices, no_compilation_cache
 
 
 # as_text() of the last one's compiled program fails.

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
+from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.matmul import Matmul
 from spiral_jax.roofline.predict import FITTED, Constants, Cost, Place, cost, predict, total
-from spiral_jax.roofline.slices import parse_slice
 from spiral_jax.roofline.work import Collective, Kernel, Operation
 
 PEAK = Constants(

@@ -10,14 +10,14 @@ import sys
 import loopback
 import pytest
 from loopback import wait_for
-from tpu.code import Code
-from tpu.gcloud import Gcloud
-from tpu.job import Job
-from tpu.providers import provider_of
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GENERATIONS, parse_slice
 from tpu import hosts
+from tpu.code import Code
+from tpu.gcloud import Gcloud
+from tpu.job import Job
+from tpu.providers import provider_of
 
 SLOW = "import signal, time; signal.signal(15, lambda *_: exit(42)); print('begun'); time.sleep(60)"
 

@@ -1,0 +1,80 @@
+"""Points that `aot` compiled and a repository keeps, and what a run near one of them should take. Without jax."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from spiral_jax.errors import SpiralError
+from spiral_jax.hardware import Slice, parse_slice
+
+FOLDER = "tpu/predictions"
+
+
+class Point(NamedTuple):
+    """A compiled step, as far as runs near it can be judged by it.
+
+    Attributes:
+      name: of its file.
+      slice: that it was compiled for.
+      notation: layers and resolutions of the model, as `ModelConfig.notation`.
+      topology: of the model.
+      parameters: of the model.
+      mfu: predicted; causal attention counts.
+    """
+
+    name: str
+    slice: Slice
+    notation: str
+    topology: str
+    parameters: int
+    mfu: float
+
+    def is_of(self, notation: str, topology: str, parameters: int) -> bool:
+        """Whether it is this model's own."""
+        return (self.notation, self.topology, self.parameters) == (notation, topology, parameters)
+
+
+def read_points(folder: str | Path = FOLDER) -> list[Point]:
+    """The points of a folder with reports of `aot`.
+
+    Raises:
+      SpiralError: there are none, or one is not such a report.
+    """
+    points = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            model, mfu = found["model"], float(found["prediction"]["mfu"])
+            chips = parse_slice(found["slice"]["topology"])
+            points.append(Point(path.stem, chips, model["notation"], model["topology"], model["parameters"], mfu))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SpiralError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if not points:
+        raise SpiralError(f"{str(folder)!r} has no reports of aot; allowed: a checkout's folder {FOLDER}")
+    return points
+
+
+def nearest(points: Sequence[Point], generation: str, notation: str, topology: str, parameters: int) -> Point | None:
+    """The point to judge a model by: of the same chips, then resolutions, topology, size; None without any."""
+    return min(
+        (point for point in points if point.slice.generation.name == generation),
+        key=lambda point: (
+            _resolutions(point.notation) != _resolutions(notation),
+            point.topology != topology,
+            abs(math.log(point.parameters / parameters)),
+        ),
+        default=None,
+    )
+
+
+def chip_hours(flops: float, mfu: float, chips: Slice) -> float:
+    """What `flops` of a model take, counted as `mfu` is, on however many of these chips."""
+    return flops / (mfu * chips.generation.peak_flops) / 3600
+
+
+def _resolutions(notation: str) -> str:
+    found = re.search(r"\{.*\}", notation)
+    return found[0] if found else ""

@@ -1,0 +1,179 @@
+"""Several runs within one budget."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spiral_jax.errors import SpiralError
+from tpu import several
+from tpu.several import Run, Spent, next_start, read_entries
+
+COMMON = ("--accelerator=v5litepod-16", "--zone=us-west4-a", "--bucket=gs://runs-of-ours")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_the_budget_holds_and_the_order_is_kept(data):
+    """Whatever the runs spend under their caps, whenever they end, and whether or not what they had is given back."""
+    budget = data.draw(st.floats(1, 1000), "budget")
+    wide = data.draw(st.integers(1, 4), "side by side")
+    wishes = data.draw(
+        st.lists(st.tuples(st.floats(0.1, 20), st.none() | st.floats(0.1, 500), st.floats(0, 30)), max_size=6), "runs"
+    )
+    runs = [Run(f"run{i}", start, wanted, spent) for i, (start, wanted, spent) in enumerate(wishes)]
+    within = sum(run.taken for run in runs) <= budget
+    truly = {run.name: run.taken for run in runs}
+    caps, order = {}, []
+    while True:
+        while found := next_start(runs, budget, wide):
+            run, cap = found
+            assert cap - run.taken >= run.start, "a start that could not pay for itself"
+            assert run.wanted is None or cap <= run.wanted + 1e-9
+            caps[run.name] = cap
+            order.append(run.name)
+            runs = [one._replace(taken=cap, state="running") if one.name == run.name else one for one in runs]
+        running = [run for run in runs if run.state == "running"]
+        assert len(running) <= wide
+        if not running:
+            break
+        ended = data.draw(st.sampled_from(running), "ends")
+        truly[ended.name] = data.draw(st.floats(truly[ended.name], caps[ended.name]), "spent")
+        over = data.draw(st.booleans(), "nothing bills any more")
+        if not over:
+            truly[ended.name] = caps[ended.name]
+        runs = [one._replace(state="done", taken=truly[one.name]) if one.name == ended.name else one for one in runs]
+        if within:
+            assert sum(truly.values()) <= budget * (1 + 1e-9)
+    assert order == sorted(order, key=lambda name: int(name[3:])), "overtaken"
+    assert within or not order
+
+
+def test_equal_shares_without_bounds():
+    runs = [Run("a", 1, None, 0), Run("b", 1, None, 0), Run("c", 1, None, 0)]
+    assert next_start(runs, 90, 2) == (runs[0], 45)
+    runs[0] = runs[0]._replace(state="running", taken=45)
+    assert next_start(runs, 90, 2) == (runs[1], 45)
+    assert next_start(runs, 90, 1) is None
+    # What the first did not need goes to those that come.
+    runs[0] = runs[0]._replace(state="done", taken=10)
+    assert next_start(runs, 90, 1) == (runs[1], 80)
+
+
+def test_what_does_not_fit_is_not_overtaken():
+    runs = [Run("a", 1, 60, 0, "running")._replace(taken=60), Run("b", 1, 50, 0), Run("c", 1, 10, 0)]
+    assert next_start(runs, 100, 3) is None
+    runs[0] = runs[0]._replace(state="done", taken=40)
+    assert next_start(runs, 100, 3) == (runs[1], 50)
+
+
+def write(path, *jobs):
+    path.write_text(json.dumps([{"name": name, "flags": flags} for name, flags in jobs]))
+    return str(path)
+
+
+def test_entries_take_the_flags_of_the_command_line(tmp_path):
+    path = write(tmp_path / "jobs.json", ("a", ["--config=x.py", "--max_chip_hours=5"]), ("b", ["--zone=us-west1-c"]))
+    a, b = read_entries(path, COMMON)
+    assert (a.job.name, a.job.zone, a.job.max_chip_hours, b.job.zone) == ("a", "us-west4-a", 5, "us-west1-c")
+
+
+def test_the_list_of_the_page(tmp_path):
+    """tpu/costs.md: its file and its command are taken as they stand."""
+    page = (Path(__file__).parents[2] / "tpu" / "costs.md").read_text(encoding="utf-8")
+    (tmp_path / "night.json").write_text(page.partition("```json\n")[2].partition("```")[0])
+    (line,) = [line for line in page.splitlines() if "--jobs=" in line]
+    common = [flag for flag in shlex.split(line)[4:] if not re.match("--(jobs|max_chip_hours|side_by_side)=", flag)]
+    jobs = [entry.job for entry in read_entries(str(tmp_path / "night.json"), common)]
+    assert [(job.name, job.chips, job.max_chip_hours) for job in jobs] == [
+        ("b-seed0", 32, 900), ("b-seed1", 32, 900), ("vanilla", 32, None)
+    ]  # fmt: skip
+    assert all("--config.data.stores=gs://my-spiral/pile" in job.overrides for job in jobs)
+
+
+BAD = {
+    "no file": (None, "cannot be read"),
+    "no JSON": ("{", "is something else; allowed: a list of"),
+    "no list": ('{"name": "a"}', "is something else"),
+    "empty": ("[]", "is something else"),
+    "a further key": ('[{"name": "a", "flags": [], "more": 1}]', "is something else"),
+    "a number": ('[{"name": "a", "flags": [1]}]', "is something else"),
+    "a flag that is none": ('[{"name": "a", "flags": ["--x=1"]}]', "jobs.json, a: the argument is '--x=1'"),
+    "a name twice": ('[{"name": "a", "flags": []}, {"name": "a", "flags": []}]', "a name is 'a'; allowed: each once"),
+    "kept": ('[{"name": "a", "flags": ["--no-delete_at_success"]}]', "--delete_at_success is False"),
+    "on GKE": ('[{"name": "a", "flags": ["--provider=gke"]}]', "--provider is 'gke'; allowed: qr or vm"),
+}
+
+
+@pytest.mark.parametrize("text, words", BAD.values(), ids=BAD)
+def test_bad_lists(text, words, tmp_path):
+    path = tmp_path / "jobs.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SpiralError) as error:
+        read_entries(str(path), COMMON)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """Launchers that end at once with the status and the chip-hours of a script."""
+    started, spent, script = [], {}, {}
+
+    def launcher(arguments, say):
+        name, cap = arguments[0], float(next(a for a in reversed(arguments) if "chip_hours" in a).partition("=")[2])
+        started.append((name, cap))
+        status, hours = script[name]
+        spent[name] = Spent(min(hours, cap), status != 130, status == 0)
+        return subprocess.Popen(["sh", "-c", f"exit {status}"], text=True)
+
+    monkeypatch.setattr(several, "_launcher", launcher)
+    monkeypatch.setattr(several, "spent_by", lambda job: spent.get(job.name, Spent()))
+    return dataclasses.make_dataclass("World", ["started", "spent", "script"])(started, spent, script)
+
+
+def test_one_after_another_to_the_end_of_the_budget(world, tmp_path):
+    path = write(tmp_path / "jobs.json", *((name, []) for name in "abcd"))
+    world.script.update({"a": (0, 30), "b": (44, 20), "c": (0, 48), "d": (0, 1)})
+    lines = []
+    status = several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lines.append)
+    # The last one would have had two chip-hours, less than a start of sixteen chips costs.
+    assert world.started == [("a", 100), ("b", 70), ("c", 50)] and status == 44
+    assert "not started, as the budget does not hold them: d" in lines
+    assert any("PLAN SKIPPED" in line for line in lines)
+
+
+def test_a_run_that_finished_before_is_not_started_again(world, tmp_path):
+    path = write(tmp_path / "jobs.json", ("a", []), ("b", []))
+    world.spent["a"] = Spent(60, True, True)
+    world.script["b"] = (0, 10)
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 0
+    assert world.started == [("b", 40)]
+
+
+def test_what_may_bill_on_keeps_its_share(world, tmp_path):
+    path = write(tmp_path / "jobs.json", ("a", ["--max_chip_hours=60"]), ("b", []))
+    world.script.update({"a": (130, 5), "b": (0, 10)})
+    several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None)
+    assert world.started == [("a", 60), ("b", 40)]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--max_chip_hours"),
+        (["--max_chip_hours=-1"], "--max_chip_hours is -1.0; allowed: a number above 0"),
+        (["--max_chip_hours=5", "--side_by_side=0"], "--side_by_side is 0; allowed: 1 or more"),
+    ],
+)
+def test_bad_flags_start_nothing(world, tmp_path, flags, words):
+    path = write(tmp_path / "jobs.json", ("a", []))
+    with pytest.raises(SpiralError, match=words):
+        several.main([f"--jobs={path}", "--skip_plan", *flags, *COMMON])
+    assert not world.started
