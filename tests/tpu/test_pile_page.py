@@ -1,4 +1,4 @@
-"""docs/pile.md: its commands parse, its numbers follow from the formats, and on small files its steps do what it says."""
+"""docs/pile.md: its commands parse, its numbers follow from the formats, and its steps work on small files."""
 
 import hashlib
 import io

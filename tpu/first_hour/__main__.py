@@ -206,6 +206,12 @@ def _child(command: list[str], errors: Any) -> Iterator[subprocess.Popen]:
     if _has_tpu():
         # Else jax passes over a TPU that it cannot use, and takes the CPU.
         environment.setdefault("JAX_PLATFORMS", "tpu,cpu")
+    else:
+        # Interpreted kernels call Python from XLA's threads: on a machine with one core they would wait for each other.
+        environment.setdefault("NPROC", "8")
+        # Most of a rehearsal is compiling.
+        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {quick}".strip()
     child = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
                              errors="replace", start_new_session=True)  # fmt: skip
     try:
@@ -221,7 +227,7 @@ def _child(command: list[str], errors: Any) -> Iterator[subprocess.Popen]:
 
 def _limit(section: Section, size: str, left: float) -> float:
     """Seconds after which a section is ended: long before, it hangs."""
-    return min(left, max(60, PATIENCE * section.seconds(size)))
+    return min(left, max(120, PATIENCE * section.seconds(size)))
 
 
 def _has_tpu() -> bool:

@@ -1,7 +1,7 @@
-"""Predicts the points of one chip for every generation: python -m tpu.first_hour.predict [GENERATION...]
+"""Predicts the points of one chip for every generation: python -m tpu.first_hour.predict [GENERATION/POINT...]
 
-Compiles each step for one chip that is not there (libtpu, no TPU; a minute or two each) and puts memory and seconds
-into predictions.json, which `--compare` reads. It cannot be made on a TPU host: there libtpu is the chip's.
+Compiles each step for one chip that is not there (libtpu, no TPU; minutes each) and puts memory and seconds into
+predictions.json, which `--compare` reads. It cannot be made on a TPU host: there libtpu is the chip's.
 """
 
 import dataclasses
@@ -26,19 +26,20 @@ OUTPUT = Path(__file__).with_name("predictions.json")
 
 
 def main(names: list[str]) -> None:
-    """Predicts for these generations, all by default, and keeps what is there for others."""
-    known = {generation.name: generation for generation in GENERATIONS}
+    """Predicts these points, each named GENERATION/POINT, all by default; others are kept as they are."""
+    every = {f"{generation.name}/{point}": (generation, point) for generation in GENERATIONS for point in POINTS}
     for name in names:
-        if name not in known:
-            raise SpiralError(f"the generation is {name!r}; allowed: {', '.join(known)}")
-    kept = json.loads(OUTPUT.read_text(encoding="utf-8"))["points"] if OUTPUT.exists() else {}
-    for name in names or known:
-        kept[name] = {}
-        for point in POINTS:
-            kept[name][point] = predict_point(known[name], point)
-            print(f"{name} {point}: {kept[name][point]}", flush=True)
-            found = {"format": 1, "constants": dataclasses.asdict(FITTED), "points": kept}
-            atomic.write_text(OUTPUT, json.dumps(found, indent=1) + "\n")
+        if name not in every:
+            raise SpiralError(f"the point is {name!r}; allowed: {', '.join(every)}")
+    for name in names or every:
+        generation, point = every[name]
+        made = predict_point(generation, point)
+        print(f"{name}: {made}", flush=True)
+        # Read again each time: another process may make another point.
+        kept = json.loads(OUTPUT.read_text(encoding="utf-8"))["points"] if OUTPUT.exists() else {}
+        kept.setdefault(generation.name, {})[point] = made
+        found = {"format": 1, "constants": dataclasses.asdict(FITTED), "points": kept}
+        atomic.write_text(OUTPUT, json.dumps(found, indent=1) + "\n")
 
 
 def predict_point(generation: Generation, point: str) -> dict[str, Any]:
