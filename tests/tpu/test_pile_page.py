@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import megatron_writer
-import numpy as np
 import pytest
 from pages import commands, lint, parse_verb
 from verbs import call
@@ -83,7 +82,7 @@ def test_the_steps_on_small_files(pile, tmp_path, monkeypatch, capsys):
 
     inspected, made, _ = (arguments[3:] for arguments in commands(PAGE, "python -m spiral_jax.prepare"))
     assert call(prepare, *inspected) == (0, "")
-    assert f"{len(tokens):,} tokens" in capsys.readouterr().out
+    assert re.search(rf"tokens +{len(tokens):,}, uint16", capsys.readouterr().out)
     assert call(prepare, *made) == (0, "")
 
     # What the page uploads where: `train` of the store becomes `validation` beside the parts.
@@ -102,9 +101,7 @@ def test_damage_is_seen(pile, monkeypatch, tmp_path):
     original = part.read_bytes()
     part.write_bytes(original[:-2])
     assert call(prepare, *inspected)[0] == 2
-    tokens = np.frombuffer(original[1:-1] if len(original) % 2 else original, np.uint16).copy()
-    tokens[:] = 60_000  # no id of the tokenizer
-    part.write_bytes(original[:1] + tokens.tobytes() + original[-1:] if len(original) % 2 else tokens.tobytes())
+    part.write_bytes(original[:1] + b"\xff" * (len(original) - 1))  # from the first whole token on, ids of no text
     assert call(prepare, *inspected)[0] == 2
     part.unlink()
     assert call(prepare, *inspected)[0] == 2

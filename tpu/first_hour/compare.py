@@ -22,6 +22,9 @@ def main(measured: str, predicted: str) -> int:
     found, predictions = _load(measured, "sections"), _load(predicted, "points")
     kind = found["sections"]["device"]["measured"]["device_kind"]
     print(f"{kind}, commit {found['commit'] or 'unknown'}, size {found['size']}")
+    versions = {point["versions"]["libtpu"] for of in predictions["points"].values() for point in of.values()}
+    ours = found["sections"]["device"]["measured"].get("versions", {}).get("libtpu")
+    print(f"measured with libtpu {ours}, predicted with {', '.join(sorted(versions))}")
     rows, verdicts = compare(found, predictions)
     if rows:
         print_table([("", "measured", "predicted", "ratio", "verdict"), *rows])

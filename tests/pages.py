@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def commands(page: Path, program: str = "") -> list[list[str]]:
