@@ -62,7 +62,9 @@ class Host:
         self.folder, self.number = folder, number
         (folder / "bin").mkdir(parents=True)
         (folder / "packages").write_text("jax 0.10.2\nlibtpu 0.0.42.1\n")
-        doubles = {"python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "uv": UV.replace("PYTHON", sys.executable),
+        # The system's Python has none of our packages, as on a TPU VM; that of the environment has them.
+        system = getattr(sys, "_base_executable", sys.executable)
+        doubles = {"python3": f'#!/bin/sh\nexec {system} "$@"\n', "uv": UV.replace("PYTHON", sys.executable),
                    "sudo": '#!/bin/sh\nshift\nexec "$@"\n', "dmesg": DMESG, "sleep": "#!/bin/sh\n"}  # fmt: skip
         for name, text in doubles.items():
             (folder / "bin" / name).write_text(text)

@@ -95,6 +95,7 @@ def test_story_06_keys_are_not_on_all_hosts_yet(launch):
     launch.tested(1)
 
 
+@pytest.mark.slow
 def test_story_06_ssh_ends_with_255_at_random(launch):
     launch.ssh.broken = {0: 1}
     launch.up(1)
@@ -114,6 +115,7 @@ def test_story_13_what_fails_before_the_job_is_told_in_a_line(launch):
         launch.tested(1)
 
 
+@pytest.mark.slow
 def test_story_08_stop_ends_what_does_not_answer(launch, monkeypatch):
     """A supervisor that hangs, and one that was killed while its job goes on holding a chip."""
     hangs, gone = launch.slice.hosts

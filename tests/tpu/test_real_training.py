@@ -12,7 +12,7 @@ from spiral_jax.run.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 SMOKE = ["-m", "tpu.host.smoke", "--hosts=2", "--devices=4"]
-STEPS = ("--config.train.steps=300", "--config.checkpoint.every_steps=20", "--config.evaluation.every_steps=300",
+STEPS = ("--config.train.steps=100", "--config.checkpoint.every_steps=10", "--config.evaluation.every_steps=100",
          "--config.summary.sample_tokens=0")  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_killed_stopped_lost_and_finished(pair, tmp_path):
 
     attempt = 1
     pair.begin(1, train)
-    saved(40)
+    saved(10)
     os.kill(pair.hosts[1].pid("spiral_jax.train"), signal.SIGKILL)
     survivor, killed = pair.wait(1, seconds=120)
     assert (killed["status"], killed["signal"]) == (137, True) and killed["kernel"]
@@ -66,13 +66,13 @@ def test_killed_stopped_lost_and_finished(pair, tmp_path):
 
     attempt = 2
     pair.begin(2, train)
-    saved(100)
+    saved(40)
     os.kill(pair.hosts[0].pid("tpu.host.supervisor"), signal.SIGTERM)
     assert [state["status"] for state in pair.wait(2, seconds=120)] == [42, 42]  # one asked, both saved
 
     attempt = 3
     pair.begin(3, train)
-    saved(160)
+    saved(70)
     pair.hosts[0].kill()
     (other,) = pair.wait(3, hosts=[1], seconds=120)
     assert other["status"] == 43
@@ -90,4 +90,4 @@ def test_killed_stopped_lost_and_finished(pair, tmp_path):
     assert [process.returncode for process in done] == [0, 0], done
     rows, expected = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("run", "undisturbed"))
     losses = [[(row["step"], row["loss"]) for row in found if "loss" in row] for found in (rows, expected)]
-    assert losses[0] == losses[1] and len(losses[0]) > 20
+    assert losses[0] == losses[1] and len(losses[0]) >= 10

@@ -247,7 +247,7 @@ def test_a_bucket_that_fails_for_a_while(slice_of, tmp_path, flaky):
     assert state["status"] == 0 and steps(one.log(1, 0)) == list(range(1, 101))
 
 
-@pytest.mark.parametrize("what", ["version", "code"])
+@pytest.mark.parametrize("what", [pytest.param("version", marks=pytest.mark.slow), "code"])
 def test_story_17_hosts_that_differ_do_not_train(what, slice_of, tmp_path):
     three = slice_of(3)
     if what == "version":
