@@ -116,7 +116,7 @@ class Slice:
 
     def write(self, attempt: int, argv: list[str], **changed) -> None:
         """The plan of an attempt."""
-        plan = {"attempt": attempt, "argv": argv, "smoke": [], "env": {}, "code": CODE, "sha256": self.sha256,
+        plan = {"attempt": attempt, "argv": argv, "smoke": ["-c", ""], "env": {}, "code": CODE, "sha256": self.sha256,
                 "hosts": len(self.hosts), "slices": 1, "started": time.time(), "seconds": 0.2, "grace": 0.5,
                 "stop_seconds": 5.0}  # fmt: skip
         self.bucket.put(f"attempts/{attempt:04d}/job.json", plan | changed)

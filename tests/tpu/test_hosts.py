@@ -76,7 +76,8 @@ def test_set_up_run_and_stop(launch):
     launch.up(1)
     launch.up(1)  # the launcher was started again: nothing happens twice
     launch.tested(1)
-    assert [sum("supervisor" in c for c in host.processes().values()) for host in launch.slice.hosts] == [1, 1]
+    for host in launch.slice.hosts:
+        wait_for(lambda host=host: sum("supervisor" in command for command in host.processes().values()) == 1)
     plan = launch.slice.bucket.read("attempts/0001/job.json")
     assert plan["env"]["JAX_COMPILATION_CACHE_DIR"] == f"{launch.job.bucket}/job/cache" and plan["hosts"] == 2
     launch.stop(1)
