@@ -59,7 +59,7 @@ def test_killed_stopped_lost_and_finished(pair, tmp_path):
             attempts.append(len(attempts) + 1)
             pair.begin(attempts[-1], train)
             ended = f"attempts/{attempts[-1]:04d}/first_exit.json"
-            wait_for(lambda: (tmp_path / "run" / file).exists() or pair.bucket.get(ended),
+            wait_for(lambda ended=ended: (tmp_path / "run" / file).exists() or pair.bucket.get(ended),
                      lambda: pair.log(attempts[-1], 0), 300)  # fmt: skip
             if (tmp_path / "run" / file).exists():
                 return attempts[-1]
