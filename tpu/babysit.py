@@ -229,6 +229,8 @@ class Babysitter:
                 self._report(decision)
                 if decision.action is Action.CREATE:
                     self._act(decision)
+                    if self._memory.ending:
+                        self._say(self._memory.ending)
                 seen = self._provider.observe()
             self._say(what_bills(self._job, seen, self._memory, self._clock()))
         finally:
