@@ -67,14 +67,14 @@ class Store:
         """
         memory = dataclasses.replace(memory, owner=self._owner, until=self._clock() + seconds)
         try:
-            self._generation = self._bucket.put(MEMORY, dataclasses.asdict(memory), self._generation)
+            self._generation = self._bucket.put(MEMORY, vars(memory), self._generation)
         except Conflict:
             raise Taken(f"{MEMORY} was written by another launcher ({self.load().owner or 'unknown'})") from None
         return memory
 
     def release(self, memory: Memory) -> None:
         """For the next launcher to go on at once."""
-        self._bucket.put(MEMORY, dataclasses.asdict(dataclasses.replace(memory, owner="", until=0)), self._generation)
+        self._bucket.put(MEMORY, vars(dataclasses.replace(memory, owner="", until=0)), self._generation)
 
 
 def this_launcher() -> str:
@@ -183,7 +183,12 @@ class Babysitter:
         Raises:
           SpiralError: another launcher holds the job, or the slice is somewhere else.
         """
-        self._memory = self._take()
+        try:
+            self._memory = self._take()
+        except Unreachable:
+            self._look_again()
+            self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
+            raise
         return self._watch()
 
     def _watch(self) -> int:

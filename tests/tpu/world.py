@@ -225,9 +225,11 @@ class World:
     def killed(self, at: int) -> None:
         """A launcher that dies at its n-th step from now; then the world is as it is."""
         self.kill_at = self.steps + at
-        with contextlib.suppress(Killed):
-            self.run()
-        self.kill_at, self.dead = None, False
+        try:
+            with contextlib.suppress(Killed):
+                self.run()
+        finally:
+            self.kill_at, self.dead = None, False
 
     def created(self) -> int:
         """How often a slice came into being."""
