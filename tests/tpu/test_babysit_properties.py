@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiral_jax.hardware import parse_slice
-from tpu.bucket import Unreachable
 from tests.tpu.cloud import DIRECT, QUEUED
 from tests.tpu.world import World
+from tpu.bucket import Unreachable
 
 CHIPS, CAP, FAILURES, PREEMPTIONS = 4, 9.0, 2, 4
 
