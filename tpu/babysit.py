@@ -154,7 +154,8 @@ class Babysitter:
       job: the launch.
       gcloud: the CLI.
       bucket: of the job, at its root.
-      bring_up: sets up and tests all hosts, and starts an attempt on them; a SpiralError or GcloudError says why not.
+      bring_up: starts an attempt on all hosts, by its number, in so many seconds; a SpiralError or GcloudError says
+        why not.
       say, clock, sleep, uniform: the world.
     """
 
@@ -163,7 +164,7 @@ class Babysitter:
         job: Job,
         gcloud: Gcloud,
         bucket: Bucket,
-        bring_up: Callable[[Provider, int], None],
+        bring_up: Callable[[Provider, int, float], None],
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -332,7 +333,7 @@ class Babysitter:
         elif action is not Action.END:
             self._gcloud.deadline = self._clock() + seconds
             try:
-                self._create() if action is Action.CREATE else self._start()
+                self._create() if action is Action.CREATE else self._start(seconds)
             finally:
                 self._gcloud.deadline = float("inf")
 
@@ -348,10 +349,10 @@ class Babysitter:
         for line in lines:
             self._say(line)
 
-    def _start(self) -> None:
+    def _start(self, seconds: float) -> None:
         trouble = ""
         try:
-            self._bring_up(self._provider, self._memory.attempt)
+            self._bring_up(self._provider, self._memory.attempt, seconds)
         except (SpiralError, GcloudError) as error:
             trouble = str(error)
             self._say(f"attempt {self._memory.attempt} could not be started: {trouble}")

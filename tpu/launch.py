@@ -193,14 +193,14 @@ class Launcher:
     def _babysitter(self, code: Code | None = None) -> Babysitter:
         """`code`: what all attempts run; without it, what lies here when one is started."""
 
-        def bring_up(provider: Provider, attempt: int) -> None:
-            self._bring_up(attempt, code)
+        def bring_up(provider: Provider, attempt: int, seconds: float) -> None:
+            self._bring_up(attempt, code, seconds)
 
-        world = {"say": self.say, "clock": self.clock, "sleep": self.sleep}
-        return Babysitter(self.job, self.gcloud, self.bucket, bring_up, **world)
+        return Babysitter(self.job, self.gcloud, self.bucket, bring_up, self.say, self.clock, self.sleep)
 
-    def _bring_up(self, attempt: int, code: Code | None = None) -> None:
-        hosts.bring_up(self.job, self.provider, self.gcloud, self.bucket, attempt, code or pack(ROOT))
+    def _bring_up(self, attempt: int, code: Code | None = None, seconds: float = 900) -> None:
+        given = self.job, self.provider, self.gcloud, self.bucket, attempt, code or pack(ROOT)
+        hosts.bring_up(*given, seconds=min(seconds, 900))
 
 
 def reap(arguments: Sequence[str], world: dict) -> int:

@@ -29,7 +29,7 @@ def typed(world: World, verb: str, *flags: str) -> int:
 @pytest.fixture
 def world(monkeypatch):
     world = World({"jobs": [{"runs": 5000, "status": 0}]})
-    monkeypatch.setattr(hosts, "bring_up", lambda *given: world.bring_up(given[1], given[4]))
+    monkeypatch.setattr(hosts, "bring_up", lambda *given, seconds: world.bring_up(given[1], given[4], seconds))
     return world
 
 
@@ -116,6 +116,18 @@ def test_babysit_wants_a_cap_and_does_what_it_says(world, capsys):
     world.bucket.objects["control/stop"] = (b"0", 1)  # of an earlier life
     assert typed(world, "babysit", *flags, "--max_chip_hours=200") == 0
     assert world.heard("the end: finished") and world.left() == []
+
+
+def test_gke_writes_a_manifest_and_prints_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    world = World()
+    flags = ["--provider=gke", "--config=experiments/pile.py:1.4b", "--skip_plan", "--image=docker.io/me/spiral"]
+    assert typed(world, "create", *flags) == 0
+    assert "kind: JobSet" in (tmp_path / "pile.jobset.yaml").read_text()
+    assert "attempts/0001/job.json" in world.bucket.objects and world.cloud.log == []
+    assert world.heard("kubectl apply --server-side --filename=pile.jobset.yaml")
+    assert typed(world, "babysit", *flags) == 2
+    assert "--provider is 'gke'; allowed: qr or vm for this verb" in capsys.readouterr().err
 
 
 def test_dry_runs_print_commands_and_change_nothing(monkeypatch, capsys):
