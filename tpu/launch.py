@@ -165,7 +165,6 @@ class Launcher:
         if not self.dry:
             self.plan()
         if text and not self.dry:
-            self.bucket.put(f"{hosts.attempt_folder(1)}/job.json", hosts.plan_of(job, 1, pack(ROOT)))
             file.write_text(text, encoding="utf-8")
             self.say(f"{file} is written")
         for command in gke.commands(job, str(file)):

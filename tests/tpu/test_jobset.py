@@ -20,7 +20,8 @@ JOB = ["spec", "replicatedJobs", 0, "template", "spec"]  # where the Job stands 
 
 def job(tpu: Slice, **given) -> Job:
     zone = tpu.generation.zones[0]
-    return Job(name="pile", zone=zone, slice=tpu, bucket="gs://my-bucket", provider="gke", **given)
+    config = "experiments/pile.py:1.4b"
+    return Job(name="pile", zone=zone, slice=tpu, bucket="gs://my-bucket", provider="gke", config=config, **given)
 
 
 def pods(tpu: Slice, **given) -> dict:
@@ -49,6 +50,13 @@ def test_a_host_of_tpu7x_has_two_containers_of_two_chips():
     assert [c["resources"]["limits"] for c in containers] == [{"google.com/tpu": 2}] * 2
     ports = [port["containerPort"] for c in containers for port in c["ports"]]
     assert len(set(ports)) == len(ports) and len({c["name"] for c in containers}) == 2
+
+
+def test_sigterm_reaches_python_which_has_the_environment_of_other_hosts():
+    (container,) = pods(parse_slice("v5p-128"))["template"]["spec"]["template"]["spec"]["containers"]
+    arguments = ["--config=experiments/pile.py:1.4b", "--workdir=gs://my-bucket/pile/run"]
+    assert container["command"] == ["python3", "-u", "-m", "spiral_jax.train", *arguments]
+    assert "--xla_tpu_enable_latency_hiding_scheduler=true" in json.dumps(container["env"])
 
 
 def test_what_starting_again_mends_does_not_fail_the_job():
