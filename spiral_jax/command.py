@@ -15,11 +15,11 @@ from absl import flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from spiral_jax.errors import Diverged, SpiralError, blamed, lines_in, require, shown
+from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, lines_in, require, shown
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
-from spiral_jax.parallel.leaving import end_at_once
+from spiral_jax.parallel.leaving import HUNG, end_at_once
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import failures, own_code
 from spiral_jax.run.config import RunConfig
@@ -118,6 +118,8 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
 def _outcome(error: BaseException | None) -> tuple[int, str]:
     """The exit status of what was raised, and what is printed about it."""
     match error:
+        case Unreachable():
+            return HUNG, f"error: {_cut(error)}; the same command goes on"
         case SpiralError():
             return USAGE, f"error: {_cut(error)}"
         case Diverged():

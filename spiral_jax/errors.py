@@ -22,6 +22,10 @@ class Damaged(SpiralError):
     """A checkpoint whose files are not what was saved; an older one may be whole."""
 
 
+class Unreachable(SpiralError):
+    """A bucket that does not answer now, and may the next time. Commands exit with status 43."""
+
+
 class Diverged(Exception):
     """Training whose numbers are no numbers any more; the message is a single line. Commands exit with status 44."""
 

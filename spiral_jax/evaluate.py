@@ -12,7 +12,7 @@ comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax
 python -m spiral_jax.evaluate --workdir=DIR --tasks=paper --num_fewshot=5
 python -m spiral_jax.evaluate --workdir=DIR --tasks=lambada_openai,piqa,wikitext --tasks_data=FILES --limit=100
 
-A text can be scored on several processes, started as those of spiral_jax.train are; process 0 prints.
+On several processes, started as those of spiral_jax.train are, all devices compute together and process 0 prints.
 """
 
 import dataclasses
@@ -23,12 +23,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from etils import epath
 
 from spiral_jax import command
 from spiral_jax.corpus.sources import find_sources, read_text
 from spiral_jax.data.json_files import finite
 from spiral_jax.data.prepared import storage_of
-from spiral_jax.data.storage import is_url
+from spiral_jax.data.storage import is_url, writable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
@@ -41,8 +42,8 @@ from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import load_config, run_directory, tokenizer_of, validation_store_of
-from spiral_jax.run.reading import restore_for_inference
+from spiral_jax.run.directory import run_directory, tokenizer_of, validation_store_of
+from spiral_jax.run.reading import SavedRun, reading
 
 
 def define(values: flags.FlagValues) -> None:
@@ -64,24 +65,22 @@ def main(values: flags.FlagValues) -> None:
     check_flags(values)
     with command.joined(values) as processes:
         workdir = run_directory(values.workdir)
-        if values.tasks and processes.several:
-            raise SpiralError(
-                f"--tasks is given to {processes.count} processes; allowed: one, on any number of devices"
-            )
-        if values.tasks:
-            evaluate_tasks(values, workdir)
-        else:
-            evaluate_text(values, workdir, processes)
+        with reading(workdir, values.step) as saved:
+            if values.tasks:
+                evaluate_tasks(values, saved, processes)
+            else:
+                evaluate_text(values, saved, processes)
 
 
-def evaluate_text(values: flags.FlagValues, workdir: Path, processes: Processes) -> None:
+def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processes) -> None:
     """Perplexity."""
-    config = on_these_devices(load_config(workdir, processes, values.step), values.batch_size)
+    workdir, step = saved.workdir, saved.step
+    config = on_these_devices(saved.config(processes), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
 
     placed = placed_model(config)
-    params, step = restore_for_inference(workdir, placed.abstract_params, values.step)
+    params = saved.restore(placed.abstract_params)
     result = score(
         WindowScorer(config, placed),
         params,
@@ -113,9 +112,10 @@ def evaluate_text(values: flags.FlagValues, workdir: Path, processes: Processes)
     print(f"bits per byte {result.bits_per_byte:.4f}")
 
 
-def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
+def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Processes) -> None:
     """Tasks of the LM Evaluation Harness."""
-    config = on_these_devices(load_config(workdir, step=values.step), values.batch_size)
+    workdir, step = saved.workdir, saved.step
+    config = on_these_devices(saved.config(processes), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     opened = open_tasks(
         values.tasks,
@@ -125,14 +125,16 @@ def evaluate_tasks(values: flags.FlagValues, workdir: Path) -> None:
         max_length=config.train.sequence_length,
     )
     placed = placed_model(config)
-    params, step = restore_for_inference(workdir, placed.abstract_params, values.step)
+    params = saved.restore(placed.abstract_params)
     about = {"model_args": {"workdir": str(workdir), "step": step}}
-    results = TaskEvaluation(opened, config, placed, tokenizer)(params, about=about)
+    results = TaskEvaluation(opened, config, placed, tokenizer, processes)(params, about=about)
+    if not processes.is_main:
+        return
 
     from spiral_jax.evaluation import harness
 
     name = f"step_{step:08d}_{values.num_fewshot}shot_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
-    path = Path(values.output).expanduser().resolve() if values.output else workdir / "lm_eval" / name
+    path = writable_path("--output", values.output) if values.output else workdir / "lm_eval" / name
     harness.save(results, path)
     if values.json:
         print(harness.as_json(results))
@@ -182,7 +184,7 @@ def placed_model(config: RunConfig) -> PlacedModel:
     return place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
 
 
-def open_input(flag: str, workdir: Path, tokenizer: Tokenizer, config: RunConfig) -> tuple[TokenSource, int]:
+def open_input(flag: str, workdir: epath.Path, tokenizer: Tokenizer, config: RunConfig) -> tuple[TokenSource, int]:
     """The tokens to score and the UTF-8 bytes they stand for.
 
     Raises:

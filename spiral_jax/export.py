@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 
 from spiral_jax import command
 from spiral_jax.convert.architecture import config_to_huggingface, is_vanilla
@@ -21,15 +22,17 @@ from spiral_jax.convert.folder import CONFIG, output_folder
 from spiral_jax.convert.tensors import tensors_from_params
 from spiral_jax.convert.tokenizer_files import write_tokenizer
 from spiral_jax.convert.weights import MAX_SHARD_BYTES, write_weights
-from spiral_jax.data.atomic import whole_folder, write_text
+from spiral_jax.data.atomic import write_text
 from spiral_jax.data.json_files import read_json_object, write_json
+from spiral_jax.data.staging import whole_folder
+from spiral_jax.data.storage import writable_path
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import read_model, run_directory, tokenizer_of
-from spiral_jax.run.metrics import read_rows
+from spiral_jax.run.directory import read_model_of, run_directory, tokenizer_of
+from spiral_jax.run.metrics import read_rows, rows_of
 from spiral_jax.run.provenance import last_start
-from spiral_jax.run.reading import read_meta
+from spiral_jax.run.reading import SavedRun, reading
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What `transformers` runs a SpiralFormer with; copied as they are.
@@ -53,14 +56,14 @@ def main(values: flags.FlagValues) -> None:
     workdir = run_directory(values.workdir)
     output = output_folder("output", values.output, _files_of_export(values.output))
     step = export(workdir, output, step=values.step, dtype=values.dtype)
-    size = sum(path.stat().st_size for path in output.iterdir())
+    size = sum(path.stat().length for path in output.iterdir())
     print(f"exported     the checkpoint of step {step}: {size / 1e6:,.1f} MB of {values.dtype}")
     print(f"folder       {output}\nload it      spiral_jax.load({str(output)!r}); README.md has the rest", flush=True)
 
 
 def export(
-    workdir: Path,
-    output: Path,
+    workdir: epath.Path,
+    output: epath.Path,
     *,
     step: int | None = None,
     dtype: str = "float32",
@@ -82,7 +85,13 @@ def export(
       SpiralError: no such run or checkpoint, a damaged one, or a folder that cannot be written.
     """
     require(dtype in DTYPES, "--dtype", dtype, ", ".join(DTYPES))
-    meta, step = read_meta(workdir, step)
+    with reading(workdir, step) as saved:
+        _export(saved, output, dtype, max_shard_bytes)
+        return saved.step
+
+
+def _export(saved: SavedRun, output: epath.Path, dtype: str, max_shard_bytes: int) -> None:
+    workdir, step, meta = saved.workdir, saved.step, saved.meta
     own_code.check_registered(workdir, meta["config"])
     config, tokenizer = RunConfig.from_dict(meta["config"]), tokenizer_of(workdir)
     check_has_pytorch_code(config)
@@ -95,7 +104,7 @@ def export(
     if padding := list(range(tokenizer.vocab_size, config.model.vocab_size)):
         generation_config["suppress_tokens"] = padding  # rows of the head that stand for no token
     with whole_folder(output) as folder:
-        _, params = read_model(workdir, step=step)
+        _, params = read_model_of(saved)
         tensors = tensors_from_params(config.model, params, jax.numpy.dtype(dtype))
         write_weights(folder, tensors, max_shard_bytes)
         write_json(folder / CONFIG, model_config | special | {"torch_dtype": dtype})
@@ -107,7 +116,7 @@ def export(
         card = model_card(
             config,
             step,
-            rows=read_rows(workdir / "metrics.jsonl"),
+            rows=read_rows(rows_of(workdir)),
             start=last_start(workdir / "environment.json"),
             fingerprints=meta["data"]["fingerprints"],
             tokenizer=tokenizer,
@@ -117,7 +126,6 @@ def export(
         files = sorted([path.name for path in folder.iterdir()] + [MANIFEST])
         manifest = {"format": "spiral_jax.export", "step": step, "files": files, "config": meta["config"]}
         write_json(folder / MANIFEST, manifest)
-    return step
 
 
 def check_has_pytorch_code(config: RunConfig) -> None:
@@ -133,7 +141,7 @@ def check_has_pytorch_code(config: RunConfig) -> None:
 def _files_of_export(output: str | None) -> frozenset[str]:
     """The files of an export that is there already."""
     try:
-        manifest = read_json_object(Path(output or "").expanduser() / MANIFEST)
+        manifest = read_json_object(writable_path("--output", output or "") / MANIFEST)
         return frozenset(manifest["files"] if manifest["format"] == "spiral_jax.export" else ())
     except (SpiralError, KeyError, TypeError):
         return frozenset()

@@ -9,6 +9,7 @@ Texts go to stdout, in the order of the prompts; speed, memory and how often eac
 stdout has a JSON object per text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh
 
 from spiral_jax import command
@@ -36,8 +38,8 @@ from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.run import own_code
-from spiral_jax.run.directory import check_dtype, read_model, run_directory, tokenizer_of
-from spiral_jax.run.reading import read_meta
+from spiral_jax.run.directory import check_dtype, read_model, read_model_of, run_directory, tokenizer_of
+from spiral_jax.run.reading import SavedRun, reading
 
 
 def define(values: flags.FlagValues) -> None:
@@ -61,26 +63,12 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     folder = run_directory(values.workdir)
-    tokenizer, max_length = tokenizer_and_length(folder, values.step)
-    prompts = read_prompts(values.prompt, values.input)
-    settings = sampling_of(values)
-    for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
-        value = values[flag].value
-        require(value is None or value >= least, f"--{flag}", value, f"{least} or more")
-    capacity = max_length if values.max_length is None else values.max_length
-    require("" not in values.stop, "--stop", "", "a text")
-    requests = [
-        Request(
-            encode(tokenizer, place, text, values.max_new_tokens, capacity),
-            values.max_new_tokens,
-            dataclasses.replace(settings, seed=(settings.seed + number) % 2**32),
-            functools.partial(has_stop, tokenizer, stops=values.stop) if values.stop else None,
-        )
-        for number, (place, text) in enumerate(prompts)
-    ]
-    stop_ids = [tokenizer.separator_id, *(stop_id(tokenizer, text) for text in values.stop_token)]
-    mesh = mesh_of(values.mesh)
-    placed, params = open_model(folder, values.step, values.dtype, mesh)
+    with contextlib.nullcontext() if is_huggingface(folder) else reading(folder, values.step) as saved:
+        tokenizer, max_length = tokenizer_and_length(folder, saved)
+        requests, prompts = requests_of(values, tokenizer, max_length)
+        stop_ids = [tokenizer.separator_id, *(stop_id(tokenizer, text) for text in values.stop_token)]
+        mesh = mesh_of(values.mesh)
+        placed, params = open_model(folder, saved, values.step, values.dtype, mesh)
     model = placed.model
     # No longer than the longest text can get: attention reads the whole cache.
     longest = max(len(request.prompt) for request in requests) + values.max_new_tokens
@@ -102,13 +90,41 @@ def main(values: flags.FlagValues) -> None:
     print(report(model.config, decoder, requests, shown.tokens, first - begin, seconds), file=sys.stderr, flush=True)
 
 
-def tokenizer_and_length(folder: Path, step: int | None) -> tuple[Tokenizer, int]:
+def requests_of(
+    values: flags.FlagValues, tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Request], list[tuple[str, str]]]:
+    """What the flags ask for, and the prompts: where each stands, and its text.
+
+    Args:
+      values: the flags.
+      tokenizer: of the model.
+      max_length: tokens that it was trained with at a time.
+    """
+    prompts = read_prompts(values.prompt, values.input)
+    settings = sampling_of(values)
+    for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
+        value = values[flag].value
+        require(value is None or value >= least, f"--{flag}", value, f"{least} or more")
+    capacity = max_length if values.max_length is None else values.max_length
+    require("" not in values.stop, "--stop", "", "a text")
+    requests = [
+        Request(
+            encode(tokenizer, place, text, values.max_new_tokens, capacity),
+            values.max_new_tokens,
+            dataclasses.replace(settings, seed=(settings.seed + number) % 2**32),
+            functools.partial(has_stop, tokenizer, stops=values.stop) if values.stop else None,
+        )
+        for number, (place, text) in enumerate(prompts)
+    ]
+    return requests, prompts
+
+
+def tokenizer_and_length(folder: epath.Path, saved: SavedRun | None) -> tuple[Tokenizer, int]:
     """What a model's texts are made of, and the tokens it was trained with at a time."""
-    if is_huggingface(folder):
+    if saved is None:
         return load_tokenizer(folder), read_config(folder)[1]
-    meta, _ = read_meta(folder, step)
-    own_code.check_registered(folder, meta["config"])
-    return tokenizer_of(folder), meta["config"]["train"]["sequence_length"]
+    own_code.check_registered(folder, saved.meta["config"])
+    return tokenizer_of(folder), saved.meta["config"]["train"]["sequence_length"]
 
 
 def read_prompts(flag: Sequence[str], path: str) -> list[tuple[str, str]]:
@@ -204,13 +220,18 @@ def mesh_of(flag: Sequence[str]) -> Mesh:
     return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
 
-def open_model(folder: Path, step: int | None, dtype: Dtype | None, mesh: Mesh) -> tuple[PlacedModel, Any]:
+def open_model(
+    folder: epath.Path, saved: SavedRun | None, step: int | None, dtype: Dtype | None, mesh: Mesh
+) -> tuple[PlacedModel, Any]:
     """The model on a mesh, and its parameters there.
 
     Raises:
       SpiralError: no such checkpoint, or a model that cannot be cut like this.
     """
-    config, params = read_model(folder, step=step, dtype=dtype)
+    if saved is None:
+        config, params = read_model(folder, step=step, dtype=dtype)
+    else:
+        config, params = read_model_of(saved, dtype=dtype)
     check_dtype(config.dtype, "--dtype")
     data, fsdp, tensor = mesh.devices.shape
     check_divisible((data, fsdp, tensor), config, data * fsdp, 1)

@@ -13,11 +13,13 @@ import dataclasses
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from spiral_jax import command
 from spiral_jax.convert.folder import CONFIG, output_folder, read_config, read_params
-from spiral_jax.data.atomic import whole_folder
 from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.staging import whole_folder
+from spiral_jax.data.storage import writable_path
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import PROGRAM
@@ -41,7 +43,7 @@ def main(values: flags.FlagValues) -> None:
     allowed = "a folder with config.json and model.safetensors"
     if not values.input:
         raise SpiralError(f"--input is missing; allowed: {allowed}")
-    source = Path(values.input).expanduser().resolve()
+    source = writable_path("--input", values.input)
     if not source.is_dir():
         raise SpiralError(f"--input {source} is no folder; allowed: {allowed}")
     workdir = output_folder("workdir", values.workdir)
@@ -51,7 +53,9 @@ def main(values: flags.FlagValues) -> None:
     print(f"train it     python -m spiral_jax.train --workdir={workdir} --config=FILE with the same model", flush=True)
 
 
-def import_folder(source: Path, workdir: Path, given: RunConfig | None = None, tokenizer_file: str = "") -> RunConfig:
+def import_folder(
+    source: epath.Path, workdir: epath.Path, given: RunConfig | None = None, tokenizer_file: str = ""
+) -> RunConfig:
     """Makes a run at step 0, whole or not at all.
 
     Args:
@@ -92,7 +96,7 @@ def import_folder(source: Path, workdir: Path, given: RunConfig | None = None, t
     return config
 
 
-def _tokenizer(source: Path, file: str, separator: str) -> Tokenizer:
+def _tokenizer(source: epath.Path, file: str, separator: str) -> Tokenizer:
     """The tokenizer of `--tokenizer`, or of the folder; its separator is what the folder calls the end of a text."""
     if file:
         return HuggingFaceTokenizer.from_file(Path(file).expanduser(), separator=separator)
@@ -101,7 +105,7 @@ def _tokenizer(source: Path, file: str, separator: str) -> Tokenizer:
     return load_tokenizer(source, separator=separator or _end_of_text(source))
 
 
-def _end_of_text(source: Path) -> str:
+def _end_of_text(source: epath.Path) -> str:
     """The `eos_token` of tokenizer_config.json, or ""."""
     try:
         token = read_json_object(source / "tokenizer_config.json").get("eos_token")

@@ -6,8 +6,9 @@ python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=
 What it leaves in --workdir is listed in spiral_jax/run/directory.py. The same command again resumes, or says that the
 run is finished.
 
-Several processes are one run: start the command on each, with a --workdir on a file system that all of them see. On TPU
-pods and under Slurm they find each other; elsewhere each is told where process 0 is and which one it is itself:
+Several processes are one run: start the command on each, with a --workdir on a file system that all of them see, or on
+a bucket (gs://BUCKET/FOLDER). On TPU pods and under Slurm they find each other; elsewhere each is told where process 0
+is and which one it is itself:
 
 python -m spiral_jax.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0    and 1 on the other
 """
@@ -28,7 +29,6 @@ from absl import flags
 from etils.epath import Path
 
 from spiral_jax import command
-from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, TasksOfRun
 from spiral_jax.evaluation.validation import Validation
 from spiral_jax.parallel.mesh import make_mesh
@@ -78,11 +78,6 @@ def main(values: flags.FlagValues) -> None:
         config.check_mesh(jax.device_count())
         check_profile(profiled, config.train.steps)
         processes.check_same_config(config.to_dict() | {"--import": own_code.hashes(config.to_dict())})
-        if config.evaluation.tasks and processes.several:
-            raise SpiralError(
-                f"evaluation.tasks is {', '.join(config.evaluation.tasks)} with {processes.count} processes; "
-                "allowed: none, as tasks run in one process (python -m spiral_jax.evaluate --tasks)"
-            )
         across = f" in {processes.count} processes" if processes.several else ""
         processes.say(
             f"{config.model.notation} {config.model.topology}, {config.model.total_parameters:,} parameters "
@@ -101,7 +96,7 @@ def run(
 ) -> None:
     """The run in `workdir`, from wherever it stands."""
     mesh = make_mesh(config.mesh)
-    opened = open_run(config, workdir, mesh, processes, guards.watchdog)
+    opened = open_run(config, workdir, mesh, processes, guards)
     started.keep()
     program = make_program(config, mesh)
     state = first_state(config, workdir, program, opened, processes)
@@ -145,16 +140,17 @@ def train(
         store, placed = data.validation, program.placed
         evaluations.append(Validation(config.evaluation, config, placed, store, data.tokenizer, between_batches))
     if opened.tasks is not None:
-        tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer)
-        evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches))
+        tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer, processes)
+        evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches, processes))
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
     skips = Skips(config.divergence, config.train.skip_steps, opened.saved.divergence if opened.saved else None)
-    saving = Saves(opened.checkpoints, config, data.fingerprints, processes,
-                   skips=skips, guards=guards, clock=clock, asked=stop.take_save)  # fmt: skip
     writes = processes.is_main
     record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
+    saving = Saves(opened.checkpoints, config, data.fingerprints, processes,
+                   skips=skips, guards=guards, clock=clock, asked=stop.take_save,
+                   flush=record.flush if record else lambda: None)  # fmt: skip
     tracer = Tracer(workdir / "profile", profiled if writes else range(0))
 
     def before_step(step: int) -> None:

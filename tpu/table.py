@@ -1,4 +1,4 @@
-"""Prints the predictions of tpu/predictions as the table of tpu/README.md: `python tpu/table.py`."""
+"""Prints the predictions of tpu/predictions as the table of its README.md: `python tpu/table.py`."""
 
 import json
 from pathlib import Path

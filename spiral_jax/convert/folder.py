@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from spiral_jax.convert.architecture import Fields, config_from_huggingface
 from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.convert.weights import Weights
+from spiral_jax.data.bucket import check_reachable, is_bucket
 from spiral_jax.data.json_files import MAX_CONFIG_BYTES, read_json_object
-from spiral_jax.data.storage import local_path
+from spiral_jax.data.staging import fetched
+from spiral_jax.data.storage import writable_path
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import param_dtype
@@ -16,7 +19,7 @@ from spiral_jax.model.neox import param_dtype
 CONFIG = "config.json"
 
 
-def is_huggingface(folder: Path) -> bool:
+def is_huggingface(folder: Path | epath.Path) -> bool:
     """Whether a folder's `config.json` is one of Hugging Face's; a run directory has one of ours."""
     try:
         return "model_type" in read_json_object(folder / CONFIG, MAX_CONFIG_BYTES)
@@ -24,7 +27,7 @@ def is_huggingface(folder: Path) -> bool:
         return False
 
 
-def read_config(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, int]:
+def read_config(folder: Path | epath.Path, dtype: str = "float32") -> tuple[ModelConfig, int]:
     """The architecture of a folder's model, and the longest input it was made for.
 
     Args:
@@ -39,17 +42,18 @@ def read_config(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, int]
     return config, Fields(values, name).read("max_position_embeddings", int, 2048)
 
 
-def read_params(folder: Path, config: ModelConfig) -> dict:
+def read_params(folder: Path | epath.Path, config: ModelConfig) -> dict:
     """The parameters of a folder's model, as NumPy arrays in the dtype that parameters have.
 
     Raises:
       SpiralError: files that are missing or damaged, or tensors that are not those of the architecture.
     """
-    return params_from_tensors(config, Weights(folder), np.dtype(param_dtype(config)), str(folder))
+    with fetched(folder, ("*.safetensors", "*.json")) as here:
+        return params_from_tensors(config, Weights(here), np.dtype(param_dtype(config)), str(folder))
 
 
-def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = frozenset()) -> Path:
-    """The absolute path of a folder to make.
+def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = frozenset()) -> epath.Path:
+    """The absolute path of a folder to make, which may be on a bucket.
 
     Args:
       flag: how it is called in errors.
@@ -62,7 +66,9 @@ def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = fr
     allowed = "a folder that is new or empty"
     if not given:
         raise SpiralError(f"--{flag} is missing; allowed: {allowed}")
-    folder = local_path(f"--{flag}", given)
+    folder = writable_path(f"--{flag}", given)
+    if is_bucket(folder):
+        check_reachable(f"--{flag}", folder)
     if folder.exists() and not folder.is_dir():
         raise SpiralError(f"--{flag} {folder} is a file; allowed: {allowed}")
     foreign = sorted({path.name for path in folder.glob("*")} - replaceable)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: the one way to write them."""
+"""Files and folders that are there whole or not at all: the one way to write them. (Folders on a bucket: `staging`.)"""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from etils import epath
 
+from spiral_jax.data.bucket import is_bucket, is_trouble, kind_of, reason
 from spiral_jax.errors import SpiralError
 
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
@@ -27,9 +28,15 @@ def write_text(path: Path | epath.Path, text: str) -> None:
 def write_bytes(path: Path | epath.Path, content: bytes) -> None:
     """Writes a file beside `path` and renames it, so that a kill leaves the old content or the new, never a part.
 
+    On a bucket an object is written at once, with the same effect.
+
     Raises:
       SpiralError: it cannot be written.
     """
+    if is_bucket(path):
+        with written(path):
+            path.write_bytes(content)
+        return
     scratch = partial_of(path)
     with written(path):
         try:
@@ -46,11 +53,14 @@ def write_bytes(path: Path | epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def written(path: Path | epath.Path) -> Iterator[None]:
-    """What the disk refuses in here is a SpiralError that names `path`."""
+    """What the disk or the bucket refuses in here is a SpiralError that names `path`."""
     try:
         yield
-    except OSError as error:
-        raise SpiralError(f"{path} cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+        kind = kind_of(error) if is_bucket(path) else SpiralError
+        raise kind(f"{path} cannot be written ({reason(error)})") from error
 
 
 @contextlib.contextmanager

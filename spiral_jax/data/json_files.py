@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from spiral_jax.data.atomic import write_text
+from spiral_jax.data.bucket import is_trouble, reason
 from spiral_jax.errors import SpiralError
 
 # Parsed, JSON can take a hundred times its bytes. A configuration has some thousand, an index of tensors some million.
@@ -34,9 +35,11 @@ def read_json(path: Path | epath.Path, allowed: str = "JSON", max_bytes: int = _
         return json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise SpiralError(f"{path} does not exist; allowed: a file with {allowed}") from None
-    except OSError as error:
-        raise SpiralError(f"{path} cannot be read ({error.strerror or error}); allowed: {allowed}") from None
-    except (ValueError, RecursionError) as error:
+    except Exception as error:
+        if is_trouble(error):
+            raise SpiralError(f"{path} cannot be read ({reason(error)}); allowed: {allowed}") from None
+        if not isinstance(error, ValueError | RecursionError):
+            raise
         raise SpiralError(f"{path} is not JSON ({error}); allowed: {allowed}") from None
 
 

@@ -61,13 +61,19 @@ def open_stores(config: DataConfig) -> PreparedData:
     return PreparedData(sources, validation, tokenizer)
 
 
-def open_folder(folder: str | os.PathLike) -> PreparedData:
+def open_folder(folder: str | os.PathLike, like: DataConfig | None = None) -> PreparedData:
     """Opens what `corpus.prepare` wrote: train/, perhaps validation/, and a tokenizer.
+
+    Args:
+      folder: a path, or a URL.
+      like: whose way of reading from URLs is taken; None for the usual one.
 
     Raises:
       SpiralError: something is missing or damaged.
     """
-    return open_stores(DataConfig(stores=(str(folder),)))
+    like = like or DataConfig()
+    reads = {field: getattr(like, field) for field in ("retry_seconds", "cache_dir", "cache_gigabytes")}
+    return open_stores(DataConfig(stores=(str(folder),), **reads))
 
 
 def open_source(place: str, storage: Storage = LOCAL, *, field: str = "data.stores") -> TokenStore | MegatronTokens:

@@ -4,7 +4,10 @@ import dataclasses
 import os
 from pathlib import Path
 
+from etils import epath
+
 from spiral_jax.data.blob import Blob, LocalBlob
+from spiral_jax.data.bucket import bucket_path
 from spiral_jax.errors import SpiralError, require
 
 _FILE = "file://"  # needs no fsspec: what follows is a path of this machine
@@ -27,8 +30,19 @@ def local_path(field: str, place: str | os.PathLike) -> Path:
     """
     path = on_this_machine(place)
     if path is None:
-        raise SpiralError(f"{field} is {str(place)!r}; allowed: a path, as nothing is written to URLs yet")
+        raise SpiralError(f"{field} is {str(place)!r}; allowed: a path of this machine")
     return Path(path).expanduser().resolve()
+
+
+def writable_path(field: str, place: str | os.PathLike) -> epath.Path:
+    """As `local_path`, or the path of a folder on a bucket.
+
+    Raises:
+      SpiralError: a URL of another kind, or a package for it is missing.
+    """
+    if is_url(place) and on_this_machine(place) is None:
+        return bucket_path(field, place)
+    return epath.Path(local_path(field, place))
 
 
 def absolute(place: str) -> str:

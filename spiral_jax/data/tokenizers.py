@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import tokenizers
+from etils import epath
 
 from spiral_jax.data import atomic
 from spiral_jax.data.storage import LOCAL, Storage, join
@@ -82,7 +82,7 @@ class ByteTokenizer(Tokenizer):
         return content[0] if len(content) == 1 else self.separator_id if text == END_OF_TEXT else None
 
     def save(self, folder: str | os.PathLike) -> None:
-        _write_info(Path(folder), {"kind": "bytes", "fingerprint": self.fingerprint})
+        _write_info(epath.Path(folder), {"kind": "bytes", "fingerprint": self.fingerprint})
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -162,9 +162,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return int(ids[0]) if len(ids) == 1 and self.decode(ids) == text else None
 
     def save(self, folder: str | os.PathLike) -> None:
-        atomic.write_text(Path(folder, _HUGGING_FACE_FILE), self._json_text)
+        atomic.write_text(epath.Path(folder) / _HUGGING_FACE_FILE, self._json_text)
         info = {"kind": "huggingface", "separator": self._separator, "fingerprint": self.fingerprint}
-        _write_info(Path(folder), info)
+        _write_info(epath.Path(folder), info)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
@@ -242,7 +242,7 @@ def _read_file(place: str | os.PathLike, storage: Storage = LOCAL) -> str:
         raise SpiralError(f"{place} is damaged (byte {error.start} is not UTF-8); allowed: a tokenizer file") from error
 
 
-def _write_info(folder: Path, info: dict) -> None:
+def _write_info(folder: epath.Path, info: dict) -> None:
     atomic.write_text(
         folder / _INFO_FILE, json.dumps({"format": _FORMAT, "version": _VERSION, **info}, indent=2) + "\n"
     )

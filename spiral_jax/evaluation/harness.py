@@ -4,6 +4,7 @@ Two further functions of the harness are used by name in tasks/wikitext.yaml.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import lm_eval
 import numpy as np
+from etils import epath
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -32,20 +34,32 @@ from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encod
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
 from spiral_jax.evaluation.scoring import Scorer
+from spiral_jax.parallel.processes import ALONE, Processes
 
 # Resamples behind the standard error of a perplexity; the harness's 100,000 take it minutes on one core.
 _BOOTSTRAP_ITERATIONS = 1000
 
 
 class SpiralLM(LM):
-    """A model as the harness wants it: texts in, log-probabilities or texts out."""
+    """A model as the harness wants it: texts in, log-probabilities or texts out.
 
-    def __init__(self, tokenizer: Tokenizer, scorer: Scorer, generator: Generator, params: Any):
+    On several processes each runs the harness with the same requests, and their devices compute every batch together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        scorer: Scorer,
+        generator: Generator,
+        params: Any,
+        processes: Processes = ALONE,
+    ):
         """Ties together what is needed to answer requests; `params` may be replaced between evaluations.
 
         So may `check`, which is called between batches, and raises to leave the rest.
         """
         super().__init__()
+        self._processes = processes
         self.params = params
         self.check: Callable[[], None] = lambda: None
         self._tokenizer = tokenizer
@@ -59,17 +73,21 @@ class SpiralLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would give it."""
         encoded = encode_pairs(self._tokenizer, [request.args for request in requests])
-        return [(result.logp, result.greedy) for result in self._scorer(self.params, encoded, _report, self.check)]
+        self._check_same([array for request in encoded for array in request])
+        results = self._scorer(self.params, encoded, self._report, self.check)
+        return [(result.logp, result.greedy) for result in results]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-probability of each whole text, after a separator."""
         encoded = encode_documents(self._tokenizer, [request.args[0] for request in requests])
-        return [result.logp for result in self._scorer(self.params, encoded, _report, self.check)]
+        self._check_same([array for request in encoded for array in request])
+        return [result.logp for result in self._scorer(self.params, encoded, self._report, self.check)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The greedy continuation of each context up to a stop text, a separator or so many tokens."""
         settings = [GenerationSettings.of(request.args[1], self.max_length) for request in requests]
         prompts = encode_prompts(self._tokenizer, [request.args[0] for request in requests])
+        self._check_same(prompts)
         texts: list[str] = [""] * len(requests)
         for max_new_tokens in {setting.max_new_tokens for setting in settings}:
             chosen = [i for i, setting in enumerate(settings) if setting.max_new_tokens == max_new_tokens]
@@ -78,12 +96,28 @@ class SpiralLM(LM):
                 [prompts[i] for i in chosen],
                 max_new_tokens=max_new_tokens,
                 is_done=[settings[i].is_done(self._tokenizer) for i in chosen],
-                report=_report,
+                report=self._report,
                 check=self.check,
             )
             for i, ids in zip(chosen, generated, strict=True):
                 texts[i] = settings[i].text(self._tokenizer, ids)
         return texts
+
+    def _check_same(self, arrays: Sequence[np.ndarray]) -> None:
+        """Raises SpiralError if process 0 asks something else: the processes would wait for each other for ever."""
+        if not self._processes.several:
+            return
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(b"%d:" % len(array) + np.asarray(array, np.int64).tobytes())
+        if self._processes.from_main("the requests of a task", digest.hexdigest) != digest.hexdigest():
+            raise SpiralError(
+                f"--tasks: the data on process {self._processes.id} is not that of process 0; allowed: the same on "
+                "every process"
+            )
+
+    def _report(self, line: str) -> None:
+        self._processes.say(line, file=sys.stderr)
 
 
 def load_tasks(names: Sequence[str], tasks_data: str, max_length: int) -> list[Task | Group]:
@@ -194,7 +228,7 @@ def as_json(results: dict[str, Any]) -> str:
     return json.dumps(finite(results), indent=2, default=handle_non_serializable, ensure_ascii=False)
 
 
-def save(results: dict[str, Any], path: Path) -> None:
+def save(results: dict[str, Any], path: epath.Path) -> None:
     """Writes the results as JSON.
 
     Raises:
@@ -224,10 +258,6 @@ def _load(manager: TaskManager, name: str, tasks_data: str) -> list[Task | Group
 
 def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:
     return [leaf for task in tasks for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])]
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

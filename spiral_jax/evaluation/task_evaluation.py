@@ -12,6 +12,7 @@ from spiral_jax.evaluation.config import EvaluationConfig
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
 from spiral_jax.parallel.placed_model import PlacedModel
+from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.training.config import StepConfig
 
 
@@ -80,7 +81,14 @@ def open_tasks_of_run(wanted: EvaluationConfig, max_length: int) -> OpenTasks | 
 class TaskEvaluation:
     """Runs tasks with one model on its mesh."""
 
-    def __init__(self, opened: OpenTasks, config: StepConfig, placed: PlacedModel, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        opened: OpenTasks,
+        config: StepConfig,
+        placed: PlacedModel,
+        tokenizer: Tokenizer,
+        processes: Processes = ALONE,
+    ):
         """Compiles nothing yet. A batch is one of `config`'s micro-batches: what fits in training fits here."""
         from spiral_jax.evaluation import harness
 
@@ -92,7 +100,7 @@ class TaskEvaluation:
         self._model = {"model": f"spiral_jax {config.model.notation} {config.model.topology}",
                        "model_num_parameters": config.model.total_parameters, "model_dtype": config.model.dtype,
                        **extent}  # fmt: skip
-        self._lm = harness.SpiralLM(tokenizer, scorer, generator, params=None)
+        self._lm = harness.SpiralLM(tokenizer, scorer, generator, None, processes)
 
     def __call__(self, params: Any, *, standard_errors: bool = True, about: dict[str, Any] | None = None) -> dict:
         """Runs the tasks.
@@ -137,14 +145,16 @@ class TasksOfRun:
         last_step: int,
         tasks: TaskEvaluation,
         check: Callable[[], None] = lambda: None,
+        processes: Processes = ALONE,
     ):
         """`check` is called between batches, and raises to leave the rest."""
         self._wanted, self._last_step, self._tasks, self._check = wanted, last_step, tasks, check
+        self._processes = processes
 
     def due(self, step: int) -> bool:
         return self._wanted.tasks_due(step, self._last_step)
 
     def __call__(self, step: int, state: Any) -> dict[str, float]:
         found = self._tasks.metrics(state.params, self._check)
-        print("  ".join([f"tasks after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items())]), flush=True)
+        self._processes.say("  ".join([f"tasks after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items())]))
         return found

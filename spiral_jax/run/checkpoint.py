@@ -9,12 +9,13 @@ Nothing that was not saved is ever restored: the digest of every array (`run.dig
 `meta`, `meta` with a digest of its own text, and the folder's name with the step in both. What differs is `Damaged`.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -23,11 +24,12 @@ import orbax.checkpoint as ocp
 from etils.epath import Path
 from flax.traverse_util import unflatten_dict
 
-from spiral_jax.errors import Damaged, Diverged, SpiralError, require
+from spiral_jax.data.bucket import is_bucket, is_trouble
+from spiral_jax.errors import Damaged, Diverged, SpiralError, Unreachable, require
 from spiral_jax.parallel.processes import ALONE, Processes
-from spiral_jax.run.aside import set_aside
 from spiral_jax.run.digest import Array, outline, path_name, summary
-from spiral_jax.run.failures import disk_trouble, finish_threads, first_words
+from spiral_jax.run.failures import disk_trouble, finish_threads, first_words, is_outage
+from spiral_jax.run.step_folders import step_folders
 
 FORMAT = 3
 
@@ -66,6 +68,10 @@ class SaveFailed(SpiralError):
     """A checkpoint that could not be written; those before it are whole."""
 
 
+class SaveUnreachable(SaveFailed, Unreachable):
+    """The same on a bucket."""
+
+
 class Checkpoints:
     """The checkpoints of one run directory, which all processes see; all of them make the same calls."""
 
@@ -76,6 +82,7 @@ class Checkpoints:
         *,
         read_only: bool = False,
         processes: Processes = ALONE,
+        before_commit: Callable[[], None] = lambda: None,
     ):
         """Opens WORKDIR/checkpoints.
 
@@ -84,9 +91,17 @@ class Checkpoints:
           config: cadence and retention.
           read_only: for readers: nothing is created or removed.
           processes: that agree on what can be read. By default each finds out for itself.
+          before_commit: called, on a bucket and on process 0, when all of a checkpoint is written but the object that
+            says so, which it may prevent.
         """
         self.directory = Path(workdir) / "checkpoints"
         self._config, self._processes = config, processes
+        self._folders = step_folders(self.directory)
+        self._aside = self._folders.damaged()
+        if not read_only and jax.process_index() == 0:
+            for step in self._aside:  # by a process that was killed before it had done so
+                self._folders.hide(step)
+        self._metas: dict[int, dict[str, Any]] = {}  # that were read
         self._saving: int | None = None  # the step whose save is not known to be complete
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -96,6 +111,7 @@ class Checkpoints:
                 save_interval_steps=0 if read_only else 1,
                 create=not read_only,
                 read_only=read_only,
+                temporary_path_class=_committing(before_commit) if is_bucket(self.directory) else None,
             ),
             item_names=("params", "training", "meta"),
         )
@@ -108,11 +124,11 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The last of `steps`, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
         """The steps there are complete checkpoints of, oldest first; until `wait`, also the one that is being saved."""
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - self._aside)
 
     def due(self, step: int, last_step: int) -> bool:
         return step % self._config.every_steps == 0 or step == last_step
@@ -151,23 +167,23 @@ class Checkpoints:
         meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
         meta["digest"] = _digest_of(meta)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        if not self._is_there():
+        if not self._folders.is_there():
             raise self._failed(step)
-        self._remove_unfinished()
         try:
+            if jax.process_index() == 0:
+                self._folders.make_way(step)
+            self._aside.discard(step)
+            self._metas.pop(step, None)
+            self._remove_unfinished()
             self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
         except Exception as error:  # of any kind
             raise self._failed(step, error) from error
         self._saving = step
 
-    def _is_there(self) -> bool:
-        """Whether the run is still where it began: orbax would begin another one at its old place."""
-        return self.directory.is_dir()
-
     def _failed(self, step: int, error: Exception | None = None) -> SaveFailed:
         """After this, the step can be saved again: orbax itself would keep it in its list, and a part of it on disk."""
         reason = "it is not there" if error is None else disk_trouble(error)
-        if not self._is_there():
+        if not self._folders.is_there():
             reason = f"{self.directory} is not there any more"
         last_good = self._last_good(but=step)
         finish_threads(seconds=5)
@@ -178,13 +194,17 @@ class Checkpoints:
         self._remove_unfinished()
         with contextlib.suppress(OSError):  # of a disk that is gone
             self.reload()
-        return SaveFailed(f"{self._folder(step)} cannot be saved ({reason}); {last_good}")
+        kind = SaveUnreachable if is_bucket(self.directory) else SaveFailed
+        return kind(f"{self._folder(step)} cannot be saved ({reason}); {last_good}")
 
     def _remove_unfinished(self) -> None:
         """What a kill or a full disk has left of saves; it may be what fills the disk."""
-        with contextlib.suppress(OSError):  # of a write that goes on all the same: the next call gets it
-            for path in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+        try:
+            for path in self._folders.unfinished(self._manager.all_steps()) if jax.process_index() == 0 else ():
                 path.rmtree(missing_ok=True)
+        except Exception as error:
+            if not is_trouble(error):  # else of a write that goes on all the same: the next call gets it
+                raise
 
     def _last_good(self, but: int | None = None) -> str:
         steps = [step for step in self.steps() if step != but]
@@ -197,6 +217,11 @@ class Checkpoints:
           Damaged: it is not what was saved, or that of another step.
           SpiralError: it is of another version.
         """
+        if step not in self._metas:
+            self._metas[step] = self._read_meta(step)
+        return self._metas[step]
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(meta, dict):
             raise self._damaged(step, "meta is no JSON object")
@@ -244,11 +269,12 @@ class Checkpoints:
         Returns:
           Where it is now.
         """
-        return str(set_aside(self._folder(step), self.directory.parent))
+        return self._folders.set_aside(step)
 
     def reload(self) -> None:
         """Looks again at which checkpoints there are."""
         self._manager.reload()
+        self._aside = self._folders.damaged()
 
     def wait(self) -> None:
         """Returns once every save is complete on disk.
@@ -262,11 +288,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as failure:  # of any kind
             error = failure
-        if step is None or (error is None and not self._is_there()):
+        if step is None or (error is None and not self._folders.is_there()):
             return  # a run that was moved away with its checkpoint: the next save says so
         # What counts is what is there: if an older one could not be removed, that does no harm. Process 0 has put it
         # there; others may see it later.
-        failed = error is not None if jax.process_index() else not self._folder(step).is_dir()
+        failed = error is not None if jax.process_index() else not self._folders.is_whole(step)
         if failed:
             raise self._failed(step, error) from error
 
@@ -291,6 +317,8 @@ class Checkpoints:
         try:
             restored = self._reader.restore(self._folder(step), args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises no kind of its own, sometimes `Exception` itself
+            if is_bucket(self.directory) and is_outage(error):
+                raise Unreachable(f"{self._folder(step)} cannot be read now ({first_words(error)})") from error
             reason = first_words(error)
         reason = self._processes.first_of("what could be restored", reason)
         if reason is not None:
@@ -324,10 +352,22 @@ class Checkpoints:
         return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), items, dict(abstract))
 
     def _folder(self, step: int) -> Path:
-        return self.directory / str(step)
+        return self._folders.of(step)
 
     def _damaged(self, step: int, what: str) -> Damaged:
         return Damaged(f"{self._folder(step)} is damaged ({what})")
+
+
+def _committing(check: Callable[[], None]) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
+    """How orbax completes a checkpoint on a bucket, but after a last check: another start may have the run by then."""
+
+    class Checked(ocp.path.atomicity.CommitFileTemporaryPath):
+        async def finalize(self) -> None:
+            if self.get_final().name.isdigit():  # not one of its items
+                await asyncio.to_thread(check)
+            await super().finalize()
+
+    return Checked
 
 
 def _training(state) -> dict[str, Any]:

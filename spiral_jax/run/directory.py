@@ -20,11 +20,15 @@ WORKDIR/
 
 Each is reached by the path that `run_directory` or `workdir_of` gives, an `etils.epath.Path`; its methods are the
 only way that files of a run are opened.
+
+WORKDIR may be gs://BUCKET/FOLDER (extra `remote`). There, metrics/ has parts <first step>.jsonl, one every 30 seconds
+and one before every checkpoint; a checkpoint is whole if commit_success.txt is in it, and a damaged one stays where it
+is, with an object damaged/STEP beside it; .lock is renewed every 30 seconds. cache/, profile/ and tensorboard/ get
+there when they are whole, and W&B's files stay on the machine.
 """
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,20 +37,19 @@ from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
+from spiral_jax.data.bucket import check_reachable, is_bucket, is_trouble, kind_of, reason
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
-from spiral_jax.data.storage import LOCAL, Storage, is_url, local_path
+from spiral_jax.data.storage import LOCAL, Storage, is_url, writable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
 from spiral_jax.parallel.processes import ALONE, Processes
-from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import on_host
-from spiral_jax.run.config import RunConfig
-from spiral_jax.run.reading import read_meta, restore_for_inference
+from spiral_jax.run.reading import SavedRun, reading
 
 
 def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None) -> tuple[SpiralFormer, Any]:
@@ -80,28 +83,18 @@ def read_model(
         require(step is None, "step", step, f"none, as {folder} is no run")
         config, _ = read_config(folder, dtype or "float32")
         return config, read_params(folder, config)
-    config = load_config(folder, processes, step).model
+    with reading(folder, step) as saved:
+        return read_model_of(saved, dtype=dtype, processes=processes)
+
+
+def read_model_of(
+    saved: SavedRun, *, dtype: Dtype | None = None, processes: Processes = ALONE
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same of a checkpoint that is open already."""
+    config = saved.config(processes).model
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    params, _ = restore_for_inference(folder, on_host(abstract_params(config)), step)
-    return config, params
-
-
-def load_config(workdir: Path, processes: Processes = ALONE, step: int | None = None) -> RunConfig:
-    """The configuration that a run's newest checkpoint (or that of `step`) was saved with.
-
-    Unlike `config.json`, which is for people, that one is known to be what was saved. Process 0 says on stderr if code
-    of the user's own has changed since.
-
-    Raises:
-      SpiralError: no such checkpoint, a damaged one, or one that names what nobody has registered.
-    """
-    meta, _ = read_meta(workdir, step)
-    own_code.check_registered(workdir, meta["config"])
-    config = RunConfig.from_dict(meta["config"])
-    for line in own_code.changes(workdir, config.to_dict()):
-        processes.say(line, file=sys.stderr)
-    return config
+    return config, saved.restore(on_host(abstract_params(config)))
 
 
 def check_dtype(dtype: Dtype, field: str) -> None:
@@ -142,15 +135,21 @@ def make_workdir(workdir: Path) -> None:
         probe = workdir / f".probe-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
-    except OSError as error:
-        raise SpiralError(
-            f"--workdir is {str(workdir)!r}, which cannot be written ({error.strerror}); allowed: a directory that can"
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+        kind = kind_of(error) if is_bucket(workdir) else SpiralError
+        raise kind(
+            f"--workdir is {str(workdir)!r}, which cannot be written ({reason(error)}); allowed: a directory that can"
         ) from None
 
 
 def _run_path(place: str | os.PathLike) -> Path:
     """The absolute path of a run's directory."""
-    return Path(local_path("--workdir", place))
+    path = writable_path("--workdir", place)
+    if is_bucket(path):
+        check_reachable("--workdir", path)
+    return path
 
 
 def save_data(workdir: Path, data: PreparedData) -> None:
@@ -166,7 +165,7 @@ def save_data(workdir: Path, data: PreparedData) -> None:
     write_json(workdir / "data.json", places)
 
 
-def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None:
+def open_data(workdir: Path, fingerprints: Sequence[str], storage: Storage = LOCAL) -> PreparedData | None:
     """The stores made of a run's `data.paths`, if they are where it left them; None if they are not those any more.
 
     If they are missing or damaged, a line says so. What the paths of the configuration hold today does not matter to
@@ -174,8 +173,8 @@ def open_data(workdir: Path, fingerprints: Sequence[str]) -> PreparedData | None
     """
     try:
         places = _places(workdir)
-        train = tuple(TokenStore.open(place) for place in places["train"])
-        validation = TokenStore.open(places["validation"]) if places["validation"] else None
+        train = tuple(TokenStore.open(place, storage) for place in places["train"])
+        validation = TokenStore.open(places["validation"], storage) if places["validation"] else None
         data = PreparedData(train, validation, tokenizer_of(workdir))
     except SpiralError as error:
         print(f"data: {error}", flush=True)
@@ -236,6 +235,6 @@ def _places(workdir: Path) -> dict[str, Any]:
 def _relative(place: str, workdir: Path) -> str:
     """Relative where the folder moves along with the run."""
     if is_url(place):
-        return place
+        return place.removeprefix(f"{workdir}/") if is_bucket(workdir) else place
     folder = Path(place).resolve()
     return str(folder.relative_to(workdir) if folder.is_relative_to(workdir) else folder)

@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from spiral_jax.data.bucket import is_trouble
+
 # Of the operating system, as tensorstore quotes it: "to file 4: No space left on device [os_error_code='28']".
 _OS_ERROR = re.compile(r"([^:\[\]\n]+) \[os_error_code=")
 # As the C++ of tensorstore begins its errors: "RESOURCE_EXHAUSTED: Error writing ...".
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+# The kinds of it that are about a storage rather than about what it holds.
+_OUTAGE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|UNAUTHENTICATED|PERMISSION_DENIED")
 
 
 def first_words(error: BaseException) -> str:
@@ -32,6 +36,16 @@ def disk_trouble(error: BaseException) -> str:
             return match[1].strip()
         one = one.__cause__ or one.__context__
     return first_words(error)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a bucket was not read because it did not answer, which says nothing about what it holds."""
+    one: BaseException | None = error
+    while one is not None:
+        if (is_trouble(one) and not isinstance(one, FileNotFoundError)) or _OUTAGE.search(str(one)):
+            return True
+        one = one.__cause__
+    return False
 
 
 def finish_threads(seconds: float) -> None:

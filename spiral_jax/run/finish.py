@@ -12,7 +12,7 @@ from spiral_jax.run.directory import load
 
 def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Processes) -> None:
     """Says how the run ended and where everything is."""
-    rows = metrics.read_rows(workdir / "metrics.jsonl")
+    rows = metrics.read_rows(metrics.rows_of(workdir))
     print(f"\nfinished: {config.train.steps} steps, {config.train.steps * config.train.tokens_per_step:,} tokens")
     skipped = [row["step"] for row in rows if row.get("skipped")]
     if skipped:
@@ -31,7 +31,7 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
         print(f"\nthe validation text, and after [...] the model's continuation:\n{'-' * 80}\n{text}\n{'-' * 80}")
     if config.summary.plot:
         print(f"loss curve   {summary.plot_loss(workdir)}")
-    print(f"metrics      {workdir / 'metrics.jsonl'}\ncheckpoints  {workdir / 'checkpoints'}")
+    print(f"metrics      {metrics.rows_of(workdir)}\ncheckpoints  {workdir / 'checkpoints'}")
     files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
     more = [*(f" --import={file}" for file in files), "" if data.validation is not None else " --input=FILE"]
     print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)

@@ -3,7 +3,7 @@
 from spiral_jax.parallel.deadlines import DeadlineConfig, Watchdog
 from spiral_jax.parallel.leaving import End, end_at_once
 from spiral_jax.parallel.signals import StopRequest
-from spiral_jax.run.claim import Claim
+from spiral_jax.run.hold import Hold
 
 
 class Guards:
@@ -21,7 +21,7 @@ class Guards:
         """The start is expected from now on."""
         self.end: End = end_at_once
         self.end_alone: End = end_at_once
-        self.claim: Claim | None = None
+        self.claim: Hold | None = None
         self.request = StopRequest(self._end, self._continued)
         self.watchdog = Watchdog(deadlines, self._end)
         self.watchdog.expect("the start", "start_minutes")
@@ -40,9 +40,13 @@ class Guards:
         if self.claim is not None:
             self.claim.check()
 
+    def look_at_claim(self) -> None:
+        """The same, however sure that is."""
+        if self.claim is not None:
+            self.claim.look()
+
     def _end(self, status: int, line: str) -> None:
         self.end(status, line)
 
     def _continued(self) -> None:
-        if self.claim is not None:
-            self.claim.look()
+        self.look_at_claim()

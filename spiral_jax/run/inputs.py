@@ -6,8 +6,11 @@ from etils.epath import Path
 from jax.sharding import NamedSharding
 
 from spiral_jax.corpus.prepare import prepare_stores
+from spiral_jax.data.bucket import is_bucket
+from spiral_jax.data.config import DataConfig
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
-from spiral_jax.data.prepared import PreparedData, open_folder, open_stores
+from spiral_jax.data.prepared import PreparedData, open_folder, open_stores, storage_of
+from spiral_jax.data.staging import Staging
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.parallel.process_rows import rows_of_process
@@ -38,8 +41,10 @@ def prepare_data(
         fits = config.model.vocab_size >= config.data.bpe_vocab_size
         require(fits, "model.vocab_size", config.model.vocab_size, allowed)
 
+    storage = storage_of(config.data)
+
     def make() -> PreparedData:
-        return (fingerprints and open_data(workdir, fingerprints)) or prepare_stores(config.data, workdir / "cache")
+        return (fingerprints and open_data(workdir, fingerprints, storage)) or _make(config.data, workdir / "cache")
 
     if not processes.several:
         return make()
@@ -47,10 +52,24 @@ def prepare_data(
     found = (str(Path(data.train[0].name).parent), data.fingerprints) if data else None
     folder, made = processes.from_main("preparation of data.paths", lambda: found)
     if data is None:
-        data = open_folder(folder)
+        data = open_folder(folder, config.data)
         if list(data.fingerprints) != made:
             raise SpiralError(f"{folder}: its tokens on process {processes.id} are not those of process 0")
     return data
+
+
+def _make(config: DataConfig, cache: Path) -> PreparedData:
+    """Stores of the text of `config`, in a folder of `cache`."""
+    if not is_bucket(cache):
+        return prepare_stores(config, cache)
+    staging = Staging(cache)
+    try:
+        folder = Path(prepare_stores(config, staging.folder).train[0].name).parent.name
+        staging.finish()
+    finally:
+        staging.discard()
+    print(f"data: copied to {cache / folder}", flush=True)
+    return open_folder(cache / folder, config)
 
 
 def check_data(config: RunConfig, data: PreparedData) -> None:

@@ -6,18 +6,21 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils.epath import Path
 
 from spiral_jax.data import atomic
+from spiral_jax.data.bucket import is_bucket, read_all
 from spiral_jax.data.json_files import finite
+from spiral_jax.data.staging import Staging
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
 from spiral_jax.run.aside import DAMAGED
 from spiral_jax.run.failures import first_words
 from spiral_jax.run.row_file import RowFile
+from spiral_jax.run.row_parts import RowParts
 from spiral_jax.run.tensorboard import Board
 
 
@@ -48,18 +51,27 @@ class LoggingConfig:
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl, one per step, and mirrors them elsewhere if asked to."""
 
-    def __init__(self, workdir: Path, config: LoggingConfig, *, last_step: int = 0):
+    def __init__(
+        self,
+        workdir: Path,
+        config: LoggingConfig,
+        *,
+        last_step: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ):
         """Opens the file and drops rows of steps after `last_step`, so that no step appears twice after a resume.
 
         Args:
           workdir: the run's directory.
           config: what to write where.
           last_step: the step the run continues from.
+          check: called before anything is written later than in a call, which it may prevent.
 
         Raises:
           SpiralError: an extra that is not installed.
         """
-        self._path = workdir / "metrics.jsonl"
+        self._path = rows_of(workdir)
+        self._failed = False
         self._mirrors: list[_Mirror] = []
         if config.tensorboard:
             tensorboardx = _optional("tensorboardX", "tensorboard", "logging.tensorboard")
@@ -67,27 +79,38 @@ class MetricsWriter:
             self._mirrors.append(_Mirror("TensorBoard", lambda row: board.write(row["step"], _flat(row)), board.close))
         if config.wandb:
             wandb = _optional("wandb", "wandb", "logging.wandb")
-            run = wandb.init(project=config.wandb, dir=str(workdir), id=_wandb_id(workdir), resume="allow")
-            self._mirrors.append(_Mirror("W&B", lambda row: run.log(_flat(row), step=row["step"]), run.finish))
+            files = Staging(workdir)  # which W&B sends away itself
+            run = wandb.init(project=config.wandb, dir=str(files.folder), id=_wandb_id(workdir), resume="allow")
+
+            def close() -> None:
+                run.finish()
+                files.discard()
+
+            self._mirrors.append(_Mirror("W&B", lambda row: run.log(_flat(row), step=row["step"]), close))
         for line in drop_rows_after(self._path, last_step):
             _say(line)
-        self._rows = RowFile(self._path)
+        self._rows = RowParts(self._path, check) if is_bucket(workdir) else RowFile(self._path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values. A disk that refuses it stops no training."""
         # JSON has no NaN: if a value is no finite number, it is written as null.
         values = finite(dict(row))
-        failed_before = self._rows.failure is not None
         self._rows.write(values)
-        if self._rows.failure is not None and not failed_before:
+        failure = self._rows.failure
+        if failure is not None and not self._failed:
             _say(
-                f"note: {self._path}: cannot be written ({self._rows.failure}); training goes on, and the rows are "
-                "written once they can be"
+                f"note: {self._path}: cannot be written ({failure}); training goes on, and the rows are written once "
+                "they can be"
             )
-        elif failed_before and self._rows.failure is None:
+        elif self._failed and failure is None:
             _say(f"note: {self._path}: written again, every row of it")
+        self._failed = failure is not None
         for mirror in self._mirrors:
             mirror.write(values)
+
+    def flush(self) -> None:
+        """What was written is on the bucket, if it takes it; on a disk it is there at once."""
+        self._rows.flush()
 
     def close(self) -> None:
         self._rows.close()
@@ -129,9 +152,14 @@ def check_extras(config: LoggingConfig) -> None:
         _optional("wandb", "wandb", "logging.wandb")
 
 
+def rows_of(workdir: Path) -> Path:
+    """Where a run's rows are: a file, and on a bucket, where nothing can be appended, a folder of parts."""
+    return workdir / ("metrics" if is_bucket(workdir) else "metrics.jsonl")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, none if it is missing; lines that hold none are left out."""
-    return [row for line in _lines(path) if (row := _row(line)) is not None]
+    """Rows of a metrics.jsonl or of a folder of parts, none if it is missing; lines that hold none are left out."""
+    return [row for _, lines in _files(path) for line in lines if (row := _row(line)) is not None]
 
 
 def drop_rows_after(path: Path, last_step: int) -> list[str]:
@@ -141,35 +169,48 @@ def drop_rows_after(path: Path, last_step: int) -> list[str]:
     short by a kill, and is dropped.
 
     Args:
-      path: the metrics.jsonl of a run.
+      path: `rows_of` a run.
       last_step: the step the run continues from.
 
     Returns:
-      A line if there were broken ones.
+      A line for every file with broken ones.
 
     Raises:
       SpiralError: the disk refuses.
     """
-    lines = _lines(path)
-    rows = [_row(line) for line in lines]
-    kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= last_step]
-    broken = [n for n, (line, row) in enumerate(zip(lines, rows, strict=True), 1) if row is None and line.strip()]
-    if broken and broken[-1] == len(lines) and not lines[-1].endswith(b"\n"):
-        broken.pop()
     said = []
-    if broken:
-        place = path.parent / DAMAGED / f"{path.name}.lines"
-        with atomic.written(place):
-            place.parent.mkdir(exist_ok=True)
-            with place.open("ab") as file:
-                file.write(b"".join(lines[n - 1].rstrip(b"\n") + b"\n" for n in broken))
-        numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
-        which = f"line {numbers} is" if len(broken) == 1 else f"lines {numbers} are"
-        said = [f"note: {path}: {which} damaged and now in {place}; {len(kept)} rows are kept"]
-    content = b"".join(line.rstrip(b"\n") + b"\n" for line in kept)
-    if content != b"".join(lines):
-        atomic.write_bytes(path, content)
+    for file, lines in _files(path):
+        rows = [_row(line) for line in lines]
+        kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= last_step]
+        broken = [n for n, (line, row) in enumerate(zip(lines, rows, strict=True), 1) if row is None and line.strip()]
+        if broken and broken[-1] == len(lines) and not lines[-1].endswith(b"\n"):
+            broken.pop()
+        if broken:
+            place = _keep_broken(path.parent, file, [lines[n - 1] for n in broken])
+            numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
+            which = f"line {numbers} is" if len(broken) == 1 else f"lines {numbers} are"
+            said.append(f"note: {file}: {which} damaged and now in {place}; {len(kept)} rows are kept")
+        content = b"".join(line.rstrip(b"\n") + b"\n" for line in kept)
+        if not content and is_bucket(file):
+            with atomic.written(file):
+                file.unlink(missing_ok=True)
+        elif content != b"".join(lines):
+            atomic.write_bytes(file, content)
     return said
+
+
+def _keep_broken(workdir: Path, file: Path, lines: Sequence[bytes]) -> Path:
+    """Adds lines to those that were set aside of a file before."""
+    place = workdir / DAMAGED / f"{file.name}.lines"
+    content = b"".join(line.rstrip(b"\n") + b"\n" for line in lines)
+    with atomic.written(place):
+        if is_bucket(place):
+            place.write_bytes((place.read_bytes() if place.exists() else b"") + content)
+        else:
+            place.parent.mkdir(exist_ok=True)
+            with place.open("ab") as opened:
+                opened.write(content)
+    return place
 
 
 def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
@@ -191,10 +232,17 @@ def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> 
     return "  ".join(parts)
 
 
-def _lines(path: Path) -> list[bytes]:
+def _files(path: Path) -> list[tuple[Path, list[bytes]]]:
+    """The files of `rows_of` a run, in the order of their steps, each with its lines."""
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
+    files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix == ".jsonl")
+    contents = read_all(files) if is_bucket(path) else [file.read_bytes() for file in files]
+    return [(file, _lines(content)) for file, content in zip(files, contents, strict=True)]
+
+
+def _lines(content: bytes) -> list[bytes]:
+    *lines, last = content.split(b"\n")
     return [line + b"\n" for line in lines] + ([last] if last else [])
 
 

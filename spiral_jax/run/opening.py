@@ -10,12 +10,12 @@ from spiral_jax.convert.upcycle import fresh_linears, place, upcycled
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.evaluation.task_evaluation import OpenTasks, open_tasks_of_run
-from spiral_jax.parallel.deadlines import Watchdog
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_same_data, read_model, tokenizer_of
+from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import check_data, prepare_data, window_order
 from spiral_jax.run.resume import Saved, newest_whole
 from spiral_jax.training.step import Program, TrainState, abstract_state
@@ -46,14 +46,14 @@ class Opened(NamedTuple):
         return self.saved.step if self.saved else 0
 
 
-def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes, watchdog: Watchdog) -> Opened:
+def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes, guards: Guards) -> Opened:
     """Opens what the run stands on, and checks it against its newest checkpoint that is whole.
 
     Raises:
       SpiralError: a configuration or data that does not continue the run, data that is missing or does not suit it, or
         an `upcycle.source` that does not.
     """
-    checkpoints = Checkpoints(workdir, config.checkpoint, processes=processes)
+    checkpoints = Checkpoints(workdir, config.checkpoint, processes=processes, before_commit=guards.look_at_claim)
     saved = newest_whole(config, workdir, checkpoints, abstract_state(config, mesh), processes)
     for line in own_code.changes(workdir, config.to_dict()) if saved else ():
         processes.say(line)
@@ -62,9 +62,9 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes,
     given = None
     if saved is None and config.upcycle.source:
         given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
-    watchdog.expect_nothing()  # making stores can take long
+    guards.watchdog.expect_nothing()  # making stores can take long
     data = prepare_data(config, workdir, fingerprints, processes)
-    watchdog.expect("the start", "start_minutes")
+    guards.watchdog.expect("the start", "start_minutes")
     check_data(config, data)
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)

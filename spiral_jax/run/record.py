@@ -35,11 +35,11 @@ class Record:
           order: which windows a step takes.
           start_step: the step the run continues from.
           evaluations: of which a step has the values: its row is written whatever `logging.every_steps` says.
-          check: called before a row is written, which it may prevent.
+          check: called before rows are written, which it may prevent.
         """
         self._check = check
         self._config, self._order, self._evaluations = config, order, evaluations
-        self._writer = MetricsWriter(workdir, config.logging, last_step=start_step)
+        self._writer = MetricsWriter(workdir, config.logging, last_step=start_step, check=check)
         # By the clock since now: evaluations and checkpoints take their time, too.
         self._progress = Progress("steps", config.train.steps, seconds=config.logging.seconds)
         self._progress.skip(start_step)
@@ -58,6 +58,10 @@ class Record:
             print(f"step {step}: its update was skipped, as {why}", flush=True)
         if self._progress.is_due(at_once=is_last or step == self._first_step or "validation_loss" in row):
             print(step_line(row, self._config.train.steps, self._progress.seconds_left()), flush=True)
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that is resumed there has the rows of all steps before it."""
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from etils.epath import Path
 
+from spiral_jax.data.bucket import is_bucket
 from spiral_jax.errors import SpiralError
 
 _LOCK = ".lock"
@@ -31,7 +32,9 @@ class NothingLeft:
           is_main: whether this process is the one that removes files.
         """
         self._workdir = workdir
-        self._made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+        # On a bucket there are no folders, but what is in them.
+        above = () if is_bucket(workdir) else (workdir, *workdir.parents)
+        self._made = [folder for folder in above if not folder.exists()]
         self._has_lock = (workdir / _LOCK).exists()
         self._is_main = is_main
         self._kept = False

@@ -49,6 +49,7 @@ class Saves:
         guards: Guards,
         clock: Clock,
         asked: Callable[[], bool],
+        flush: Callable[[], None] = lambda: None,
     ):
         """Saves nothing yet.
 
@@ -61,11 +62,12 @@ class Saves:
           guards: of which the claim allows a save, and the watchdog expects it.
           clock: for the time since the last one.
           asked: whether all processes have agreed to save now.
+          flush: called before a save: what else is on record of the steps up to there has to be written.
         """
         self._checkpoints, self._last_step = checkpoints, config.train.steps
         self._meta, self._fingerprints = {"config": config.to_dict()}, list(fingerprints)
         self._processes = processes
-        self._skips, self._guards, self._clock, self._asked = skips, guards, clock, asked
+        self._skips, self._guards, self._clock, self._asked, self._flush = skips, guards, clock, asked, flush
         # The others would wait for a process whose part failed, and only end together.
         self._goes_on = config.checkpoint.on_failure == "go_on" and not processes.several
         self._failure: SaveFailed | None = None  # of the newest save
@@ -81,6 +83,7 @@ class Saves:
         self._attempt(self._checkpoints.wait)
         self._failure = None
         self._skips.saving(step)
+        self._flush()
         data = {"step": step, "fingerprints": self._fingerprints}
         meta = {**self._meta, "data": data, "divergence": self._skips.to_json()}
         self._attempt(lambda: self._checkpoints.save(step, state, meta), is_last=step == self._last_step)

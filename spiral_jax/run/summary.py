@@ -15,7 +15,7 @@ from spiral_jax.decoding.sampling import SamplingSettings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.run.metrics import read_rows
+from spiral_jax.run.metrics import read_rows, rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def plot_loss(workdir: Path) -> Path:
       SpiralError: matplotlib is not installed.
     """
     figure = _figure_class()(figsize=(8, 5), layout="constrained")
-    rows = read_rows(workdir / "metrics.jsonl")
+    rows = read_rows(rows_of(workdir))
     steps = np.array([row["step"] for row in rows])
     loss = np.array([row["loss"] for row in rows], dtype=float)
     axes = figure.add_subplot()

@@ -1,10 +1,11 @@
 """Profiles of a range of steps."""
 
 import importlib.util
-from pathlib import Path
 
 import jax
+from etils.epath import Path
 
+from spiral_jax.data.staging import Staging
 from spiral_jax.errors import SpiralError, require
 
 
@@ -13,21 +14,26 @@ class Tracer:
 
     def __init__(self, folder: Path, profiled: range):
         self._folder, self._profiled = folder, profiled
-        self._running = False
+        self._running: Staging | None = None
 
     def __call__(self, step: int) -> None:
         """Before a step is dispatched. When step n is, n - 2 is known to be done: its metrics were read."""
-        if step in self._profiled and not self._running:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+        if step in self._profiled and self._running is None:
+            self._running = Staging(self._folder)
+            jax.profiler.start_trace(str(self._running.folder))
         if step > self._profiled.stop:
             self.stop()
 
     def stop(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
+        if self._running is None:
+            return
+        jax.profiler.stop_trace()
+        staging, self._running = self._running, None
+        try:
+            staging.finish()
             print(f"trace        {self._folder}", flush=True)
+        except SpiralError as error:  # training goes on without it
+            print(f"note: {error}; the trace is in {staging.folder}", flush=True)
 
 
 def check_profile(profiled: range, last_step: int) -> None:

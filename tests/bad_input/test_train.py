@@ -194,7 +194,7 @@ def test_workdirs(good):
         ((f"--workdir={good}/text.txt",), "text.txt"),
         ((f"--workdir={good}/text.txt/run",), "text.txt/run"),
         (("--workdir=/proc/run",), "/proc/run"),
-        (("--workdir=gs://bucket/run",), "--workdir is 'gs://bucket/run'"),
+        (("--workdir=s3://bucket/run",), "--workdir is 's3://bucket/run'"),
         ((f"--workdir={good}/run",), "model."),  # another model is there
     ):
         refused(train, (f"--config={good}/tiny.py", *flags), words, good)

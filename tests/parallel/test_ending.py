@@ -15,14 +15,6 @@ def test_what_only_process_0_can_see_ends_the_others_too(folder, start):
 
 
 @pytest.mark.slow
-def test_tasks_run_in_one_process(folder, start):
-    done = start("evaluate", f"--workdir={folder}", "--tasks=piqa", timeout=40)
-    both_end(done, "--tasks is given to 2 processes; allowed: one")
-    done = start("train", *flags_of(folder, "tasks"), "--config.evaluation.tasks=('piqa',)", timeout=40)
-    both_end(done, "evaluation.tasks is piqa with 2 processes; allowed: none")
-
-
-@pytest.mark.slow
 def test_data_that_cannot_be_prepared_ends_all(folder, start):
     done = start("train", *flags_of(folder, "empty"), "--config.data.paths=/no/such/file", timeout=60)
     both_end(done, "/no/such/file")

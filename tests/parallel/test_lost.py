@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pairs import BATCH, STEPS, WINDOW, finished, flags_of, run_alone, start_pair
 
-from spiral_jax.run import claim
+from spiral_jax.run import disk_hold
 from spiral_jax.run.metrics import read_rows
 
 STEP, SILENCE = 4, 8  # of which the batch is read when step 3 has been saved
@@ -23,7 +23,7 @@ def alone(folder):
 def take_over(folder, name):
     """As `run_alone`, in a directory whose owner is gone or stopped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claim, "SECONDS_OF_SILENCE", 4.0)
+        patch.setattr(disk_hold, "SECONDS_OF_SILENCE", 4.0)
         return run_alone(folder, name)
 
 

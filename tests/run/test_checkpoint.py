@@ -15,7 +15,7 @@ from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.reading import restore_for_inference
+from spiral_jax.run.reading import reading
 from spiral_jax.training.step import abstract_state
 
 # orbax leaves reads unfinished when one of them fails.
@@ -94,8 +94,8 @@ def assert_names_the_checkpoint(error, workdir):
 def test_parameters_of_another_model_are_refused(saved):
     workdir, _ = saved
     other = dataclasses.replace(CONFIG.model, d_model=64)
-    with pytest.raises(SpiralError) as error:
-        restore_for_inference(workdir, abstract_params(other))
+    with pytest.raises(SpiralError) as error, reading(workdir) as opened:
+        opened.restore(abstract_params(other))
     assert_names_the_checkpoint(error, workdir)
 
 

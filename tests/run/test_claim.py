@@ -13,13 +13,13 @@ from etils.epath import Path
 from pairs import ROOT
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.run import claim as module
+from spiral_jax.run import disk_hold as module
 from spiral_jax.run.claim import claim
 
 HOLDER = """
 import sys, time
 from etils.epath import Path
-from spiral_jax.run import claim as module
+from spiral_jax.run import disk_hold as module
 from spiral_jax.run.claim import claim
 module._SECONDS_OF_A_LOOK = 1.0
 workdir = Path(sys.argv[1])
@@ -123,7 +123,7 @@ def test_what_was_released_is_taken_at_once_from_any_machine(tmp_path):
 def test_the_directory_of_another_start_is_not_written(tmp_path, monkeypatch):
     """Asked before each write; a look at the file is not worth it right after another one."""
     ends = []
-    held = module.Claim(Path(tmp_path), "ours", lambda *end: ends.append(end))
+    held = module.DiskHold(Path(tmp_path), "ours", lambda *end: ends.append(end))
     held.take()
     (tmp_path / ".lock").write_text(json.dumps({"owner": "another", "host": "h", "pid": 7}))
     held.check()

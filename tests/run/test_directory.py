@@ -8,7 +8,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.run.directory import run_directory, workdir_of
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "memory://run"])
+@pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket", "memory://run"])
 def test_urls_are_one_line_and_make_no_folder(place, tmp_path, monkeypatch):
     """Not a local folder by the name of the scheme."""
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,249 @@
+"""Places on a bucket, `gs://BUCKET/FOLDER`: `etils.epath` gives them the methods of a path.
+
+An object is there whole or not at all, and a write can ask for the generation that it replaces. There are no folders,
+no locks and no renames (but copies), and nothing can be appended.
+"""
+
+import concurrent.futures
+import datetime
+import functools
+import importlib
+import logging
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from spiral_jax.errors import SpiralError, Unreachable
+
+SCHEME = "gs://"
+_PACKAGES = ("gcsfs", "google.cloud.storage")
+_LIBRARIES = {"gcsfs", "aiohttp", "google", "requests", "urllib3"}  # whose errors are about the storage
+_SECONDS_OF_A_REQUEST = 10.0
+_SECONDS_OF_RETRIES = 30.0
+_AT_ONCE = 8  # files copied side by side
+
+
+def is_bucket(place: str | os.PathLike) -> bool:
+    """Whether a place is on a bucket."""
+    return str(place).startswith(SCHEME)
+
+
+def bucket_path(field: str, place: str | os.PathLike) -> epath.Path:
+    """The path of a folder on a bucket. Nothing is asked of the bucket yet.
+
+    Args:
+      field: what to call it in errors.
+      place: `gs://BUCKET/FOLDER`.
+
+    Raises:
+      SpiralError: another spelling, or a package is missing.
+    """
+    found = re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9]/(.+?)/*", str(place))
+    if found is None or {"", ".", ".."} & set(found[1].split("/")):
+        raise SpiralError(f"{field} is {str(place)!r}; allowed: a path, or a folder as gs://BUCKET/FOLDER")
+    for package in _PACKAGES:
+        try:
+            _prepare()
+            importlib.import_module(package)
+        except ImportError:
+            raise SpiralError(
+                f"{field} is {str(place)!r}, which needs {package}; allowed: with pip install 'spiral_jax[remote]'"
+            ) from None
+    return epath.Path(str(place).rstrip("/"))
+
+
+def check_reachable(field: str, path: epath.Path) -> None:
+    """Whether there is such a bucket, which may be used from here; seconds, not minutes, if it does not answer.
+
+    Raises:
+      SpiralError: there is not.
+    """
+    try:
+        # What orbax asks, too: it takes the permission `storage.buckets.get`.
+        _client().get_bucket(_split(path)[0], timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+        allowed = "a bucket that is there and may be used from here (storage.buckets.get and its objects)"
+        raise kind_of(error)(
+            f"{field} is {str(path)!r}, whose bucket cannot be used ({reason(error)}); allowed: {allowed}"
+        ) from None
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Whether an error is a disk's or a bucket's: those of the libraries that ask buckets are of many kinds."""
+    return isinstance(error, OSError) or any(kind.__module__.split(".")[0] in _LIBRARIES for kind in type(error).mro())
+
+
+def kind_of(error: BaseException) -> type[SpiralError]:
+    """Whether a bucket's trouble is a refusal, which the user can mend, or something that may pass."""
+    from google.api_core.exceptions import ClientError
+    from google.auth.exceptions import DefaultCredentialsError
+
+    # gcsfs has no type of its own for 403.
+    refused = isinstance(error, ClientError | DefaultCredentialsError) or str(error).startswith("Forbidden")
+    return SpiralError if refused else Unreachable
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a disk or a bucket says, in one line."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0][:300]
+
+
+class Found(NamedTuple):
+    """An object as it was read.
+
+    Attributes:
+      content: of the object.
+      generation: of this content.
+      written: when that was written, by the bucket's clock.
+    """
+
+    content: bytes
+    generation: int
+    written: datetime.datetime
+
+
+class Versioned:
+    """An object that is replaced only where nobody else has replaced it since it was read. One thread at a time."""
+
+    def __init__(self, path: epath.Path):
+        self._bucket, self._name = _split(path)
+        self._lock = threading.RLock()
+
+    def read(self) -> Found | None:
+        """The object; None if there is none."""
+        from google.api_core import exceptions
+
+        with self._lock:
+            while (blob := self._blob(fresh=True)) is not None:
+                try:
+                    content = blob.download_as_bytes(
+                        if_generation_match=blob.generation, timeout=_SECONDS_OF_A_REQUEST, retry=_retry()
+                    )
+                    return Found(content, blob.generation, blob.updated)
+                except (exceptions.PreconditionFailed, exceptions.NotFound):  # replaced in between
+                    continue
+        return None
+
+    def write(self, content: bytes, generation: int) -> int | None:
+        """Replaces the object.
+
+        Args:
+          content: one that no other process writes.
+          generation: of what it replaces; 0 for nothing.
+
+        Returns:
+          Its generation; None if there is another one than the caller thinks.
+        """
+        from google.api_core import exceptions
+
+        with self._lock:
+            blob = self._blob()
+            try:
+                blob.upload_from_string(
+                    content, if_generation_match=generation, timeout=_SECONDS_OF_A_REQUEST, retry=_retry()
+                )
+                return blob.generation
+            except exceptions.PreconditionFailed:
+                # Perhaps by this write itself, whose first answer was lost.
+                found = self.read()
+                return found.generation if found is not None and found.content == content else None
+
+    def now(self) -> datetime.datetime:
+        """The bucket's clock, which is that of `Found.written`: by an object that is written for it."""
+        with self._lock:
+            blob = _client().bucket(self._bucket).blob(f"{self._name}.now-{os.urandom(8).hex()}")
+            blob.upload_from_string(b"", timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
+            written = blob.updated
+            blob.delete(timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
+            return written
+
+    def _blob(self, fresh: bool = False) -> Any:
+        bucket = _client().bucket(self._bucket)
+        if not fresh:
+            return bucket.blob(self._name)
+        return bucket.get_blob(self._name, timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
+
+
+def read_all(paths: Sequence[epath.Path]) -> list[bytes]:
+    """The contents of objects, many at once."""
+    names = [str(path).removeprefix(SCHEME) for path in paths]
+    found: dict[str, bytes] = _file_system().cat(names) if names else {}
+    return [found[name] for name in names]
+
+
+def upload(folder: pathlib.Path, to: epath.Path, *, alone: bool = False) -> None:
+    """Copies a folder's files, those that say what others hold (JSON) last: who finds one finds what it speaks of.
+
+    Args:
+      folder: of this machine.
+      to: on the bucket.
+      alone: whether other files that are there are removed at the end.
+    """
+    files = {path: to / path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    others = set(_file_system().find(str(to))) - {str(path).removeprefix(SCHEME) for path in files.values()}
+    last = sorted((path for path in files if path.suffix == ".json"), key=lambda path: (-len(path.parts), path))
+
+    def put(path: pathlib.Path) -> None:
+        _file_system().put_file(str(path), str(files[path]))
+
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(put, files.keys() - set(last)))
+        for path in last:
+            put(path)
+        if alone:
+            list(pool.map(_file_system().rm_file, others))
+
+
+def download(files: Sequence[epath.Path], folder: pathlib.Path) -> None:
+    """Copies objects into a folder of this machine."""
+
+    def get(path: epath.Path) -> None:
+        _file_system().get_file(str(path), str(folder / path.name))
+
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(get, files))
+
+
+@functools.cache
+def _prepare() -> None:
+    """Before anything asks a bucket."""
+    import fsspec.config
+
+    # etils would take TensorFlow's way where that is installed, which nobody has tried here.
+    os.environ["EPATH_USE_TF"] = "false"
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for a minute, and warns at each call
+    # What tensorstore or another process has written has to be seen.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what it also raises
+
+
+def _file_system() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gcs")
+
+
+@functools.cache
+def _client() -> Any:
+    from google.cloud import storage
+
+    return storage.Client()
+
+
+def _retry() -> Any:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(_SECONDS_OF_RETRIES)
+
+
+def _split(path: epath.Path) -> tuple[str, str]:
+    bucket, _, name = str(path).removeprefix(SCHEME).partition("/")
+    return bucket, name

@@ -1,0 +1,79 @@
+"""Folders that are written by libraries which know disks alone: on a bucket, by way of this machine's disk."""
+
+import contextlib
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from spiral_jax.data import atomic
+from spiral_jax.data.bucket import download, is_bucket, upload
+
+
+class Staging:
+    """Where a folder is to be written: itself on a disk, and a temporary one for a folder on a bucket.
+
+    Attributes:
+      folder: a path of this machine.
+    """
+
+    def __init__(self, folder: pathlib.Path | epath.Path):
+        """Makes the temporary folder, if there is to be one."""
+        self._to = epath.Path(folder) if is_bucket(folder) else None
+        self.folder = pathlib.Path(folder if self._to is None else tempfile.mkdtemp(prefix="spiral_jax-"))
+
+    def finish(self, *, alone: bool = False) -> None:
+        """What is in the folder is whole: it is copied to the bucket, and is gone from this machine.
+
+        Args:
+          alone: whether other files that the folder on the bucket has are removed.
+
+        Raises:
+          SpiralError: the bucket refuses; the copy here stays.
+        """
+        if self._to is not None:
+            with atomic.written(self._to):
+                upload(self.folder, self._to, alone=alone)
+            self.discard()
+
+    def discard(self) -> None:
+        """Removes a temporary folder."""
+        if self._to is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
+    """As `atomic.whole_folder`, also for a folder on a bucket: there, it is filled file by file once all are made.
+
+    Raises:
+      SpiralError: it cannot be made or written.
+    """
+    if not is_bucket(folder):
+        with atomic.whole_folder(pathlib.Path(folder)) as partial:
+            yield partial
+        return
+    staging = Staging(folder)
+    try:
+        yield staging.folder
+        staging.finish(alone=True)
+    finally:
+        staging.discard()
+
+
+@contextlib.contextmanager
+def fetched(folder: pathlib.Path | epath.Path, patterns: Sequence[str]) -> Iterator[pathlib.Path]:
+    """A folder of this machine with the files of `folder` that match: itself on a disk, a temporary copy of a bucket's.
+
+    Raises:
+      OSError: it cannot be read, or an error of the bucket's libraries.
+    """
+    if not is_bucket(folder):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="spiral_jax-") as copy:
+        place = epath.Path(folder)
+        download([path for pattern in patterns for path in place.glob(pattern)], pathlib.Path(copy))
+        yield pathlib.Path(copy)

@@ -1,0 +1,43 @@
+"""What machine this is."""
+
+import importlib.metadata
+import os
+import platform
+
+import jax
+
+from tpu.first_hour.findings import Findings, generation_of
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "spiral_jax")
+# What changes how programs are compiled; no other variable is looked at, as some hold secrets.
+VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_ACCELERATOR_TYPE", "TPU_CHIPS_PER_HOST_BOUNDS")
+
+
+def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
+    """Devices, versions and what may differ between machines."""
+    device = jax.devices()[0]
+    generation = generation_of(device)
+    findings.measured |= {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "generation": generation.name if generation else None,
+        "devices": len(jax.devices()),
+        "memory_stats": device.memory_stats(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+    # An addition: the device answers.
+    findings.at_most("error of 1 + 1", abs(float(jax.jit(lambda x: x + 1)(1.0)) - 2), 0)
+    findings.say(f"{len(jax.devices())} x {device.device_kind}")
+    if device.platform != "tpu":
+        findings.say(f"NOT A TPU: a rehearsal on {device.platform}, which says nothing about one")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
