@@ -20,7 +20,7 @@ def parse(*arguments: str) -> Job:
 def test_what_follows_from_the_flags():
     job = parse(*GOOD, "--num_slices=2", "--config=experiments/pile.py:1.4b,spiral_b", "--config.train.steps=5")
     assert (job.chips, job.hosts, job.region) == (128, 32, "us-east5")
-    assert job.root == "gs://runs-of-ours/spiral/night-1" and job.workdir == f"{job.root}/run"
+    assert job.root == "gs://runs-of-ours/spiral/night-1"
     assert job.arguments == (
         "spiral_jax.train",
         "--config=experiments/pile.py:1.4b,spiral_b",

@@ -274,9 +274,10 @@ def test_what_the_framework_refuses(override, words):
 
 
 @pytest.mark.slow
-def test_the_compiler_itself(libtpu, monkeypatch, tmp_path):
+def test_the_compiler_itself(libtpu, monkeypatch, tmp_path, packed):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(plan, "_resolve", lambda: "")
+    monkeypatch.setattr(plan, "pack", lambda root: packed)
     small = ("--config.mesh.fsdp=4", "--config.mesh.data=1", "--config.train.batch_size=8")
     job = dataclasses.replace(QUICKSTART, overrides=small)
     lines = []
