@@ -195,9 +195,8 @@ def _babysit(
                 # What may bill on keeps its share.
                 taken = spent.chip_hours if spent.over else runs[name].taken
                 runs[name] = runs[name]._replace(state="done", taken=taken)
-                say(
-                    f"{name}: ended with status {statuses[name]}, {taken:,.1f} chip-hours {'' if spent.over else 'at most'}"
-                )
+                most = "" if spent.over else "at most "
+                say(f"{name}: ended with status {statuses[name]}, {most}{taken:,.1f} chip-hours")
             time.sleep(0.2)
     finally:
         for child in children.values():
