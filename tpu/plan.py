@@ -32,15 +32,8 @@ from tpu.job import Job
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = "tpu/lock.txt"
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
-PARTS = (
-    "parameters",
-    "optimizer",
-    "gradients",
-    "core",
-    "gathered_rest",
-    "activations_kept",
-    "logits_block",
-)  # of memory
+# Of what `describe` says of memory.
+PARTS = ("parameters", "optimizer", "gradients", "core", "gathered_rest", "activations_kept", "logits_block")
 START_MINUTES = 10  # of a slice, from its being there to the first step: set-up, smoke test, compilation; assumed
 Say = Callable[[str], None]
 
