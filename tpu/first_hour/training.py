@@ -12,6 +12,7 @@ from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.training.config import OptimizerConfig, StepConfig, TrainConfig
 from spiral_jax.training.step import make_program
+from tpu.first_hour import points
 from tpu.first_hour.findings import Findings, relative_error
 
 STEPS = 3
@@ -92,7 +93,10 @@ def compare(findings: Findings, family: str, dtype: str, ours: Run, reference: R
 def step_config(family: str, dtype: str, size: str) -> StepConfig:
     """A small model whose coarse levels are long enough for the kernel (`full`), or as small as possible."""
     width, length = (256, 1024) if size == "full" else (64, 128)
-    model = ModelConfig(vocab_size=512, d_model=width, num_heads=width // 64, dtype=dtype, **FAMILIES[family])
+    parts: dict[str, Any] = dict(FAMILIES[family])
+    if size != "full":
+        parts = points.tiny_parts(parts)
+    model = ModelConfig(vocab_size=512, d_model=width, num_heads=width // 64, dtype=dtype, **parts)
     train = TrainConfig(steps=STEPS, batch_size=4, sequence_length=length, loss_block=128)
     return StepConfig(model, train, OptimizerConfig(warmup_steps=0, schedule="constant"), MeshConfig(1, 1, 1))
 

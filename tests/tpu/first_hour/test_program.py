@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch, capfd):
     fake.write_text(FAKE)
     child = program._child
     monkeypatch.setattr(
-        program, "_child", lambda command, errors: child([sys.executable, str(fake), *command[3:]], errors)
+        program, "_child", lambda command, *rest: child([sys.executable, str(fake), *command[3:]], *rest)
     )
     output = tmp_path / "hour.json"
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -151,7 +151,7 @@ def test_a_stop_keeps_what_there_is_and_leaves_no_process(number, tmp_path):
         import sys
         from tpu.first_hour import __main__ as program
         child, fake = program._child, [sys.executable, {str(tmp_path / "fake.py")!r}]
-        program._child = lambda command, errors: child([*fake, *command[3:]], errors)
+        program._child = lambda command, *rest: child([*fake, *command[3:]], *rest)
         sys.exit(program.main(["--output={tmp_path}/hour.json"]))
     """
     environment = dict(os.environ, BEHAVIOUR='{"training": "hang"}', PYTHONPATH=str(ROOT))
