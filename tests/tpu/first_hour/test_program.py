@@ -185,3 +185,25 @@ def test_a_whole_rehearsal(tmp_path):
         [*command[:3], f"--compare={tmp_path}/hour.json"], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert compared.returncode == 1 and "no prediction for a rehearsal" in compared.stdout
+
+
+def test_what_a_section_has_found_survives_its_crash(tmp_path):
+    """For real: a process that dies in the middle."""
+    code = f"""
+        import os, sys, types
+        from tpu.first_hour import section
+        dying = types.ModuleType("tpu.first_hour.device")
+        def run(findings, size, workdir, argument):
+            findings.at_most("first", 1, 2)
+            findings.say("going on")
+            findings.at_most("second", 1, 2)
+            os.abort()
+        dying.run = run
+        sys.modules["tpu.first_hour.device"] = dying
+        section.main("device", "tiny", "", {str(tmp_path / "result.json")!r})
+    """
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGABRT
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [check["what"] for check in found["checks"]] == ["first"] and found["why"] == ""
