@@ -234,7 +234,7 @@ def _child(command: list[str], errors: Any, cache: Path) -> Iterator[subprocess.
 
 def _limit(section: Section, size: str, left: float) -> float:
     """Seconds after which a section is ended: long before, it hangs."""
-    return min(left, max(120, PATIENCE * section.seconds(size)))
+    return min(left, max(300, PATIENCE * section.seconds(size)))
 
 
 def _has_tpu() -> bool:

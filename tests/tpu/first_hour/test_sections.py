@@ -177,14 +177,14 @@ def test_cached_logits_are_those_of_the_full_pass(monkeypatch):
 @pytest.mark.slow
 def test_decoding(findings):
     decoding.run(findings, "tiny", "", "")
-    assert not failed(findings) and len(findings.checks) == 8
+    assert not failed(findings) and len(findings.checks) == 4
     assert all(rate > 0 for point in findings.measured.values() for rate in point.values())
 
 
 @pytest.mark.slow
 def test_training(findings):
     training.run(findings, "tiny", "", "")
-    assert not failed(findings) and len(findings.checks) == 4 * (1 + 2 * training.STEPS + 2)
+    assert not failed(findings) and len(findings.checks) == 2 * (1 + 2 * training.STEPS + 2)
 
 
 @pytest.mark.slow
