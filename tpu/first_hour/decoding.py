@@ -61,8 +61,8 @@ def logits(config: StepConfig) -> tuple[np.ndarray, np.ndarray]:
         _, rest_NxBxV = jax.lax.scan(one, state, tokens_BxL[:, PROMPT:-1].T)
         return jnp.concatenate([first_BxV[:, None], rest_NxBxV.swapaxes(0, 1)], axis=1)
 
-    full = jax.jit(lambda params, tokens_BxL: model.apply({"params": params}, tokens_BxL)[:, PROMPT - 1 : -1])
-    return np.asarray(by_step(params, tokens_BxL)), np.asarray(full(params, tokens_BxL))
+    full = jax.jit(lambda params, tokens_BxL: model.apply({"params": params}, tokens_BxL))
+    return np.asarray(by_step(params, tokens_BxL)), np.asarray(full(params, tokens_BxL))[:, PROMPT - 1 : -1]
 
 
 def speed(config: StepConfig, rows: int, size: str) -> float:

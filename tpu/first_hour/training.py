@@ -99,10 +99,10 @@ def compare(findings: Findings, family: str, dtype: str, ours: Run, reference: R
 def step_config(family: str, dtype: str, size: str) -> StepConfig:
     """A small model whose coarse levels are long enough for the kernel (`full`), or as small as possible."""
     width, length = (256, 1024) if size == "full" else (64, 128)
-    parts: dict[str, Any] = dict(FAMILIES[family])
+    parts: dict[str, Any] = {**FAMILIES[family], "dtype": dtype}
     if size != "full":
         parts = points.tiny_parts(parts)
-    model = ModelConfig(vocab_size=512, d_model=width, num_heads=width // 64, dtype=dtype, **parts)
+    model = ModelConfig(vocab_size=512, d_model=width, num_heads=width // 64, **parts)
     train = TrainConfig(steps=STEPS, batch_size=4, sequence_length=length, loss_block=128)
     return StepConfig(model, train, OptimizerConfig(warmup_steps=0, schedule="constant"), MeshConfig(1, 1, 1))
 

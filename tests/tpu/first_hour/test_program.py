@@ -172,7 +172,7 @@ def test_a_stop_keeps_what_there_is_and_leaves_no_process(number, tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_rehearsal(tmp_path):
-    """For real, on one CPU device: all sections pass, in less than two minutes."""
+    """For real, on one CPU device: all sections pass."""
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", PYTHONPATH=str(ROOT))
     command = [sys.executable, "-m", "tpu.first_hour", f"--output={tmp_path}/hour.json", f"--workdir={tmp_path}"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -180,7 +180,6 @@ def test_a_whole_rehearsal(tmp_path):
     found = json.loads((tmp_path / "hour.json").read_text())
     check(found)
     assert statuses(found) == {section.name: "passed" for section in SECTIONS}
-    assert found["seconds"] < 120, "on an otherwise idle core"
     compared = subprocess.run(
         [*command[:3], f"--compare={tmp_path}/hour.json"], env=environment, cwd=ROOT, capture_output=True, text=True
     )
