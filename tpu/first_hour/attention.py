@@ -59,7 +59,7 @@ def forms(device: jax.Device) -> dict[str, Callable[..., jax.Array]]:
 
 
 def on_any_device(device: jax.Device) -> contextlib.AbstractContextManager[Any]:
-    """Where there is no TPU, kernels are interpreted."""
+    """Where there is no TPU, kernels are interpreted (of one row of the batch only: jax 0.10.2)."""
     if device.platform == "tpu":
         return contextlib.nullcontext()
     from jax.experimental.pallas import tpu as pltpu
