@@ -16,12 +16,14 @@ every chip a part of the parameters (`--config.mesh.fsdp=-1 --config.mesh.data=1
 `--config.train.accumulation` until the activations fit.
 """
 
+from typing import Any
+
 from spiral_jax.errors import require
 from spiral_jax.run.config import default_config
 
 # width, heads, peak learning rate, layers of vanilla, of the full-resolution loop and Spiral-B (prelude, core, coda),
 # of Spiral-L, and of one of vanilla_mesh's two inner blocks.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "160m": dict(d_model=768, num_heads=12, peak=6e-4, vanilla=12, loop=(2, 4, 2), spiral_l=(4, 4, 4)),
     "410m": dict(d_model=1024, num_heads=16, peak=3e-4, vanilla=24, loop=(4, 8, 4), spiral_l=(8, 8, 8)),
     "1b": dict(d_model=2048, num_heads=8, peak=3e-4, vanilla=16, loop=(3, 5, 3), spiral_l=(5, 6, 5)),
@@ -42,6 +44,7 @@ def get_config(argument: str = "160m,spiral_b"):
     config.model.d_model = layout["d_model"]
     config.model.num_heads = layout["num_heads"]
     config.model.remat = "keep_inputs"
+    chunks: tuple[int, ...]
     if family == "vanilla":
         layers, chunks, topology = (layout["vanilla"], 0, 0), (), "base"
     elif family in LOOPS:

@@ -80,9 +80,9 @@ def test_links_lead_somewhere():
 @pytest.mark.slow
 def test_gcloud_accepts_every_line():
     found = commands(PAGE, "gcloud")
-    assert len(found) == 12
+    assert len(found) == 13
     assert not list(filter(None, map(lint, found)))
-    assert "nrecognized" in lint([*found[2], "--no-such-flag"]), "a bad flag is refused"
+    assert "nrecognized" in lint([*found[3], "--no-such-flag"]), "a bad flag is refused"
 
 
 def test_the_predictions_page_moved_whole():

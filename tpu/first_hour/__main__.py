@@ -154,7 +154,7 @@ class Hour:
         began, why = time.monotonic(), ""
         found: dict[str, Any] = {"checks": [], "measured": {}, "why": ""}
         command = [sys.executable, "-m", "tpu.first_hour.section", section.name, size, self._workdir, str(result)]
-        with open(log, "wb") as errors, _child(command, errors) as child:
+        with open(log, "wb") as errors, _child(command, errors, self._scratch / "compiled") as child:
             lines = threading.Thread(target=self._forward, args=(section.name, child.stdout), daemon=True)
             lines.start()
             try:
@@ -200,8 +200,14 @@ class Hour:
 
 
 @contextlib.contextmanager
-def _child(command: list[str], errors: Any) -> Iterator[subprocess.Popen]:
-    """A process that is gone afterwards, with its own."""
+def _child(command: list[str], errors: Any, cache: Path) -> Iterator[subprocess.Popen]:
+    """A process that is gone afterwards, with its own.
+
+    Args:
+      command: to run.
+      errors: file for its stderr.
+      cache: folder for what a rehearsal compiles several times.
+    """
     environment = dict(os.environ)
     if _has_tpu():
         # Else jax passes over a TPU that it cannot use, and takes the CPU.
@@ -210,6 +216,7 @@ def _child(command: list[str], errors: Any) -> Iterator[subprocess.Popen]:
         # Interpreted kernels call Python from XLA's threads: on a machine with one core they would wait for each other.
         environment.setdefault("NPROC", "8")
         # Most of a rehearsal is compiling.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {quick}".strip()
     child = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
@@ -227,7 +234,7 @@ def _child(command: list[str], errors: Any) -> Iterator[subprocess.Popen]:
 
 def _limit(section: Section, size: str, left: float) -> float:
     """Seconds after which a section is ended: long before, it hangs."""
-    return min(left, max(120, PATIENCE * section.seconds(size)))
+    return min(left, max(300, PATIENCE * section.seconds(size)))
 
 
 def _has_tpu() -> bool:

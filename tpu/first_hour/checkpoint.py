@@ -57,5 +57,5 @@ def _numbered(x: jax.Array) -> jax.Array:
 
 
 def _differ(a: jax.Array, b: jax.Array) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes()
+    ours, theirs = np.asarray(a), np.asarray(b)
+    return ours.dtype != theirs.dtype or ours.shape != theirs.shape or ours.tobytes() != theirs.tobytes()

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from spiral_jax.training.step import make_program
 from tpu.first_hour.findings import Findings
 
 WARM, TIMED = 3, 10
+LAYERS = ("prelude_layers", "core_layers", "coda_layers")
 
 
 class Point(NamedTuple):
@@ -93,6 +94,11 @@ def step_config(name: str, size: str) -> StepConfig:
 
 
 def small(model: ModelConfig) -> ModelConfig:
-    """The same parts, one layer each."""
-    layers = {part: min(1, getattr(model, part)) for part in ("prelude_layers", "core_layers", "coda_layers")}
-    return dataclasses.replace(model, vocab_size=256, d_model=64, num_heads=1, **layers)
+    """The same parts, as small as possible."""
+    parts = tiny_parts({name: getattr(model, name) for name in ("chunks", *LAYERS)})
+    return dataclasses.replace(model, vocab_size=256, d_model=64, num_heads=1, **parts)
+
+
+def tiny_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a ModelConfig with one layer each and two levels: most of a rehearsal is compiling."""
+    return parts | {name: min(1, parts[name]) for name in LAYERS} | {"chunks": parts["chunks"][-2:]}

@@ -1,6 +1,7 @@
 """Runs one section: python -m tpu.first_hour.section NAME SIZE WORKDIR RESULT. What `__main__` starts, one at a time.
 
-Writes {"checks", "measured", "why"} to the file RESULT. If the section breaks down, `why` says how, in a line.
+Writes {"checks", "measured", "why"} to the file RESULT, again with every line that it says, so that what was found by
+then survives a crash. If the section raises an error, `why` says which.
 """
 
 import importlib
@@ -18,15 +19,25 @@ def main(name: str, size: str, workdir: str, result: str) -> int:
     """The exit status: 0 if the section came to its end, whatever it found."""
     logging.set_verbosity(logging.ERROR)  # orbax logs every step of a save
     section = next(section for section in SECTIONS if section.name == name)
-    findings, why = Findings(lambda line: print(line, flush=True)), ""
+
+    def write(why: str) -> None:
+        partial = Path(f"{result}.partial")
+        found = {"checks": findings.checks, "measured": findings.measured, "why": why}
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.replace(result)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        write("")
+
+    findings, why = Findings(say), ""
     try:
         importlib.import_module(f"tpu.first_hour.{section.module}").run(findings, size, workdir, section.argument)
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
         raise
     finally:
-        found = {"checks": findings.checks, "measured": findings.measured, "why": why}
-        Path(result).write_text(json.dumps(found), encoding="utf-8")
+        write(why)
     return 0
 
 

@@ -35,14 +35,15 @@ def products(device: jax.Device, generation: Generation | None, is_full: bool) -
     n = 8192 if is_full else 256
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, REPEATS, lambda _, x: (x @ b) * (1 / math.sqrt(n)), a))
-    return 2 * n**3 * REPEATS / _seconds(chain, a, b), generation and generation.peak_flops / generation.devices
+    return 2 * n**3 * REPEATS / _seconds(chain, a, b), _peak_flops(generation)
 
 
 def memory(device: jax.Device, generation: Generation | None, is_full: bool) -> tuple[float, float | None]:
     """Bytes/s read and written by an elementwise operation, and the peak."""
     x = jnp.ones(2**28 if is_full else 2**20, jnp.float32)
     chain = jax.jit(lambda x: jax.lax.fori_loop(0, REPEATS, lambda _, x: x * 1.0001, x))
-    return 2 * x.nbytes * REPEATS / _seconds(chain, x), generation and generation.hbm_bandwidth / generation.devices
+    peak = generation.hbm_bandwidth / generation.devices if generation else None
+    return 2 * x.nbytes * REPEATS / _seconds(chain, x), peak
 
 
 def kernel(device: jax.Device, generation: Generation | None, is_full: bool) -> tuple[float, float | None]:
@@ -58,7 +59,11 @@ def kernel(device: jax.Device, generation: Generation | None, is_full: bool) -> 
     width = splash.padded_head_width(K)
     count = functools.partial(kernel_flops, chips=Slice(generation, generation.shapes[0]))
     total = sum(count(Kernel(kind, B * H, L, width, "bf16")) for kind in KERNEL_PRODUCTS)
-    return total / seconds, generation.peak_flops / generation.devices
+    return total / seconds, _peak_flops(generation)
+
+
+def _peak_flops(generation: Generation | None) -> float | None:
+    return generation.peak_flops / generation.devices if generation else None
 
 
 def _seconds(program: Callable[..., jax.Array], *arguments: jax.Array) -> float:

@@ -1,6 +1,7 @@
 """Sections of the first hour, as a rehearsal on CPU: what is right passes, what is wrong does not."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -75,6 +76,7 @@ def compared(family, dtype, ours, reference):
     return failed(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", training.ALLOWED)
 def test_the_same_steps_pass(run_of, dtype):
     one = run_of("spiral_b", dtype)
@@ -82,15 +84,15 @@ def test_the_same_steps_pass(run_of, dtype):
     assert one.losses[-1] < one.losses[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_not_taken_for_float32(run_of):
     """Nor is the noise of bfloat16 more than is allowed for it."""
     rough, exact = run_of("spiral_b", "bfloat16"), run_of("spiral_b", "float32")
-    assert {"gradient", "movement of the parameters"} <= {
-        what.partition(": ")[2] for what in compared("spiral_b", "float32", rough, exact)
-    }
+    assert "spiral_b float32: gradient" in compared("spiral_b", "float32", rough, exact)
     assert compared("spiral_b", "bfloat16", rough, exact) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", training.ALLOWED)
 def test_another_optimizer_seed_or_model_fails(run_of, dtype):
     right = run_of("spiral_b", dtype)
@@ -105,13 +107,15 @@ def test_another_optimizer_seed_or_model_fails(run_of, dtype):
     assert compared("spiral_b", dtype, right._replace(start=started), right)
 
 
+@pytest.mark.slow
 def test_a_wrong_shift_fails(run_of):
-    """The right shift of a Spiral is what is most easily lost."""
+    """The right shift of a Spiral is what is most easily lost: here it is one token more."""
     config = training.step_config("spiral_b", "float32", "tiny")
-    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, chunks=(8, 4, 1, 2)))
+    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, shifts=(2, 0)))
     assert compared("spiral_b", "float32", training.steps(wrong, jax.devices()[0]), run_of("spiral_b", "float32"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_comes_back(findings, tmp_path):
     checkpoint.run(findings, "tiny", str(tmp_path), "")
     assert not failed(findings) and not list(tmp_path.iterdir())
@@ -133,6 +137,15 @@ def test_one_bit_is_seen(findings, tmp_path, monkeypatch):
     assert failed(findings) == ["arrays that came back otherwise"]
 
 
+@pytest.mark.slow
+def test_a_checkpoint_on_a_bucket_comes_back(findings, bucket_url, storage, monkeypatch):
+    """By the emulator."""
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", storage)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    checkpoint.run(findings, "tiny", f"{bucket_url}/first_hour", "")
+    assert not failed(findings) and findings.measured["kind"] == "bucket"
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(findings, tmp_path, monkeypatch):
     def refuse(self, *args):
         raise OSError("the disk is full")
@@ -143,6 +156,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(findings, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_cached_logits_are_those_of_the_full_pass(monkeypatch):
     found, truth = decoding.logits(training.step_config("spiral_b", "float32", "tiny"))
     assert found.shape == truth.shape == (decoding.ROWS, decoding.NEW, 512)
@@ -158,39 +172,41 @@ def test_cached_logits_are_those_of_the_full_pass(monkeypatch):
     monkeypatch.setattr(cached, "step", late)
     wrong, _ = decoding.logits(training.step_config("spiral_b", "float32", "tiny"))
     for dtype, (allowed, worst) in decoding.ALLOWED.items():
-        assert relative_error(wrong, truth) > allowed or worst_element(wrong, truth) > worst, dtype
+        assert not (relative_error(wrong, truth) <= allowed and worst_element(wrong, truth) <= worst), dtype
 
 
 @pytest.mark.slow
 def test_decoding(findings):
     decoding.run(findings, "tiny", "", "")
-    assert not failed(findings) and len(findings.checks) == 8
+    assert not failed(findings) and len(findings.checks) == 4
     assert all(rate > 0 for point in findings.measured.values() for rate in point.values())
 
 
 @pytest.mark.slow
 def test_training(findings):
     training.run(findings, "tiny", "", "")
-    assert not failed(findings) and len(findings.checks) == 4 * (1 + 2 * training.STEPS + 2)
+    assert not failed(findings) and len(findings.checks) == 2 * (1 + 2 * training.STEPS + 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", training.ALLOWED)
 def test_the_kernel_in_a_model_is_far_within_what_is_allowed(dtype, monkeypatch):
     """What the tolerances rest on: splash, interpreted, against plain attention."""
-    from spiral_jax.kernels import choose
-    from tpu.first_hour.attention import on_any_device
+    from spiral_jax.kernels import choose, splash
 
     config = training.step_config("spiral_b", dtype, "tiny")
     reference = training.steps(training.on_cpu(config), jax.devices()[0])
     monkeypatch.setattr(choose, "kernels_of", lambda *_: ("splash", "xla"))
-    with on_any_device(jax.devices()[0]):
-        ours = training.steps(config, jax.devices()[0])
+    # Not in TPU interpret mode, which does not take a batch of several rows (jax 0.10.2).
+    interpreted = functools.partial(splash.causal_attention, interpret=True)
+    monkeypatch.setattr(splash, "causal_attention", interpreted)
+    ours = training.steps(config, jax.devices()[0])
     monkeypatch.setattr(training, "ALLOWED", {dtype: training.Allowed(*(x / 4 for x in training.ALLOWED[dtype]))})
     assert compared("spiral_b", dtype, ours, reference) == []
     assert ours.losses != reference.losses, "the kernel was not used"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", points.POINTS)
 def test_a_point(findings, point):
     points.run(findings, "tiny", "", point)
