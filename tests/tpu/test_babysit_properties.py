@@ -38,7 +38,13 @@ node_events = nodes.map(lambda node: {"state": node or "GONE"})
 def timelines(first, events):
     """What becomes of one slice after another: the usual beginning, then anything at any time."""
     later = st.lists(st.tuples(moments, events), max_size=4).map(lambda pairs: sorted(pairs, key=lambda pair: pair[0]))
-    one = later.map(lambda pairs: [*first, *({"at": at} | event for at, event in pairs)])
+
+    def one_of(pairs):
+        states = [event["state"] for _, event in pairs]
+        last = states.index("GONE") + 1 if "GONE" in states else len(pairs)  # nothing comes back from there
+        return [*first, *({"at": at} | event for at, event in pairs[:last])]
+
+    one = later.map(one_of)
     return st.lists(one, min_size=1, max_size=3)
 
 
