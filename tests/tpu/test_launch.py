@@ -132,6 +132,8 @@ def test_gke_writes_a_manifest_and_prints_commands(tmp_path, monkeypatch, capsys
 
 def test_dry_runs_print_commands_and_change_nothing(monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
+    code = launch.pack(launch.ROOT)  # once
+    monkeypatch.setattr(launch, "pack", lambda root: code)
 
     class NoBucket:
         def __getattr__(self, name):

@@ -1,6 +1,5 @@
 """What a babysitter touches, in virtual time: the cloud, a bucket, hosts that run jobs by a script, its own death."""
 
-import contextlib
 import json
 from typing import Any, NamedTuple
 
@@ -225,12 +224,14 @@ class World:
         bound._sleep = bounded
         return bound.run()
 
-    def killed(self, at: int) -> None:
-        """A launcher that dies at its n-th step from now; then the world is as it is."""
+    def killed(self, at: int) -> bool:
+        """A launcher that dies at its n-th step from now; whether it came so far."""
         self.kill_at = self.steps + at
         try:
-            with contextlib.suppress(Killed):
-                self.run()
+            self.run()
+            return False
+        except Killed:
+            return True
         finally:
             self.kill_at, self.dead = None, False
 

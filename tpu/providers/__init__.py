@@ -116,7 +116,7 @@ def observe_node(gcloud: Gcloud, job: Job, name: str) -> Observation:
             " ".join([name, s.get("createTime", ""), s.get("symptomType", ""), "worker", s.get("workerId", "?")])
             for s in node.get("symptoms", ())
         ),
-        billing=None if state is State.UNKNOWN else state not in (State.LOST, State.WAITING),
+        billing=state not in (State.LOST, State.WAITING),
         since=_seconds(node.get("createTime", "")),
         ours=node.get("labels", {}).get(LABEL) == job.name,
     )

@@ -74,7 +74,7 @@ class Queued:
             by_user=status.get("stateInitiator") == "USER" and word in ("SUSPENDING", "SUSPENDED"),
             capacity=word != "FAILED" or failed.get("code") in _CAPACITY_CODES,
             message=failed.get("message", ""),
-            billing=_BILLING.get(word),
+            billing=_BILLING.get(word, True),
             ours=ours,
         )
 
@@ -103,8 +103,8 @@ _STATES = {
     **dict.fromkeys(["SUSPENDING", "DELETING"], State.LEAVING),
     **dict.fromkeys(["SUSPENDED", "FAILED"], State.LOST),
 }
-# Of what is being deleted nobody says whether it had chips.
-_BILLING = {state: state in ("PROVISIONING", "SUSPENDING") for state in _STATES if state != "DELETING"}
+# A state that nobody has heard of may bill; of what is being deleted nobody says whether it had chips.
+_BILLING = {state: state in ("PROVISIONING", "SUSPENDING") for state in _STATES} | {"DELETING": None}
 
 
 def common_flags(job: Job) -> list[str]:
