@@ -97,7 +97,8 @@ class Proxy:
                     content, status, found = answer.read(), answer.status, answer.getheaders()
                     connection.close()
                 if fault:
-                    content, status, found = b'{"error": {"code": 0, "message": "on purpose"}}', int(fault[:3]), []
+                    status, found = int(fault[:3]), []
+                    content = json.dumps({"error": {"code": status, "message": "on purpose"}}).encode()
                 with proxy._lock:
                     proxy.count[status] += 1
                 self.send_response(status)
@@ -107,7 +108,8 @@ class Proxy:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    with contextlib.suppress(ConnectionError):  # who asked may have been killed
+                        self.wfile.write(content)
 
             do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = handle_one
 

@@ -62,7 +62,9 @@ class Host:
         self.folder, self.number = folder, number
         (folder / "bin").mkdir(parents=True)
         (folder / "packages").write_text("jax 0.10.2\nlibtpu 0.0.42.1\n")
-        doubles = {"python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "uv": UV.replace("PYTHON", sys.executable),
+        # The system's Python has none of our packages, as on a TPU VM; that of the environment has them.
+        system = getattr(sys, "_base_executable", sys.executable)
+        doubles = {"python3": f'#!/bin/sh\nexec {system} "$@"\n', "uv": UV.replace("PYTHON", sys.executable),
                    "sudo": '#!/bin/sh\nshift\nexec "$@"\n', "dmesg": DMESG, "sleep": "#!/bin/sh\n"}  # fmt: skip
         for name, text in doubles.items():
             (folder / "bin" / name).write_text(text)
@@ -114,7 +116,7 @@ class Slice:
 
     def write(self, attempt: int, argv: list[str], **changed) -> None:
         """The plan of an attempt."""
-        plan = {"attempt": attempt, "argv": argv, "smoke": [], "env": {}, "code": CODE, "sha256": self.sha256,
+        plan = {"attempt": attempt, "argv": argv, "smoke": ["-c", ""], "env": {}, "code": CODE, "sha256": self.sha256,
                 "hosts": len(self.hosts), "slices": 1, "started": time.time(), "seconds": 0.2, "grace": 0.5,
                 "stop_seconds": 5.0}  # fmt: skip
         self.bucket.put(f"attempts/{attempt:04d}/job.json", plan | changed)

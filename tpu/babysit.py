@@ -67,14 +67,14 @@ class Store:
         """
         memory = dataclasses.replace(memory, owner=self._owner, until=self._clock() + seconds)
         try:
-            self._generation = self._bucket.put(MEMORY, dataclasses.asdict(memory), self._generation)
+            self._generation = self._bucket.put(MEMORY, vars(memory), self._generation)
         except Conflict:
             raise Taken(f"{MEMORY} was written by another launcher ({self.load().owner or 'unknown'})") from None
         return memory
 
     def release(self, memory: Memory) -> None:
         """For the next launcher to go on at once."""
-        self._bucket.put(MEMORY, dataclasses.asdict(dataclasses.replace(memory, owner="", until=0)), self._generation)
+        self._bucket.put(MEMORY, vars(dataclasses.replace(memory, owner="", until=0)), self._generation)
 
 
 def this_launcher() -> str:
@@ -154,7 +154,8 @@ class Babysitter:
       job: the launch.
       gcloud: the CLI.
       bucket: of the job, at its root.
-      bring_up: sets up and tests all hosts, and starts an attempt on them; a SpiralError or GcloudError says why not.
+      bring_up: starts an attempt on all hosts, by its number, in so many seconds; a SpiralError or GcloudError says
+        why not.
       say, clock, sleep, uniform: the world.
     """
 
@@ -163,7 +164,7 @@ class Babysitter:
         job: Job,
         gcloud: Gcloud,
         bucket: Bucket,
-        bring_up: Callable[[Provider, int], None],
+        bring_up: Callable[[Provider, int, float], None],
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -183,7 +184,12 @@ class Babysitter:
         Raises:
           SpiralError: another launcher holds the job, or the slice is somewhere else.
         """
-        self._memory = self._take()
+        try:
+            self._memory = self._take()
+        except Unreachable:
+            self._look_again()
+            self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
+            raise
         return self._watch()
 
     def _watch(self) -> int:
@@ -229,6 +235,8 @@ class Babysitter:
                 self._report(decision)
                 if decision.action is Action.CREATE:
                     self._act(decision)
+                    if self._memory.ending:
+                        self._say(self._memory.ending)
                 seen = self._provider.observe()
             self._say(what_bills(self._job, seen, self._memory, self._clock()))
         finally:
@@ -325,7 +333,7 @@ class Babysitter:
         elif action is not Action.END:
             self._gcloud.deadline = self._clock() + seconds
             try:
-                self._create() if action is Action.CREATE else self._start()
+                self._create() if action is Action.CREATE else self._start(seconds)
             finally:
                 self._gcloud.deadline = float("inf")
 
@@ -341,10 +349,10 @@ class Babysitter:
         for line in lines:
             self._say(line)
 
-    def _start(self) -> None:
+    def _start(self, seconds: float) -> None:
         trouble = ""
         try:
-            self._bring_up(self._provider, self._memory.attempt)
+            self._bring_up(self._provider, self._memory.attempt, seconds)
         except (SpiralError, GcloudError) as error:
             trouble = str(error)
             self._say(f"attempt {self._memory.attempt} could not be started: {trouble}")

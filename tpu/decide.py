@@ -136,7 +136,7 @@ def job_status(
       first: `attempts/000N/first_exit.json`; without one, what the hosts' own times say.
     """
     beat = min(host["beat"] for host in hosts.values()) if len(hosts) == count else 0
-    ends = [host | {"host": i} for i, host in hosts.items() if host["state"] == "ended"]
+    ends = [{**host, "host": i} for i, host in hosts.items() if host["state"] == "ended"]
     if not ends and first is None:
         return JobStatus(stop=stop, beat=beat)
     end = first or min(ends, key=lambda host: host["first_exit"] or host["beat"])

@@ -12,15 +12,33 @@ from spiral_jax.hardware import Slice, parse_slice, region_of
 PROVIDERS = ("qr", "vm", "gke")
 PRICINGS = ("spot", "reserved", "on_demand", "flex_start")
 
-# What goes into commands, paths and labels. Each is closed at both ends, so that nothing begins with a dash.
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,26}[a-z0-9])?")
-_PROJECT = re.compile(r"([a-z0-9][a-z0-9.-]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]")
-_BUCKET = re.compile(r"gs://[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9](/[A-Za-z0-9_][-\w.]*)*", re.ASCII)
-_NETWORK = re.compile(r"[a-z0-9]([-a-z0-9./_]{0,200}[a-z0-9])?")
-_ACCOUNT = re.compile(r"[a-z0-9][-a-z0-9]*@[a-z0-9][-a-z0-9.]*\.gserviceaccount\.com")
 _FILE = r"(?!.*\.\./)\w[-\w./]*\.py"
-_CONFIG = re.compile(rf"{_FILE}(:[-\w.,=+/]*)?", re.ASCII)
-_OVERRIDE = re.compile(r"--config(\.[A-Za-z_]\w*)+=[^\x00-\x1f\x7f]*", re.ASCII)
+# Of each field that goes into commands, paths and labels: what it may be, and in words. None may begin with a dash.
+_TEXTS = {
+    "NAME": (
+        r"[a-z]([-a-z0-9]{0,26}[a-z0-9])?",
+        "at most 28 lower-case letters, digits and dashes, a letter first, no dash last",
+    ),
+    "--bucket": (
+        r"gs://[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9](/[A-Za-z0-9_][-\w.]*)*",
+        "gs://BUCKET or gs://BUCKET/PREFIX of letters, digits and -_.",
+    ),
+    "--project": (
+        r"([a-z0-9][a-z0-9.-]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]",
+        "a project's id, 6 to 30 lower-case letters, digits and dashes",
+    ),
+    "--network": (r"[a-z0-9]([-a-z0-9./_]{0,200}[a-z0-9])?", "a name, or projects/P/... as gcloud prints it"),
+    "--service_account": (
+        r"[a-z0-9][-a-z0-9]*@[a-z0-9][-a-z0-9.]*\.gserviceaccount\.com",
+        "NAME@PROJECT.iam.gserviceaccount.com",
+    ),
+    "--config": (rf"{_FILE}(:[-\w.,=+/]*)?", "a file in this tree and its argument, as in FILE.py:ARGUMENT"),
+    "--import": (_FILE, "a file in this tree, as in topologies/mine.py"),
+    "the argument": (
+        r"--config(\.[A-Za-z_]\w*)+=[^\x00-\x1f\x7f]*",
+        "flags of the launcher, and --config.FIELD=VALUE",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +58,6 @@ class Job:
       config: of the run, as in `experiments/pile.py:1.4b,spiral_b`; it may be missing for verbs that start nothing.
       overrides: of the configuration, each as `--config.a.b=value`.
       imports: files of the user's own (`--import`).
-      verb: of the framework, that runs.
       price: of a chip-hour, in whatever money.
       max_chip_hours: that end everything when they are spent.
       max_failures: of the job's own, after which it is not started again.
@@ -64,7 +81,6 @@ class Job:
     config: str = ""
     overrides: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
-    verb: str = "train"
     price: float | None = None
     max_chip_hours: float | None = None
     max_failures: int = 3
@@ -75,49 +91,34 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raises SpiralError, one line, for the first field that is not allowed."""
-        generation = self.slice.generation
-        _match(
-            _NAME, "NAME", self.name, "at most 28 lower-case letters, digits and dashes, a letter first, no dash last"
-        )
+        generation, zones = self.slice.generation, ", ".join(self.slice.generation.zones)
+        _match("NAME", self.name)
         require(
             self.zone in generation.zones,
             "--zone",
             self.zone,
-            f"for {generation.name}: {', '.join(generation.zones)} (spiral_jax/hardware.py)",
+            f"for {generation.name}: {zones} (spiral_jax/hardware.py)",
         )
         require(1 <= self.num_slices <= 256, "--num_slices", self.num_slices, "1 to 256")
-        _match(_BUCKET, "--bucket", self.bucket, "gs://BUCKET or gs://BUCKET/PREFIX of letters, digits and -_.")
-        if self.project:
-            _match(_PROJECT, "--project", self.project, "a project's id, 6 to 30 lower-case letters, digits and dashes")
+        _match("--bucket", self.bucket)
         require(self.provider in PROVIDERS, "--provider", self.provider, ", ".join(PROVIDERS))
-        require(
-            bool(generation.runtime) or self.provider == "gke",
-            "--provider",
-            self.provider,
-            f"gke: nothing else rents out {generation.name}",
-        )
+        only_gke = not generation.runtime and self.provider != "gke"
+        require(not only_gke, "--provider", self.provider, f"gke: nothing else rents out {generation.name}")
         require(self.pricing in PRICINGS, "the pricing", self.pricing, ", ".join(PRICINGS))
         if self.provider == "vm":
             require(
                 self.num_slices == 1, "--num_slices", self.num_slices, "1 with --provider=vm; qr and gke join slices"
             )
             require(self.pricing != "flex_start", "--flex_start", True, "with --provider=qr or gke")
-        for field in ("network", "subnetwork"):
-            if getattr(self, field):
-                _match(_NETWORK, f"--{field}", getattr(self, field), "a name, or projects/P/... as gcloud prints it")
-        if self.service_account:
-            _match(_ACCOUNT, "--service_account", self.service_account, "NAME@PROJECT.iam.gserviceaccount.com")
-        if self.config:
-            _match(_CONFIG, "--config", self.config, "a file in this tree and its argument, as in FILE.py:ARGUMENT")
-        for given in self.overrides:
-            _match(_OVERRIDE, "the argument", given, "flags of the launcher, and --config.FIELD=VALUE")
-        fields = [given.partition("=")[0] for given in self.overrides]
-        for field in fields:
-            if fields.count(field) > 1:
-                raise SpiralError(f"{field} is given {fields.count(field)} times; allowed: once")
+        for field in ("project", "network", "subnetwork", "service_account", "config"):
+            if value := getattr(self, field):
+                _match(f"--{field}", value)
         for file in self.imports:
-            _match(re.compile(_FILE, re.ASCII), "--import", file, "a file in this tree, as in topologies/mine.py")
-        require(self.verb == "train", "the verb", self.verb, "train")
+            _match("--import", file)
+        given = [_match("the argument", override).partition("=")[0] for override in self.overrides]
+        for field in given:
+            if given.count(field) > 1:
+                raise SpiralError(f"{field} is given {given.count(field)} times; allowed: once")
         for field in ("price", "max_chip_hours"):
             value = getattr(self, field)
             require(value is None or (value > 0 and math.isfinite(value)), f"--{field}", value, "a number above 0")
@@ -144,31 +145,18 @@ class Job:
         return f"{self.bucket}/{self.name}"
 
     @property
-    def workdir(self) -> str:
-        """Of the run."""
-        return f"{self.root}/run"
-
-    @property
     def labels(self) -> dict[str, str]:
         """Of whatever is created for the job; `reap` looks for the key."""
         return {"spiral-jax": self.name}
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What every host runs after `python -m`.
-
-        Raises:
-          SpiralError: there is no configuration.
-        """
-        return (f"spiral_jax.{self.verb}", *self.config_arguments, f"--workdir={self.workdir}")
+        """What every host runs after `python -m`. Raises SpiralError without a configuration."""
+        return ("spiral_jax.train", *self.config_arguments, f"--workdir={self.root}/run")
 
     @property
     def config_arguments(self) -> tuple[str, ...]:
-        """The part of `arguments` that says what is trained.
-
-        Raises:
-          SpiralError: there is no configuration.
-        """
+        """The part of `arguments` that says what is trained."""
         if not self.config:
             raise SpiralError("--config is missing; for example --config=experiments/pile.py:1.4b,spiral_b")
         return (f"--config={self.config}", *(f"--import={file}" for file in self.imports), *self.overrides)
@@ -222,17 +210,12 @@ def job_of(values: argparse.Namespace, rest: list[str]) -> Job:
       SpiralError: a flag that is not allowed.
     """
     given = vars(values)
-    same = {field.name for field in dataclasses.fields(Job)} & given.keys() - {"verb"}  # the launcher's own verb
-    return Job(
-        **{name: given[name] for name in same}
-        | {
-            "slice": parse_slice(given["accelerator"], "--accelerator"),
-            "overrides": tuple(rest),
-            "imports": tuple(given["imports"]),
-            "bucket": given["bucket"].rstrip("/"),
-        }
-    )
+    same = {field.name: given[field.name] for field in dataclasses.fields(Job) if field.name in given}
+    same["bucket"], same["imports"] = given["bucket"].rstrip("/"), tuple(given["imports"])
+    return Job(**same, slice=parse_slice(given["accelerator"], "--accelerator"), overrides=tuple(rest))
 
 
-def _match(pattern: re.Pattern[str], field: str, value: str, allowed: str) -> None:
-    require(bool(pattern.fullmatch(value)), field, value, allowed)
+def _match(field: str, value: str) -> str:
+    pattern, allowed = _TEXTS[field.replace("subnetwork", "network")]
+    require(re.fullmatch(pattern, value, re.ASCII) is not None, field, value, allowed)
+    return value

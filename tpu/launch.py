@@ -19,12 +19,12 @@ from spiral_jax.hardware import GENERATIONS
 from tpu import hosts, several
 from tpu.babysit import MEMORY, STOP, Babysitter, read_status, what_bills
 from tpu.bucket import Bucket
-from tpu.code import pack
+from tpu.code import Code, pack
 from tpu.decide import Memory
 from tpu.gcloud import Execute, Gcloud, GcloudError, execute, shown
 from tpu.job import Job, Parser, define, job_of
 from tpu.plan import ROOT, make_plan, skipped
-from tpu.providers import gke, provider_of, resources
+from tpu.providers import Provider, gke, provider_of, resources
 
 VERBS = {
     "plan": "check everything, compile, say what it costs; creates nothing",
@@ -80,20 +80,18 @@ class Launcher:
         return self._babysitter().create()
 
     def babysit(self) -> int:
-        require(
-            self.job.max_chip_hours is not None, "--max_chip_hours", None, "a number; everything ends when it is spent"
-        )
+        require(self.job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
         if self.dry:
             self.create()
             self._bring_up(1)
             self.provider.delete()
             return 0
-        memory = self._memory()
+        memory, code = self._memory(), pack(ROOT)
         if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
             self.plan()
             with contextlib.suppress(SpiralError):  # asked for before this start
                 self.bucket.delete(STOP)
-        return self._babysitter().run()
+        return self._babysitter(code).run()
 
     def setup(self) -> int:
         self._bring_up(hosts.TEST)
@@ -167,7 +165,6 @@ class Launcher:
         if not self.dry:
             self.plan()
         if text and not self.dry:
-            self.bucket.put(f"{hosts.attempt_folder(1)}/job.json", hosts.plan_of(job, 1, pack(ROOT)))
             file.write_text(text, encoding="utf-8")
             self.say(f"{file} is written")
         for command in gke.commands(job, str(file)):
@@ -192,15 +189,17 @@ class Launcher:
         found = self.bucket.read(MEMORY)
         return Memory(**found) if found else Memory()
 
-    def _babysitter(self) -> Babysitter:
-        code = pack(ROOT)
-        return Babysitter(
-            self.job, self.gcloud, self.bucket, lambda _, attempt: self._bring_up(attempt, code),
-            say=self.say, clock=self.clock, sleep=self.sleep,
-        )  # fmt: skip
+    def _babysitter(self, code: Code | None = None) -> Babysitter:
+        """`code`: what all attempts run; without it, what lies here when one is started."""
 
-    def _bring_up(self, attempt: int, code=None) -> None:
-        hosts.bring_up(self.job, self.provider, self.gcloud, self.bucket, attempt, code or pack(ROOT))
+        def bring_up(provider: Provider, attempt: int, seconds: float) -> None:
+            self._bring_up(attempt, code, seconds)
+
+        return Babysitter(self.job, self.gcloud, self.bucket, bring_up, self.say, self.clock, self.sleep)
+
+    def _bring_up(self, attempt: int, code: Code | None = None, seconds: float = 900) -> None:
+        given = self.job, self.provider, self.gcloud, self.bucket, attempt, code or pack(ROOT)
+        hosts.bring_up(*given, seconds=min(seconds, 900))
 
 
 def reap(arguments: Sequence[str], world: dict) -> int:

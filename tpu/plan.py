@@ -32,6 +32,8 @@ from tpu.job import Job
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = "tpu/lock.txt"
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax")
+# Of what `describe` says of memory.
+PARTS = ("parameters", "optimizer", "gradients", "core", "gathered_rest", "activations_kept", "logits_block")
 START_MINUTES = 10  # of a slice, from its being there to the first step: set-up, smoke test, compilation; assumed
 Say = Callable[[str], None]
 
@@ -174,13 +176,8 @@ def pins() -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     """Of what compiles, as installed here; empty where a package is missing."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+    found = {name: next(iter(importlib.metadata.Distribution.discover(name=name)), None) for name in PACKAGES}
+    return {name: package.version if package else "" for name, package in found.items()}
 
 
 def _mfu(job: Job, found: dict[str, Any], code: Code, say: Say) -> tuple[float, bool]:
@@ -189,29 +186,25 @@ def _mfu(job: Job, found: dict[str, Any], code: Code, say: Say) -> tuple[float, 
     Raises:
       SpiralError: the step does not fit the slice, or is refused otherwise.
     """
+    generation, model, usable = job.slice.generation, found["model"], job.slice.generation.hbm_bytes / GIB
     if importlib.util.find_spec("libtpu") is not None:
         report, locked, here = _compiled(job, code, say), pins(), _versions()
-        held = report["memory"]
-        say(f"  memory         {held['peak_bytes'] / GIB:.1f} of {held['usable_bytes'] / GIB:.2f} GiB a device")
+        say(f"  memory         {report['memory']['peak_bytes'] / GIB:.1f} of {usable:.2f} GiB a device")
         other = [f"{name} {here[name]}, not {locked[name]}" for name in PACKAGES if here[name] != locked[name]]
         if other:
             say(f"  note           compiled with {'; '.join(other)} as in {LOCK}, which the hosts install")
         return report["prediction"]["mfu"], True
-    generation, model = job.slice.generation, found["model"]
-    parts = ("parameters", "optimizer", "gradients", "core", "gathered_rest", "activations_kept", "logits_block")
-    needed = sum(found["memory"][part] for part in parts)
+    needed = sum(found["memory"][part] for part in PARTS) / GIB
     say("  NOT COMPILED: there is no libtpu here; closed forms stand in, which are a lower bound of the memory")
-    if needed > generation.hbm_bytes:
+    if needed > usable:
         raise SpiralError(
-            f"--accelerator is {str(job.slice)!r}, of which a device needs {needed / GIB:.2f} GiB or more of "
-            f"{generation.hbm_bytes / GIB:.2f}; allowed: a larger slice, or a larger train.accumulation"
+            f"--accelerator is {str(job.slice)!r}, of which a device needs {needed:.2f} GiB or more of {usable:.2f}; "
+            "allowed: a larger slice, or a larger train.accumulation"
         )
-    say(f"  memory         {needed / GIB:.1f} of {generation.hbm_bytes / GIB:.2f} GiB a device, by closed forms")
     key = (model["notation"], model["topology"], found["parameters"]["total"])
-    point = nearest(points := read_points(ROOT / "tpu/predictions"), generation.name, *key)
-    if point is None:
-        point = min(points, key=lambda one: one.mfu)
-    say(f"  MFU            that predicted for {point.name}, the nearest point of tpu/predictions")
+    points = read_points(ROOT / "tpu/predictions")
+    point = nearest(points, generation.name, *key) or min(points, key=lambda one: one.mfu)
+    say(f"  memory         {needed:.1f} of {usable:.2f} GiB a device; MFU as predicted for {point.name}, the nearest")
     return point.mfu, False
 
 
@@ -277,16 +270,10 @@ def _child(module: str, *arguments: str, say: Say | None = None, **variables: st
 def _costs(job: Job, found: dict[str, Any], code: Code, mfu: float, is_compiled: bool) -> Plan:
     train, per_token = found["train"], found["flops"]["train_per_token_causal"]
     evaluated = train["evaluations"] * (train["tokens_per_evaluation"] or found["data"].get("validation_tokens", 0))
-    return Plan(
-        code=code,
-        steps=train["steps"],
-        mfu=mfu,
-        is_compiled=is_compiled,
-        training=chip_hours(per_token * train["tokens"], mfu, job.slice),
-        evaluation=chip_hours(per_token / 3 * evaluated, mfu, job.slice),  # forward passes
-        start=job.chips * START_MINUTES / 60,
-        step_seconds=chip_hours(per_token * train["tokens"] / train["steps"], mfu, job.slice) * 3600 / job.chips,
-    )
+    training = chip_hours(per_token * train["tokens"], mfu, job.slice)
+    evaluation = chip_hours(per_token / 3 * evaluated, mfu, job.slice)  # forward passes
+    seconds, start = training * 3600 / job.chips / train["steps"], job.chips * START_MINUTES / 60
+    return Plan(code, train["steps"], seconds, mfu, is_compiled, training, evaluation, start)
 
 
 def _say_costs(job: Job, plan: Plan, say: Say) -> None:

@@ -7,6 +7,7 @@ the command line are added. All are checked and planned before the first is star
 of its own, under a cap that is its share of the budget.
 """
 
+import argparse
 import json
 import math
 import signal
@@ -89,40 +90,33 @@ def read_entries(path: str, common: Sequence[str]) -> list[Entry]:
         )
     parser, entries = Parser(prog="python -m tpu.launch babysit"), []
     define(parser)
-    for arguments, _ in given:
+    for (name, *own), _ in given:
         try:
-            job = job_of(*parser.parse_known_args([*arguments[:1], *common, *arguments[1:]]))
+            entries.append(Entry(job_of(*parser.parse_known_args([name, *common, *own])), [name, *common, *own]))
         except SpiralError as error:
-            raise SpiralError(f"{path}, {arguments[0]}: {error}") from None
+            raise SpiralError(f"{path}, {name}: {error}") from None
+    names = [entry.job.name for entry in entries]
+    for job, _ in entries:
+        require(names.count(job.name) == 1, f"{path}: a name", job.name, "each once")
         require(job.delete_at_success, f"{path}, {job.name}: --delete_at_success", False, "true, as others pay for it")
         require(job.provider != "gke", f"{path}, {job.name}: --provider", job.provider, "qr or vm")
-        entries.append(Entry(job, [*arguments[:1], *common, *arguments[1:]]))
-    names = [entry.job.name for entry in entries]
-    for name in names:
-        require(names.count(name) == 1, f"{path}: a name", name, "each once")
     return entries
 
 
 class Spent(NamedTuple):
-    """Of a job so far, by the launcher's memory on the bucket.
-
-    Attributes:
-      chip_hours: that billed.
-      over: nothing of it bills any more.
-      finished: the run is complete.
-    """
+    """Of a job so far: chip-hours, whether nothing of it bills any more, and its exit status once it has ended."""
 
     chip_hours: float = 0.0
     over: bool = True
-    finished: bool = False
+    status: int | None = None
 
 
 def spent_by(job: Job) -> Spent:
-    """What a job has spent, whichever launchers looked after it."""
+    """What a job has spent, whichever launchers looked after it, by their memory on the bucket."""
     memory = Bucket(job.root).read("launch.json") or {}
     phase = memory.get("phase", "absent")
     over = not memory.get("billing") and phase in ("absent", "ended")
-    return Spent(memory.get("chip_seconds", 0) / 3600, over, phase == "ended" and memory.get("result") == 0)
+    return Spent(memory.get("chip_seconds", 0) / 3600, over, memory.get("result") if phase == "ended" else None)
 
 
 def main(arguments: Sequence[str], say: Say = print) -> int:
@@ -150,52 +144,65 @@ def main(arguments: Sequence[str], say: Say = print) -> int:
             skipped(say)
         elif not values.dry_run:
             make_plan(entry.job, lambda url: Bucket(url).location(), say)
-    runs = {}
+    before = {job.name: Spent() if values.dry_run else spent_by(job) for job, _ in entries}
+    entries.sort(key=lambda entry: before[entry.job.name].over)  # what bills already comes first
+    runs, statuses = {}, {}
     for job, _ in entries:
-        spent = Spent() if values.dry_run else spent_by(job)
-        state = "done" if spent.finished else "waiting"
-        runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, spent.chip_hours, state)
-        if spent.finished:
-            say(f"{job.name}: finished before, {spent.chip_hours:,.1f} chip-hours")
-    return _babysit(entries, runs, values.max_chip_hours, values.side_by_side, extra, say)
+        spent = before[job.name]
+        runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, spent.chip_hours)
+        if spent.status in (0, 44):
+            runs[job.name], statuses[job.name] = runs[job.name]._replace(state="done"), spent.status
+            say(f"{job.name}: ended before with status {spent.status}, {spent.chip_hours:,.1f} chip-hours")
+    try:
+        _babysit(entries, runs, statuses, values, extra, say)
+    except KeyboardInterrupt:
+        return 130
+    left = [run.name for run in runs.values() if run.state == "waiting"]
+    spoken_for = sum(run.taken for run in runs.values())
+    say(f"{spoken_for:,.1f} of {values.max_chip_hours:,.1f} chip-hours spent or spoken for")
+    if left:
+        say(f"not started, as the budget does not hold them: {', '.join(left)}")
+    return next((status for status in statuses.values() if status), 42 if left else 0)
 
 
 def _babysit(
-    entries: Sequence[Entry], runs: dict[str, Run], budget: float, side_by_side: int, extra: list[str], say: Say
-) -> int:
-    of_name = {entry.job.name: entry for entry in entries}
-    children: dict[str, subprocess.Popen[str]] = {}
-    statuses: dict[str, int] = {}
+    entries: Sequence[Entry],
+    runs: dict[str, Run],
+    statuses: dict[str, int],
+    values: argparse.Namespace,
+    extra: list[str],
+    say: Say,
+) -> None:
+    """Starts and awaits launchers until no run can be started; `runs` and `statuses` say what came of them."""
+    of_name, children = {entry.job.name: entry for entry in entries}, dict[str, subprocess.Popen[str]]()
     try:
         while True:
-            while start := next_start(list(runs.values()), budget, side_by_side):
+            while start := next_start(list(runs.values()), values.max_chip_hours, values.side_by_side):
                 run, cap = start
                 say(f"{run.name}: started, for at most {cap:,.1f} chip-hours")
                 capped = f"--max_chip_hours={math.floor(cap * 1000) / 1000}"
                 children[run.name] = _launcher([*of_name[run.name].arguments, capped, *extra], say)
                 runs[run.name] = run._replace(taken=cap, state="running")
             if not children:
-                break
+                return
             for name in [name for name, child in children.items() if child.poll() is not None]:
                 statuses[name] = children.pop(name).returncode
-                spent = Spent() if "--dry_run" in extra else spent_by(of_name[name].job)
+                try:
+                    spent = Spent() if values.dry_run else spent_by(of_name[name].job)
+                except SpiralError as error:
+                    say(f"{name}: {error}")
+                    spent = Spent(over=False)
                 # What may bill on keeps its share.
                 taken = spent.chip_hours if spent.over else runs[name].taken
                 runs[name] = runs[name]._replace(state="done", taken=taken)
-                say(f"{name}: ended with status {statuses[name]}, {spent.chip_hours:,.1f} chip-hours")
+                most = "" if spent.over else "at most "
+                say(f"{name}: ended with status {statuses[name]}, {most}{taken:,.1f} chip-hours")
             time.sleep(0.2)
-    except KeyboardInterrupt:
+    finally:
         for child in children.values():
             child.send_signal(signal.SIGINT)  # each says what of its own still bills
         for child in children.values():
             child.wait()
-        return 130
-    left = [run.name for run in runs.values() if run.state == "waiting"]
-    say(f"{sum(run.taken for run in runs.values()):,.1f} of {budget:,.1f} chip-hours spent or spoken for")
-    if left:
-        say(f"not started, as the budget does not hold them: {', '.join(left)}")
-    bad = [status for status in statuses.values() if status]
-    return bad[0] if bad else 42 if left else 0
 
 
 def _launcher(arguments: list[str], say: Say) -> subprocess.Popen[str]:

@@ -37,8 +37,8 @@ def describe_devices(chips: Slice, num_slices: int = 1) -> list[jax.Device]:
     }.items():
         os.environ.setdefault(name, value)
     options: dict[str, str | int | list[int]] = {}
-    if chips.hosts == 1 and chips.chips > chips.generation.host_chips:
-        # Unless told, the compiler takes two hosts of four for one of eight.
+    if chips.hosts == 1:
+        # Unless told, the compiler takes hosts of four: two for a slice of eight, and for one chip it knows none.
         options["chips_per_host_bounds"] = [*chips.shape, 1][:3]
     if chips.generation.name == "v4":
         options["chip_config_name"] = "megacore"

@@ -15,7 +15,7 @@ from spiral_jax.training.step import abstract_state
 
 @pytest.fixture(scope="module")
 def layout():
-    return abstract_state(CONFIG, make_mesh(MeshConfig(1, 2, 1)))
+    return abstract_state(CONFIG, make_mesh(MeshConfig(2, 2, 2)))
 
 
 def save(place, layout, steps, seed=0, **given) -> Checkpoints:
@@ -38,6 +38,7 @@ def flip(folder) -> None:
     files.pipe_file(name, bytes(content))
 
 
+@pytest.mark.slow
 def test_what_was_saved_comes_back_and_the_newest_are_kept(place, layout):
     save(place, layout, [1, 2, 3]).close()
     again = Checkpoints(place)
@@ -50,6 +51,7 @@ def test_what_was_saved_comes_back_and_the_newest_are_kept(place, layout):
         pass
 
 
+@pytest.mark.slow
 def test_one_that_was_never_completed_is_none_and_is_removed_by_the_next_save(place, layout):
     """As a kill leaves it: everything is there but the object that is written last."""
     save(place, layout, [1, 2]).close()

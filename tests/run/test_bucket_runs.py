@@ -122,10 +122,12 @@ def on_bucket(folder, emulator_url):
     return place
 
 
+@pytest.mark.slow
 def test_it_ends_as_on_a_disk(on_bucket, alone):
     same_run(on_bucket, alone)
 
 
+@pytest.mark.slow
 def test_everything_of_a_run_is_there(on_bucket):
     found = names(on_bucket)
     for name in ("config.json", "parameters.txt", "environment.json", "data.json", "own_code.json", ".lock",
@@ -142,6 +144,7 @@ def test_everything_of_a_run_is_there(on_bucket):
     assert data["train"][0].startswith("cache/")
 
 
+@pytest.mark.slow
 def test_it_is_scored_sampled_and_loaded_as_on_a_disk(on_bucket, alone, capsys):
     scores = [json.loads(outputs(capsys, evaluate, f"--workdir={place}", "--json")) for place in (on_bucket, alone)]
     assert scores[0]["input"].startswith(f"{on_bucket}/cache/")
@@ -154,6 +157,7 @@ def test_it_is_scored_sampled_and_loaded_as_on_a_disk(on_bucket, alone, capsys):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+@pytest.mark.slow
 def test_it_is_exported_to_a_disk_and_to_a_bucket_and_read_from_there(on_bucket, alone, tmp_path, capsys):
     there = bucket_path("--output", f"gs://{bucket.BUCKET}/exported")
     (there / "model-00009-of-00009.safetensors").write_bytes(b"of an export before")

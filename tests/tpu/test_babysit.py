@@ -135,6 +135,15 @@ def test_the_cap_of_chip_hours_ends_everything(hours, script):
     assert hours < 1 or world.cloud.billed() * 8 / 3600 > hours - 1.2
 
 
+@pytest.mark.parametrize("provider", ["qr", "vm"])
+@pytest.mark.parametrize("fault", [{}, {"when": " ssh ", "error": "hang"}])
+def test_the_cap_holds_while_hosts_do_not_answer(provider, fault):
+    script = {"fail": [fault] if fault else [], "set_up": 5000, "timelines": [QUEUED if provider == "qr" else DIRECT]}
+    world = World(script, provider=provider, max_chip_hours=5, max_failures=100)
+    assert world.run() == 2
+    assert world.left() == [] and world.cloud.billed() * 8 / 3600 <= 5
+
+
 def test_the_cap_holds_over_launchers_and_slices():
     lost = queued((2000, {"state": "SUSPENDED"}))
     world = World({"timelines": [lost], "jobs": [{"runs": 10**6, "status": 0}]}, max_chip_hours=15)

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-import test_job
-import test_plan
 
 from spiral_jax.errors import SpiralError
+from tests.tpu.launches import BAD, DESCRIBED, POINT, changed, fake
+from tests.tpu.launches import GOOD as PLAIN
 from tpu import bucket, plan
 from tpu.launch import VERBS, main
 
-GOOD = (*test_job.GOOD, "--config=experiments/pile.py:1.4b,spiral_b", "--max_chip_hours=100")
+GOOD = (*PLAIN, "--config=experiments/pile.py:1.4b,spiral_b", "--max_chip_hours=100")
 
 
 @pytest.fixture
@@ -22,9 +22,7 @@ def asked(tmp_path, monkeypatch) -> Path:
     log = tmp_path / "calls"
     log.write_text("")
     for name in ("gcloud", "kubectl"):
-        test_plan.fake(
-            tmp_path / name, f'echo "{name} $*" >>{log}; echo "You do not have an active account" >&2; exit 1'
-        )
+        fake(tmp_path / name, f'echo "{name} $*" >>{log}; echo "You do not have an active account" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setattr(bucket, "on_a_host", lambda: False)
@@ -34,7 +32,7 @@ def asked(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def framework(monkeypatch, tmp_path):
     """Answers of the framework's verbs, at once."""
-    answers = {"spiral_jax.describe": json.loads(json.dumps(test_plan.DESCRIBED)), "spiral_jax.aot": test_plan.POINT}
+    answers = {"spiral_jax.describe": json.loads(json.dumps(DESCRIBED)), "spiral_jax.aot": POINT}
 
     def child(module, *arguments, **others):
         if isinstance(answers[module], Exception):
@@ -55,22 +53,22 @@ def refused(capsys, *arguments, words):
     assert words in line
 
 
-@pytest.mark.parametrize("arguments, words", test_job.BAD.values(), ids=test_job.BAD)
+@pytest.mark.parametrize("arguments, words", BAD.values(), ids=BAD)
 def test_flags(arguments, words, asked, capsys):
-    changed = test_job.changed(*arguments)
+    given = changed(*arguments)
     for verb in ("create", "babysit"):
-        refused(capsys, verb, *changed, words=words)
+        refused(capsys, verb, *given, words=words)
     assert asked.read_text() == ""
 
 
-BAD = {
+LINES = {
     "no verb": ((), "VERB"),
     "unknown verb": (("launch", *GOOD), "'launch'"),
     "no name": (("create", *GOOD[1:]), "NAME"),
     "no accelerator": (("create", GOOD[0], *GOOD[2:]), "--accelerator"),
-    "no config": (("create", *test_job.GOOD), "--config is missing"),
-    "config that is not there": (("create", *test_job.GOOD, "--config=nope.py"), "--config is 'nope.py'"),
-    "config that git ignores": (("create", *test_job.GOOD, "--config=.venv/x.py"), "--config is '.venv/x.py'"),
+    "no config": (("create", *PLAIN), "--config is missing"),
+    "config that is not there": (("create", *PLAIN, "--config=nope.py"), "--config is 'nope.py'"),
+    "config that git ignores": (("create", *PLAIN, "--config=.venv/x.py"), "--config is '.venv/x.py'"),
     "import that is not there": (("create", *GOOD, "--import=mine.py"), "--import is 'mine.py'"),
     "no cap": (("babysit", *GOOD[:-1]), "--max_chip_hours is None"),
     "list without a budget": (("babysit", "--jobs=x.json"), "--max_chip_hours"),
@@ -78,7 +76,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("arguments, words", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("arguments, words", LINES.values(), ids=LINES)
 def test_command_lines(arguments, words, asked, framework, capsys):
     refused(capsys, *arguments, words=words)
     assert asked.read_text() == ""
@@ -126,26 +124,26 @@ def in_plan(framework, problem):
 def test_what_the_plan_finds(verb, problem, zone, words, asked, framework, bucket_url, capsys):
     """The bucket is there, in us-central1."""
     in_plan(framework, problem)
-    changed = test_job.changed(f"--bucket={bucket_url}", f"--zone={zone}", *GOOD[-2:])
-    refused(capsys, verb, *changed, words=words)
+    given = changed(f"--bucket={bucket_url}", f"--zone={zone}", *GOOD[-2:])
+    refused(capsys, verb, *given, words=words)
     assert asked.read_text() == ""
 
 
 def test_a_bucket_that_is_not_there(asked, framework, bucket_url, capsys):
-    changed = test_job.changed(f"--bucket={bucket_url}x", "--zone=us-central1-a", *GOOD[-2:])
-    refused(capsys, "create", *changed, words=f"{bucket_url}x")
+    given = changed(f"--bucket={bucket_url}x", "--zone=us-central1-a", *GOOD[-2:])
+    refused(capsys, "create", *given, words=f"{bucket_url}x")
     assert asked.read_text() == ""
 
 
 def test_a_good_plan_is_no_error(asked, framework, bucket_url, capsys):
     """So that the rest of this file is refused for the reason it says."""
-    changed = test_job.changed(f"--bucket={bucket_url}", "--zone=us-central1-a", *GOOD[-2:])
-    assert main(["plan", *changed]) == 0
+    given = changed(f"--bucket={bucket_url}", "--zone=us-central1-a", *GOOD[-2:])
+    assert main(["plan", *given]) == 0
     assert "chip-hours" in capsys.readouterr().out and asked.read_text() == ""
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"reap"}))
 def test_every_verb_refuses_names(verb, asked, capsys):
     """Also those that create nothing: a name goes into their commands, too."""
-    refused(capsys, verb, *test_job.changed("a;reboot"), words="NAME is 'a;reboot'")
+    refused(capsys, verb, *changed("a;reboot"), words="NAME is 'a;reboot'")
     assert asked.read_text() == ""

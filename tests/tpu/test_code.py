@@ -56,6 +56,7 @@ def test_equal_trees_give_equal_bytes(tree, tmp_path):
     os.utime(tmp_path / "copy" / "run.sh", (1, 1))
     (tmp_path / "copy" / "package" / "main.py").chmod(0o600)
     assert pack(tmp_path / "copy") == first
+    assert first.data[4:8] == bytes(4)  # gzip's own time
 
 
 def test_the_name_tells_changes_apart(tree):

@@ -14,34 +14,9 @@ from packaging.requirements import Requirement
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import parse_slice
+from tests.tpu.launches import DESCRIBED, JOB, POINT, ROOT, fake
 from tpu import plan
-from tpu.job import Job
 from tpu.plan import make_plan
-
-ROOT = Path(__file__).parents[2]
-JOB = Job(
-    name="night-1",
-    zone="us-east5-a",
-    slice=parse_slice("v5p:4x4x4"),
-    bucket="gs://runs-of-ours",
-    config="experiments/pile.py:1.4b,spiral_b",
-)
-POINT = json.loads((ROOT / "tpu/predictions/1.4b-v5p-4x4x4-spiral_b.json").read_text())
-# Of `describe --json --data` what matters here.
-DESCRIBED = {
-    "model": {"notation": "4+8x{1/8,1/4,1/2,1}+4", "topology": "mesh"},
-    "parameters": {"total": POINT["model"]["parameters"]},
-    "flops": {"train_per_token_causal": 8e9},
-    "train": {
-        "steps": 1000, "batch_size": 512, "sequence_length": 4096, "tokens": 1000 * 2**21, "evaluations": 4,
-        "tokens_per_evaluation": 20 * 2**21,
-    },
-    "reads": {"data.stores": ["gs://pile/tokens"]},
-    "data": {"tokens": 10**11, "epochs": 0.02, "validation_tokens": 10**6},
-    "memory": dict.fromkeys(
-        ("parameters", "optimizer", "gradients", "core", "gathered_rest", "activations_kept", "logits_block"), 10**9
-    ),
-}  # fmt: skip
 
 
 def find_without(*missing):
@@ -212,11 +187,6 @@ def test_skipping_is_loud():
     assert lines[0].startswith("PLAN SKIPPED: nothing was checked")
 
 
-def fake(path, script):
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
 def test_a_child_that_refuses(monkeypatch, tmp_path):
     fake(tmp_path / "python", "echo working >&2; echo 'error: x is 3; allowed: 4' >&2; exit 2")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -304,9 +274,10 @@ def test_what_the_framework_refuses(override, words):
 
 
 @pytest.mark.slow
-def test_the_compiler_itself(libtpu, monkeypatch, tmp_path):
+def test_the_compiler_itself(libtpu, monkeypatch, tmp_path, packed):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(plan, "_resolve", lambda: "")
+    monkeypatch.setattr(plan, "pack", lambda root: packed)
     small = ("--config.mesh.fsdp=4", "--config.mesh.data=1", "--config.train.batch_size=8")
     job = dataclasses.replace(QUICKSTART, overrides=small)
     lines = []

@@ -12,7 +12,7 @@ from spiral_jax.run.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 SMOKE = ["-m", "tpu.host.smoke", "--hosts=2", "--devices=4"]
-STEPS = ("--config.train.steps=300", "--config.checkpoint.every_steps=20", "--config.evaluation.every_steps=300",
+STEPS = ("--config.train.steps=100", "--config.checkpoint.every_steps=10", "--config.evaluation.every_steps=100",
          "--config.summary.sample_tokens=0")  # fmt: skip
 
 
@@ -51,43 +51,49 @@ def test_killed_stopped_lost_and_finished(pair, tmp_path):
     config, workdir = flags_of(tmp_path, "run")
     train = ["-m", "spiral_jax.train", config, workdir, *STEPS]
 
-    def saved(step):
-        wait_for(lambda: (tmp_path / f"run/checkpoints/{step}").is_dir(), lambda: pair.log(attempt, 0), 180)
+    attempts = []
 
-    attempt = 1
-    pair.begin(1, train)
-    saved(40)
+    def begin_and_reach(file: str) -> int:
+        """Attempts until there is such a file in the run; the number of the one that reached it."""
+        while True:
+            attempts.append(len(attempts) + 1)
+            pair.begin(attempts[-1], train)
+            ended = f"attempts/{attempts[-1]:04d}/first_exit.json"
+            wait_for(lambda ended=ended: (tmp_path / "run" / file).exists() or pair.bucket.get(ended),
+                     lambda: pair.log(attempts[-1], 0), 300)  # fmt: skip
+            if (tmp_path / "run" / file).exists():
+                return attempts[-1]
+            pair.wait(attempts[-1], seconds=120)
+            # On a busy machine jax's CPU devices may not find each other within the 30 seconds that they have.
+            assert any("Gloo context initialization failed" in pair.log(attempts[-1], host) for host in (0, 1))
+
+    attempt = begin_and_reach("checkpoints/10")
     os.kill(pair.hosts[1].pid("spiral_jax.train"), signal.SIGKILL)
-    survivor, killed = pair.wait(1, seconds=120)
+    survivor, killed = pair.wait(attempt, seconds=120)
     assert (killed["status"], killed["signal"]) == (137, True) and killed["kernel"]
     assert survivor["status"] == 43, survivor  # it has met a lost peer
-    assert pair.bucket.read("attempts/0001/first_exit.json")["host"] == 1
-    assert "smoke test: 2 x 4 x cpu" in pair.log(1, 0)
+    assert pair.bucket.read(f"attempts/{attempt:04d}/first_exit.json")["host"] == 1
+    assert "smoke test: 2 x 4 x cpu" in pair.log(attempt, 0)
 
-    attempt = 2
-    pair.begin(2, train)
-    saved(100)
+    attempt = begin_and_reach("checkpoints/40")
     os.kill(pair.hosts[0].pid("tpu.host.supervisor"), signal.SIGTERM)
-    assert [state["status"] for state in pair.wait(2, seconds=120)] == [42, 42]  # one asked, both saved
+    assert [state["status"] for state in pair.wait(attempt, seconds=120)] == [42, 42]  # one was asked, both saved
 
-    attempt = 3
-    pair.begin(3, train)
-    saved(160)
+    attempt = begin_and_reach("checkpoints/70")
     pair.hosts[0].kill()
-    (other,) = pair.wait(3, hosts=[1], seconds=120)
+    (other,) = pair.wait(attempt, hosts=[1], seconds=120)
     assert other["status"] == 43
 
-    attempt = 4
-    pair.begin(4, train)
-    assert [state["status"] for state in pair.wait(4, seconds=300)] == [0, 0]
-    logs = [pair.log(n, 0) for n in (1, 2, 3, 4)]
-    assert all(re.search(r"resum", log) for log in logs[1:]), logs
+    attempt = begin_and_reach("checkpoints/100")
+    assert [state["status"] for state in pair.wait(attempt, seconds=300)] == [0, 0]
+    logs = "".join(pair.log(number, 0) for number in attempts)
+    assert len(re.findall("^resuming after step", logs, re.M)) >= 3, logs
     for host in (0, 1):
-        places = [int(part.name[-16:-4]) for part in pair.bucket.list(f"attempts/0004/logs/host-{host}/")]
+        places = [int(part.name[-16:-4]) for part in pair.bucket.list(f"attempts/{attempt:04d}/logs/host-{host}/")]
         assert places == sorted(places) and places[:1] == [0]
 
     done = run_pair(tmp_path, "train", config, flags_of(tmp_path, "undisturbed")[1], *STEPS, timeout=300)
     assert [process.returncode for process in done] == [0, 0], done
     rows, expected = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("run", "undisturbed"))
     losses = [[(row["step"], row["loss"]) for row in found if "loss" in row] for found in (rows, expected)]
-    assert losses[0] == losses[1] and len(losses[0]) > 20
+    assert losses[0] == losses[1] and len(losses[0]) >= 10

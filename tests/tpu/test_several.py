@@ -130,7 +130,7 @@ def world(monkeypatch):
         name, cap = arguments[0], float(next(a for a in reversed(arguments) if "chip_hours" in a).partition("=")[2])
         started.append((name, cap))
         status, hours = script[name]
-        spent[name] = Spent(min(hours, cap), status != 130, status == 0)
+        spent[name] = Spent(min(hours, cap), status != 130, status)
         return subprocess.Popen(["sh", "-c", f"exit {status}"], text=True)
 
     monkeypatch.setattr(several, "_launcher", launcher)
@@ -151,10 +151,34 @@ def test_one_after_another_to_the_end_of_the_budget(world, tmp_path):
 
 def test_a_run_that_finished_before_is_not_started_again(world, tmp_path):
     path = write(tmp_path / "jobs.json", ("a", []), ("b", []))
-    world.spent["a"] = Spent(60, True, True)
+    world.spent["a"] = Spent(60, True, 0)
     world.script["b"] = (0, 10)
     assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 0
     assert world.started == [("b", 40)]
+
+
+def test_what_bills_already_comes_first(world, tmp_path):
+    """The list was started before, by a launcher that died."""
+    path = write(tmp_path / "jobs.json", ("a", []), ("b", []), ("c", []))
+    world.spent.update({"a": Spent(5, True, 44), "c": Spent(10, False)})
+    world.script.update({"b": (0, 10), "c": (0, 20)})
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 44
+    assert world.started == [("c", 95), ("b", 75)]
+
+
+def test_a_bucket_that_does_not_answer_gives_nothing_back(world, tmp_path, monkeypatch):
+    path = write(tmp_path / "jobs.json", ("a", ["--max_chip_hours=60"]), ("b", []))
+    world.script.update({"a": (0, 5), "b": (0, 5)})
+    answers = iter([Spent(), Spent(), None, Spent(5)])
+
+    def spent_by(job):
+        if (answer := next(answers)) is None:
+            raise SpiralError("the bucket does not answer")
+        return answer
+
+    monkeypatch.setattr(several, "spent_by", spent_by)
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 0
+    assert world.started == [("a", 60), ("b", 40)]
 
 
 def test_what_may_bill_on_keeps_its_share(world, tmp_path):

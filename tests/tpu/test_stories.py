@@ -64,6 +64,14 @@ def test_story_03_what_never_comes_back_is_deleted_until_gone_and_created_again(
     assert second.created >= first.gone and world.heard("interruption 1")
 
 
+def test_symptoms_of_nodes_are_shown_once():
+    symptom = {"createTime": "2026-11-26T18:00:00Z", "symptomType": "HBM_OUT_OF_MEMORY", "workerId": "1"}
+    ill = (600, {"state": "ACTIVE", "nodes": {"0": {"state": "READY", "symptoms": [symptom]}}})
+    world = World({"timelines": [queued(ill)]})
+    ended_well(world, world.run())
+    assert sum("pile 2026-11-26T18:00:00Z HBM_OUT_OF_MEMORY worker 1" in line for line in world.said) == 1
+
+
 @pytest.mark.parametrize("node", ["PREEMPTED", "TERMINATED", "STOPPED", None])
 def test_story_04_a_preempted_node_has_some_other_state_or_none(node):
     lost = {"state": "ACTIVE", "nodes": {"0": node and {"state": node}}}

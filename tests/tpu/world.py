@@ -4,6 +4,7 @@ import contextlib
 import json
 from typing import Any, NamedTuple
 
+from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import parse_slice
 from tests.tpu.cloud import EVER, Cloud, Slice
 from tpu.babysit import Babysitter
@@ -85,6 +86,7 @@ class World:
         self.cloud = Cloud(self.script)
         self.bucket_down = self.script.get("bucket_down", ())
         self.bucket = MemoryBucket(self)
+        self.gcloud = Gcloud("my-project", say=self.say, execute=self.execute, clock=lambda: self.cloud.now)
         self.job = Job(
             **{
                 "name": "pile",
@@ -139,12 +141,13 @@ class World:
         if not self.dead:
             self.said.append(f"{self.elapsed:7.0f} {line}")
 
-    def bring_up(self, provider: Provider, attempt: int) -> None:
+    def bring_up(self, provider: Provider, attempt: int, seconds: float) -> None:
         """As `tpu.hosts` does: an ssh to all hosts, then the job runs by itself."""
-        gcloud = Gcloud(execute=self.execute, clock=lambda: self.cloud.now)
-        gcloud.run(*provider.ssh("setup"))
-        self.cloud.now += 180
+        self.gcloud.run(*provider.ssh("setup"))
+        self.cloud.now += min(seconds, self.script.get("set_up", 180))
         self.step("set up")
+        if seconds < self.script.get("set_up", 180):
+            raise SpiralError(f"host 0 did not answer in {seconds:.0f} s")
         jobs = self.script.get("jobs") or [{"runs": 3600, "status": 0}]
         job = jobs[min(attempt - 1, len(jobs) - 1)]
         if "trouble" in job:
@@ -200,7 +203,7 @@ class World:
     def babysitter(self, owner: str = "elsewhere:1:a") -> Babysitter:
         return Babysitter(
             self.job,
-            Gcloud("my-project", say=self.say, execute=self.execute, clock=lambda: self.cloud.now),
+            self.gcloud,
             self.bucket,  # type: ignore[arg-type]
             self.bring_up,
             say=self.say,
@@ -225,9 +228,11 @@ class World:
     def killed(self, at: int) -> None:
         """A launcher that dies at its n-th step from now; then the world is as it is."""
         self.kill_at = self.steps + at
-        with contextlib.suppress(Killed):
-            self.run()
-        self.kill_at, self.dead = None, False
+        try:
+            with contextlib.suppress(Killed):
+                self.run()
+        finally:
+            self.kill_at, self.dead = None, False
 
     def created(self) -> int:
         """How often a slice came into being."""

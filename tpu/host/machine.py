@@ -86,13 +86,13 @@ def send(pid: int, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(pid, number)
 
 
-def wait_until(done: Callable[[], bool], seconds: float) -> bool:
+def wait_until(done: Callable[[], bool], seconds: float, every: float = 0.1) -> bool:
     """Whether it was done within so many seconds."""
     deadline = time.monotonic() + seconds
     while not done():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(every)
     return True
 
 

@@ -26,7 +26,7 @@ import traceback
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from spiral_jax.errors import SpiralError
 from tpu.bucket import Bucket
@@ -87,30 +87,26 @@ class Supervisor:
         return end.status
 
     def _phases(self) -> Exit:
-        setup = ["bash", str(CODE / "tpu/host/setup.sh"), "environment", str(self._environment)]
-        end = self._child(setup, SETUP_SECONDS)
-        if end.status:
-            return self._without_job(f"set-up: {end.line}")
-        self._reporter.say(state="testing", phase="testing")
-        line = self._agree()
+        python, setup = str(self._environment / "bin/python"), str(CODE / "tpu/host/setup.sh")
+        line = self._test("set-up", ["bash", setup, "environment", str(self._environment)], SETUP_SECONDS)
+        if not line and not self._why_end():
+            self._reporter.say(state="testing", phase="testing")
+            line = self._agree() or self._test("smoke test", [python, *self._plan["smoke"]], SMOKE_SECONDS)
         if line:
-            return Exit(LOST, line=f"smoke test: {line}")
-        python = str(self._environment / "bin" / "python")
-        if self._plan["smoke"] and not self._why_end():
-            end = self._child([python, *self._plan["smoke"]], SMOKE_SECONDS)
-            if end.status:
-                return self._without_job(f"smoke test: {end.line}")
-        if self._why_end():
-            return self._without_job("")
+            return Exit(LOST, line=line)
+        if why := self._why_end():
+            return Exit(143, line=f"{why}, before the job ran")
         if not self._plan["argv"]:
             return Exit(0)
         self._reporter.say(state="running", phase="running")
         return self._child([python, *self._plan["argv"]])
 
-    def _without_job(self, line: str) -> Exit:
-        """The end of an attempt in which the job did not run."""
-        why = self._why_end()
-        return Exit(143, line=f"{why}, before the job ran") if why else Exit(LOST, line=line)
+    def _test(self, what: str, command: Sequence[str], seconds: float) -> str:
+        """What went wrong with a program that comes before the job; nothing if it was ended, too."""
+        if self._why_end():
+            return ""
+        end = self._child(command, seconds)
+        return f"{what}: {end.line}" if end.status and not self._why_end() else ""
 
     def _agree(self) -> str:
         """Waits until all hosts are set up; what is wrong with which of them, or nothing."""
@@ -124,16 +120,14 @@ class Supervisor:
             # The names alone say enough: one question, however many hosts there are.
             names = [o.name.removeprefix(ready).split("-") for o in self._bucket.list(ready)]
             found.update({int(host): digest for host, digest in names})
-            if len(found) < self._hosts and not self._why_end():
-                time.sleep(min(2.0, self._plan["seconds"]))
             return len(found) >= self._hosts or bool(self._why_end())
 
-        machine.wait_until(all_here, READY_SECONDS)
+        machine.wait_until(all_here, READY_SECONDS, every=min(2.0, self._plan["seconds"]))
         missing = [str(host) for host in range(self._hosts) if host not in found]
         if missing and self._why_end():
             return ""
         if missing:
-            return f"host {', '.join(missing)} is not set up {READY_SECONDS:.0f} s after this one"
+            return f"smoke test: host {', '.join(missing)} is not set up {READY_SECONDS:.0f} s after this one"
         usual = collections.Counter(found[host] for host in sorted(found)).most_common(1)[0][0]
 
         def versions(host: int) -> dict:
@@ -141,12 +135,13 @@ class Supervisor:
 
         others = versions(next(host for host in found if found[host] == usual))
         odd = {host: versions(host) for host in sorted(found) if found[host] != usual}
-        return "; ".join(
+        differing = [
             f"host {host} has {name} {has.get(name)}, others {others.get(name)}"
             for host, has in odd.items()
             for name in sorted({*has, *others})
             if has.get(name) != others.get(name)
-        )
+        ]
+        return f"smoke test: {'; '.join(differing)}" if differing else ""
 
     def _child(self, command: Sequence[str], seconds: float = float("inf")) -> Exit:
         """Runs a program to its end, or ends it: first SIGTERM, then SIGKILL."""
@@ -163,10 +158,10 @@ class Supervisor:
             now, why = time.monotonic(), self._why_end()
             if now > deadline:
                 why = f"{_LATE} {seconds:.0f} seconds"
-            if why and asks_at == float("inf"):
+            if why:
                 # A job that lost another ends by itself, and knows best how.
-                asks_at = now + (self._plan["grace"] if why.startswith("host ") else 0)
-            if not asked and now > asks_at:
+                asks_at = min(asks_at, now + (self._plan["grace"] if why.startswith("host ") else 0))
+            if not asked and now >= asks_at:
                 spool.note(f"{why}: SIGTERM")
                 self._reporter.say(state="stopping")
                 machine.send(child.pid, signal.SIGTERM)
@@ -232,34 +227,25 @@ def only_one(root: str, attempt: int) -> Iterator[None]:
       SpiralError: this attempt, or a later one, is under way.
     """
     with LOCK.open("a+") as file:
-        while not _locked(file.fileno()):
-            check_earlier(root, attempt)
-            end_other(file.fileno(), 330.0)
-        os.ftruncate(file.fileno(), 0)
+        while not _locked(file):
+            holder = read_holder()
+            if holder is None:
+                time.sleep(0.1)
+            elif holder["root"] == root and holder["attempt"] >= attempt:
+                at, pid = holder["attempt"], holder["pid"]
+                raise SpiralError(f"--attempt is {attempt}; allowed: one after {at}, which process {pid} runs")
+            else:
+                end_other(file, 330.0)
+        file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "root": root, "attempt": attempt}))
         file.flush()
         yield
 
 
-class UnderWay(SpiralError):
-    """The attempt runs on this host already."""
-
-
-def check_earlier(root: str, attempt: int) -> None:
-    """Raises SpiralError if what runs on this host is not of an earlier attempt."""
-    holder = read_holder()
-    if holder and holder["root"] == root and holder["attempt"] >= attempt:
-        kind = UnderWay if holder["attempt"] == attempt else SpiralError
-        raise kind(
-            f"--attempt is {attempt}; allowed: one after {holder['attempt']}, which process {holder['pid']} runs here"
-        )
-
-
-def end_other(file: int, seconds: float) -> None:
+def end_other(file: IO[str], seconds: float) -> None:
     """Ends the supervisor that has the lock: asks, and after so many seconds kills."""
     for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
-        holder = read_holder()
-        if holder:
+        if holder := read_holder():
             machine.send(holder["pid"], number)
         if machine.wait_until(lambda: _locked(file), patience):
             fcntl.flock(file, fcntl.LOCK_UN)
@@ -276,7 +262,7 @@ def read_holder() -> dict | None:
     return holder if b"tpu.host.supervisor" in command else None
 
 
-def _locked(file: int) -> bool:
+def _locked(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -293,42 +279,35 @@ def main() -> int:
     flags = parser.parse_args()
     HOME.mkdir(exist_ok=True)
     if flags.end is not None:
-        return end(flags.end)
+        with LOCK.open("a") as file:
+            if not _locked(file):
+                end_other(file, flags.end)
+        return 0 if machine.free(flags.end) else LOST
     if not flags.foreground:
-        return detach(flags.root, flags.attempt)
+        return detach()
     with only_one(flags.root, flags.attempt):
-        bucket = Bucket(flags.root)
-        plan = bucket.read(f"{attempt_folder(flags.attempt)}/job.json")
+        bucket, folder = Bucket(flags.root), attempt_folder(flags.attempt)
+        plan = bucket.read(f"{folder}/job.json")
         if plan is None:
             raise SpiralError(f"--attempt is {flags.attempt}; allowed: one with a job.json in {flags.root}")
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        files = FILES if limit == resource.RLIM_INFINITY else min(FILES, limit)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, limit))
         host = machine.index(plan["hosts"] // plan["slices"])
-        before = bucket.read(f"{attempt_folder(flags.attempt)}/host-{host}.json")
+        before = bucket.read(f"{folder}/host-{host}.json")
         if before and before["state"] == "ended":
-            raise UnderWay(f"--attempt is {flags.attempt}; allowed: a new one, as this one has ended here")
+            raise SpiralError(f"--attempt is {flags.attempt}; allowed: a new one, as this one has ended here")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (FILES if most == resource.RLIM_INFINITY else min(FILES, most), most)
+        )
         return Supervisor(bucket, flags.attempt, plan, host).run()
 
 
-def detach(root: str, attempt: int) -> int:
-    """Starts a supervisor that outlives the ssh it was started by."""
-    with LOCK.open("a") as file:
-        if not _locked(file.fileno()):
-            check_earlier(root, attempt)
-    command = [sys.executable, "-m", "tpu.host.supervisor", f"--root={root}", f"--attempt={attempt}", "--foreground"]
+def detach() -> int:
+    """Starts a supervisor that outlives the ssh it was started by. If one is under way already, it ends at once."""
+    command = [sys.executable, "-m", "tpu.host.supervisor", *sys.argv[1:], "--foreground"]
     with (HOME / "supervisor.log").open("ab") as log:
         started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    print(f"attempt {attempt} is process {started.pid}", flush=True)
+    print(f"{' '.join(sys.argv[1:])} is process {started.pid}", flush=True)
     return 0
-
-
-def end(seconds: float) -> int:
-    """Ends whatever runs here, and whoever holds the chips."""
-    with LOCK.open("a") as file:
-        if not _locked(file.fileno()):
-            end_other(file.fileno(), seconds)
-    return 0 if machine.free(seconds) else LOST
 
 
 if __name__ == "__main__":
@@ -336,4 +315,4 @@ if __name__ == "__main__":
         sys.exit(main())
     except SpiralError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(0 if isinstance(error, UnderWay) else 2)
+        sys.exit(2)

@@ -8,6 +8,7 @@ import string
 from pathlib import Path
 
 from spiral_jax.errors import SpiralError
+from tpu.hosts import environment
 from tpu.job import Job
 
 _TEMPLATE = Path(__file__).parent.parent / "templates" / "jobset.yaml"
@@ -29,13 +30,12 @@ _PRICING = {
 }
 
 
-def manifest(job: Job, image: str, attempt: int = 1) -> str:
+def manifest(job: Job, image: str) -> str:
     """The JobSet, as YAML whose values are JSON.
 
     Args:
       job: with provider `gke`.
-      image: a container image with the code and the lock's packages; its Python runs the supervisor.
-      attempt: whose `job.json` lies on the bucket.
+      image: a container image with the code and the lock's packages.
 
     Raises:
       SpiralError: no image was named.
@@ -50,14 +50,16 @@ def manifest(job: Job, image: str, attempt: int = 1) -> str:
         "cloud.google.com/gke-tpu-topology": "x".join(map(str, tpu.shape)),
         **_PRICING[job.pricing],
     }
-    # exec, so that SIGTERM reaches the supervisor and not a shell.
-    command = ["python3", "-u", "-m", "tpu.host.supervisor", f"--root={job.root}", f"--attempt={attempt}"]
+    # No shell, so that SIGTERM reaches Python. What a supervisor is for elsewhere, the cluster does.
+    command = ["python3", "-u", "-m", *job.arguments]
+    env = [{"name": name, "value": value} for name, value in environment(job).items()]
     chips = {"google.com/tpu": per_host // containers}
     pods = [
         {
             "name": f"{job.name}-{i}" if containers > 1 else job.name,
             "image": image,
-            "command": [*command, "--foreground"],
+            "command": command,
+            "env": env,
             "ports": [{"containerPort": 8471 + 10 * i}, {"containerPort": 8431 + 10 * i}],
             "securityContext": {"privileged": True},
             "resources": {"requests": chips, "limits": chips},
