@@ -40,6 +40,7 @@ def test_it_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     book = read()
     (parameters,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))

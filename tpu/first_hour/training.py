@@ -46,8 +46,8 @@ class Allowed(NamedTuple):
     movement: float
 
 
-# float32 is computed in float32 on both (`jax_default_matmul_precision`). Two ways to compute the steps on a CPU (plain
-# attention and the interpreted kernel) differ by a tenth of this or less; see tests/tpu/first_hour/test_sections.py.
+# float32 is computed in float32 on both (`jax_default_matmul_precision`). For bfloat16, five times and more what lies
+# between it and float32 on a CPU: 4e-5, 4e-4, 0.6 % and 5 % (the tiny Spiral-B; tests/tpu/first_hour/test_sections.py).
 ALLOWED = {"float32": Allowed(1e-5, 1e-4, 1e-3, 0.05), "bfloat16": Allowed(0.001, 0.01, 0.03, 0.25)}
 
 
