@@ -61,8 +61,11 @@ def combination(seed: int, length: int | None = None, **fixed) -> tuple[ModelCon
         rotary_base=pick(10000.0, 100.0),
         layer_norm_epsilon=pick(1e-5, 1e-2),
     )
+    drawn |= fixed
+    if not drawn["prelude_layers"] + drawn["core_layers"] + drawn["coda_layers"]:
+        drawn["coda_layers"] = 1  # a model has a layer
     sizes = dict(vocab_size=VOCAB, d_model=d_model, num_heads=num_heads, dtype="float64", scan_iterations_from=2)
-    config = ModelConfig(**sizes, chunks=chunks, offsets=offsets, shifts=shifts, **(drawn | fixed))
+    config = ModelConfig(**sizes, chunks=chunks, offsets=offsets, shifts=shifts, **drawn)
     return config, rng.integers(VOCAB, size=(2, length)).astype(np.int32)
 
 
