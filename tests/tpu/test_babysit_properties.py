@@ -59,7 +59,8 @@ jobs = st.lists(
 faults = st.lists(
     st.builds(
         lambda when, error, since, length, effect: {
-            "when": f" {when} ", "error": error, "effect": effect and error != "hang",
+            # What is refused has no effect; where the answer was lost, it may have had its own.
+            "when": f" {when} ", "error": error, "effect": effect and error in ("network", "503"),
             "from": since, "to": since + length,
         },
         st.sampled_from(["describe", "create", "delete", "ssh"]),
@@ -113,13 +114,13 @@ def check(world: World, launchers: int) -> None:
     assert world.cloud.billed() * CHIPS / 3600 <= CAP + CHIPS * away / 3600, world.said
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(script(QUEUED, queued_events), st.lists(st.integers(1, 400), max_size=2))
 def test_queued_resources(script, deaths):
     check(lives_through(script, deaths, "qr"), 1 + len(deaths))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(script(DIRECT, node_events), st.lists(st.integers(1, 400), max_size=2))
 def test_direct_nodes(script, deaths):
     check(lives_through(script, deaths, "vm"), 1 + len(deaths))
