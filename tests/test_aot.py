@@ -111,6 +111,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_does(pretended):
     assert "nearest that fits: --config.train.accumulation=16 --config.model.remat=keep_inputs" in last
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_fastest_that_fits(pretended, quiet=lambda line: None):
     compiled, seconds = pretended
     config = RunConfig()

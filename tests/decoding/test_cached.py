@@ -128,6 +128,7 @@ def test_cached_logits_are_those_of_the_full_pass(config, random_model, forward,
     assert error(alone, full_BxLxV[1:2]) < 1e-4
 
 
+@pytest.mark.slow
 def test_where_the_prefill_ends_does_not_matter(random_model, forward, quick):
     """From every length within a period of the schedule, in a bucket that is longer than the prompts."""
     config = FAST["spiral_b"]
@@ -181,7 +182,11 @@ BREAKS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "wrong"), BREAKS, ids=lambda x: getattr(x, "__name__", None))
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [*BREAKS[:2], *(pytest.param(*broken, marks=pytest.mark.slow) for broken in BREAKS[2:])],
+    ids=lambda x: getattr(x, "__name__", None),
+)
 def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, random_model, forward, quick):
     """Against the same comparison with nothing broken, the first case."""
     config = small(chunks=(4, 2), topology="mesh")

@@ -133,6 +133,7 @@ def test_a_text_is_what_it_is_alone(weights, requests, rows):
     assert texts(weights, other, rows)[0] != together
 
 
+@pytest.mark.slow
 def test_where_texts_end(weights, requests, greedy):
     """Where `is_done` says so, on the host, while the devices are a step ahead."""
     done = [dataclasses.replace(x, is_done=lambda ids, n=i % 4 + 1: len(ids) == n) for i, x in enumerate(requests)]

@@ -127,7 +127,9 @@ def found(check, **fields) -> invariants.Finding:
         pytest.param(invariants.lengths, dict(allocation="backwards"), "at length", marks=pytest.mark.slow),
         (invariants.rows, dict(topology="mixes_rows"), "the (first|last) row"),
         pytest.param(invariants.scanned, dict(topology="counts_zeros"), "", marks=pytest.mark.slow),
-        (invariants.decoded, dict(pooling="wrong_one_token_pass"), "tokens read at once and"),
+        pytest.param(
+            invariants.decoded, dict(pooling="wrong_one_token_pass"), "tokens read at once and", marks=pytest.mark.slow
+        ),
         pytest.param(
             invariants.decoded, dict(topology="leaks_from_far"), "tokens read at once and", marks=pytest.mark.slow
         ),

@@ -263,6 +263,7 @@ def test_documents_and_prompts():
 # Generated texts.
 
 
+@pytest.mark.slow
 def test_generation_against_the_reference(weights, logp_of):
     placed, params = on_mesh(weights)
     generator = Generator(placed, max_length=L, batch_size=3, num_ids=V - 2)

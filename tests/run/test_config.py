@@ -337,6 +337,7 @@ def test_a_warm_up_that_would_have_been_another_is_refused(schedule):
         config_of(schedule=schedule, train__steps=1000).check_resume(config_of(schedule=schedule), 2)
 
 
+@pytest.mark.slow
 def test_a_resume_never_changes_a_rate_that_was_used():
     """Whatever the rule lets through, by brute force over lengths and steps done, warm-up of a fixed length."""
     for schedule in ("cosine", "wsd", "constant"):
