@@ -145,8 +145,8 @@ def costs() -> list[dict[str, Any]]:
         config = RunConfig.from_dict(values.to_dict())
         model, needed = config.model, flops(config)
         total, found = (needed.dense + needed.attention_causal) * config.train.steps, {}
+        key = (model.notation, model.topology, model.total_parameters)
         for name, chips in slices:
-            key = (model.notation, model.topology, model.total_parameters)
             point = nearest(points, chips.generation.name, *key)
             assert point is not None, "slices are those of points"
             found[name] = {

@@ -13,10 +13,6 @@ TESTS = Path(__file__).parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-# Programs are generated in less time; their operations are the same.
-for flag, value in {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": "true"}.items():
-    if flag not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += f" --{flag}={value}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

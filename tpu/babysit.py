@@ -8,10 +8,10 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from spiral_jax.errors import SpiralError
+from tpu import hosts
 from tpu.bucket import Bucket, Conflict, Unreachable
 from tpu.decide import (
     LOOK,
@@ -28,11 +28,11 @@ from tpu.decide import (
     undeleted,
 )
 from tpu.gcloud import Gcloud, GcloudError, shown
+from tpu.host.report import STOP, attempt_folder
 from tpu.job import Job
 from tpu.providers import Observation, Provider, State, provider_of
 
 MEMORY = "launch.json"
-STOP = "control/stop"
 _HELD = 4 * LOOK  # seconds that a launcher is believed to live on
 _LONGEST = 3600  # seconds for one set-up, or one create
 
@@ -77,6 +77,12 @@ class Store:
         self._bucket.put(MEMORY, vars(dataclasses.replace(memory, owner="", until=0)), self._generation)
 
 
+def read_memory(bucket: Bucket) -> Memory:
+    """What is remembered of a job, for those who change nothing."""
+    found = bucket.read(MEMORY)
+    return Memory(**found) if found else Memory()
+
+
 def this_launcher() -> str:
     """A name for this process that no other has."""
     return f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
@@ -105,19 +111,15 @@ def where(job: Job) -> str:
 
 def read_status(bucket: Bucket, job: Job, attempt: int) -> tuple[JobStatus, dict[int, dict[str, Any]]]:
     """What hosts wrote about an attempt, together and one by one."""
-    folder = f"attempts/{attempt:04d}/"
     try:
         stop = bucket.get(STOP) is not None
         if not attempt:
             return JobStatus(stop=stop), {}
-        names = [found.name for found in bucket.list(f"{folder}host-")]
-        first = bucket.read(f"{folder}first_exit.json")
-        with ThreadPoolExecutor(16) as pool:
-            read = list(pool.map(bucket.read, names)) if len(names) > 2 else [bucket.read(name) for name in names]
+        states = hosts.states(bucket, attempt)
+        first = bucket.read(f"{attempt_folder(attempt)}/first_exit.json")
     except SpiralError:  # credentials that ran out, too, may be renewed
         return JobStatus(known=False), {}
-    hosts = {int(name[len(folder) + 5 : -5]): host for name, host in zip(names, read, strict=True) if host}
-    return job_status(hosts, job.hosts, stop, first), hosts
+    return job_status(states, job.hosts, stop, first), states
 
 
 def command_line(job: Job, verb: str) -> str:
@@ -188,7 +190,7 @@ class Babysitter:
             self._memory = self._take()
         except Unreachable:
             self._look_again()
-            self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
+            self._say_what_bills()
             raise
         return self._watch()
 
@@ -207,14 +209,14 @@ class Babysitter:
             raise  # the other one sees to what bills
         except BaseException as error:
             self._look_again()
-            self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
+            self._say_what_bills()
             if isinstance(error, KeyboardInterrupt):
                 self._release()
                 return 130
             raise
         spent = f"{self._memory.chip_seconds / 3600:.1f} chip-hours, attempts: {self._memory.attempt}"
         self._say(f"the end: {self._memory.ending} ({spent})")
-        self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
+        self._say_what_bills()
         self._release()
         return self._memory.result
 
@@ -228,21 +230,21 @@ class Babysitter:
         try:
             if self._memory.phase == "ended":
                 raise SpiralError(f"{self._job.name} has finished; allowed: another NAME, or an empty {self._job.root}")
-            seen = self._seen = self._provider.observe()
-            if seen.state is State.GONE:
+            self._seen = self._provider.observe()
+            if self._seen.state is State.GONE:
                 status, _ = read_status(self._bucket, self._job, self._memory.attempt)
-                decision = decide(self._job, self._memory, seen, status, self._clock())
+                decision = decide(self._job, self._memory, self._seen, status, self._clock())
                 self._report(decision)
                 if decision.action is Action.CREATE:
                     self._act(decision)
                     if self._memory.ending:
                         self._say(self._memory.ending)
-                seen = self._provider.observe()
-            self._say(what_bills(self._job, seen, self._memory, self._clock()))
+                self._seen = self._provider.observe()
+            self._say_what_bills()
         finally:
             self._release()
-        coming = seen.state is State.GONE and self._memory.phase == "creating"
-        return 0 if coming or seen.state in (State.WAITING, State.READY, State.TRANSIENT) else 2
+        coming = self._seen.state is State.GONE and self._memory.phase == "creating"
+        return 0 if coming or self._seen.state in (State.WAITING, State.READY, State.TRANSIENT) else 2
 
     def start(self) -> int:
         """Starts an attempt once, unless one runs. Returns 0, or 1 if it could not be started."""
@@ -381,6 +383,9 @@ class Babysitter:
         for line in (*new, *decision.lines):
             self._say(line)
         self._said.update(seen.symptoms)
+
+    def _say_what_bills(self) -> None:
+        self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
 
     def _look_again(self) -> None:
         try:

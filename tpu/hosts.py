@@ -16,14 +16,14 @@ from spiral_jax.errors import SpiralError
 from tpu.bucket import Bucket
 from tpu.code import Code
 from tpu.gcloud import Gcloud, GcloudError
-from tpu.host.report import attempt_folder
+from tpu.host.report import STOP, attempt_folder
 from tpu.job import Job
 from tpu.providers import Provider
 
 SCRIPT = Path(__file__).parent / "host" / "setup.sh"
 ON_HOST = "spiral_jax_setup.sh"
 TEST = 0  # the attempt that sets up and tests, and runs no job
-BEAT, GRACE, STOP = 10.0, 60.0, 300.0  # seconds: between reports; for a host whose sibling failed; to save in
+BEAT, GRACE, SAVE = 10.0, 60.0, 300.0  # seconds: between reports; for a host whose sibling failed; to save in
 END = 30.0  # seconds for what was asked before and has not ended
 ANSWER, POLL = 30.0, 2.0  # seconds for hosts that were told to answer, and between looks
 
@@ -75,7 +75,7 @@ def plan_of(job: Job, attempt: int, code: Code) -> dict:
         "started": time.time(),
         "seconds": BEAT,
         "grace": GRACE,
-        "stop_seconds": STOP,
+        "stop_seconds": SAVE,
     }
 
 
@@ -108,7 +108,7 @@ def bring_up(
         if not bucket.list(archive):
             bucket.put(archive, code.data)
         bucket.put(f"{folder}/job.json", plan)
-    bucket.delete("control/stop")
+    bucket.delete(STOP)
     _until_answered(
         lambda host: _tell(job, provider, gcloud, plan, f"--attempt={attempt}", host),
         lambda: set(range(job.hosts)) - set(states(bucket, attempt)),
@@ -142,7 +142,7 @@ def wait_until_tested(
 
 
 def stop(
-    job: Job, provider: Provider, gcloud: Gcloud, bucket: Bucket, attempt: int, seconds: float = STOP + 60
+    job: Job, provider: Provider, gcloud: Gcloud, bucket: Bucket, attempt: int, seconds: float = SAVE + 60
 ) -> None:
     """Ends an attempt on all hosts: asks by the bucket, then by ssh those that have not ended in time.
 
@@ -155,7 +155,7 @@ def stop(
     plan = bucket.read(f"{attempt_folder(attempt)}/job.json")
     if plan is None:
         return
-    bucket.put("control/stop", {"time": time.time()})
+    bucket.put(STOP, {"time": time.time()})
 
     def left() -> set[int]:
         return {host for host, state in states(bucket, attempt).items() if state["state"] != "ended"}
@@ -180,9 +180,12 @@ def states(bucket: Bucket, attempt: int) -> dict[int, dict]:
     """What the hosts that have answered say, by number: host-I.json."""
     prefix = f"{attempt_folder(attempt)}/host-"
     names = {int(file.name[len(prefix) : -len(".json")]): file.name for file in bucket.list(prefix)}
-    with ThreadPoolExecutor(16) as threads:
-        found = dict(zip(names, threads.map(bucket.read, names.values()), strict=True))
-    return {host: state for host, state in sorted(found.items()) if state}
+    if len(names) > 2:
+        with ThreadPoolExecutor(16) as threads:
+            read = list(threads.map(bucket.read, names.values()))
+    else:
+        read = [bucket.read(name) for name in names.values()]
+    return {host: state for host, state in sorted(zip(names, read, strict=True)) if state}
 
 
 def logs(

@@ -17,11 +17,12 @@ from pathlib import Path
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import GENERATIONS
 from tpu import hosts, several
-from tpu.babysit import MEMORY, STOP, Babysitter, read_status, what_bills
+from tpu.babysit import Babysitter, read_memory, read_status, what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
 from tpu.decide import Memory
 from tpu.gcloud import Execute, Gcloud, GcloudError, execute, shown
+from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
 from tpu.plan import ROOT, make_plan, skipped
 from tpu.providers import Provider, gke, provider_of, resources
@@ -86,7 +87,7 @@ class Launcher:
             self._bring_up(1)
             self.provider.delete()
             return 0
-        memory, code = self._memory(), pack(ROOT)
+        memory, code = read_memory(self.bucket), pack(ROOT)
         if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
             self.plan()
             with contextlib.suppress(SpiralError):  # asked for before this start
@@ -106,7 +107,7 @@ class Launcher:
         return self._babysitter().start()
 
     def stop(self) -> int:
-        memory = Memory() if self.dry else self._memory()
+        memory = Memory() if self.dry else read_memory(self.bucket)
         if memory.attempt or self.dry:
             hosts.stop(self.job, self.provider, self.gcloud, self.bucket, memory.attempt)
         else:
@@ -125,11 +126,11 @@ class Launcher:
     def logs(self) -> int:
         if not self.dry:
             which = range(self.job.hosts) if self.values.host is None else [self.values.host]
-            hosts.logs(self.bucket, self._memory().attempt, which, self.values.follow)
+            hosts.logs(self.bucket, read_memory(self.bucket).attempt, which, self.values.follow)
         return 0
 
     def status(self) -> int:
-        memory, now = Memory() if self.dry else self._memory(), self.clock()
+        memory, now = Memory() if self.dry else read_memory(self.bucket), self.clock()
         seen = self.provider.observe()
         if self.dry:
             return 0
@@ -184,10 +185,6 @@ class Launcher:
         mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         speed = f"{row['tokens_per_second']:,.0f} tokens/s{mfu}"
         return f"step {row['step']:,} of {steps:,}, {loss}, {speed}, {left:,.1f} hours left"
-
-    def _memory(self) -> Memory:
-        found = self.bucket.read(MEMORY)
-        return Memory(**found) if found else Memory()
 
     def _babysitter(self, code: Code | None = None) -> Babysitter:
         """`code`: what all attempts run; without it, what lies here when one is started."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spiral_jax.errors import SpiralError, require
+from tpu.babysit import read_memory
 from tpu.bucket import Bucket
 from tpu.job import Job, Parser, define, job_of
 from tpu.plan import START_MINUTES, make_plan, skipped
@@ -113,10 +114,9 @@ class Spent(NamedTuple):
 
 def spent_by(job: Job) -> Spent:
     """What a job has spent, whichever launchers looked after it, by their memory on the bucket."""
-    memory = Bucket(job.root).read("launch.json") or {}
-    phase = memory.get("phase", "absent")
-    over = not memory.get("billing") and phase in ("absent", "ended")
-    return Spent(memory.get("chip_seconds", 0) / 3600, over, memory.get("result") if phase == "ended" else None)
+    memory = read_memory(Bucket(job.root))
+    over = not memory.billing and memory.phase in ("absent", "ended")
+    return Spent(memory.chip_seconds / 3600, over, memory.result if memory.phase == "ended" else None)
 
 
 def main(arguments: Sequence[str], say: Say = print) -> int:

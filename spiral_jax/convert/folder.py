@@ -8,10 +8,9 @@ from etils import epath
 from spiral_jax.convert.architecture import Fields, config_from_huggingface
 from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.convert.weights import Weights
-from spiral_jax.data.bucket import check_reachable, is_bucket
 from spiral_jax.data.json_files import MAX_CONFIG_BYTES, read_json_object
 from spiral_jax.data.staging import fetched
-from spiral_jax.data.storage import writable_path
+from spiral_jax.data.storage import reachable_path
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import param_dtype
@@ -66,9 +65,7 @@ def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = fr
     allowed = "a folder that is new or empty"
     if not given:
         raise SpiralError(f"--{flag} is missing; allowed: {allowed}")
-    folder = writable_path(f"--{flag}", given)
-    if is_bucket(folder):
-        check_reachable(f"--{flag}", folder)
+    folder = reachable_path(f"--{flag}", given)
     if folder.exists() and not folder.is_dir():
         raise SpiralError(f"--{flag} {folder} is a file; allowed: {allowed}")
     foreign = sorted({path.name for path in folder.glob("*")} - replaceable)

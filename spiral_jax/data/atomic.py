@@ -9,8 +9,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from spiral_jax.data.bucket import is_bucket, is_trouble, kind_of, reason
-from spiral_jax.errors import SpiralError
+from spiral_jax.data.bucket import is_bucket, refusals
 
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
 
@@ -54,13 +53,8 @@ def write_bytes(path: Path | epath.Path, content: bytes) -> None:
 @contextlib.contextmanager
 def written(path: Path | epath.Path) -> Iterator[None]:
     """What the disk or the bucket refuses in here is a SpiralError that names `path`."""
-    try:
+    with refusals(path, lambda why: f"{path} cannot be written ({why})"):
         yield
-    except Exception as error:
-        if not is_trouble(error):
-            raise
-        kind = kind_of(error) if is_bucket(path) else SpiralError
-        raise kind(f"{path} cannot be written ({reason(error)})") from error
 
 
 @contextlib.contextmanager

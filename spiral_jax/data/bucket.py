@@ -5,6 +5,7 @@ no locks and no renames (but copies), and nothing can be appended.
 """
 
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import importlib
@@ -13,7 +14,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -48,7 +49,7 @@ def bucket_path(field: str, place: str | os.PathLike) -> epath.Path:
         raise SpiralError(f"{field} is {str(place)!r}; allowed: a path, or a folder as gs://BUCKET/FOLDER")
     for package in _PACKAGES:
         try:
-            _prepare()
+            _prepare()  # gcsfs looks at the environment when it is imported
             importlib.import_module(package)
         except ImportError:
             raise SpiralError(
@@ -63,16 +64,12 @@ def check_reachable(field: str, path: epath.Path) -> None:
     Raises:
       SpiralError: there is not.
     """
-    try:
+    allowed = "a bucket that is there and may be used from here (storage.buckets.get and its objects)"
+    with refusals(
+        path, lambda why: f"{field} is {str(path)!r}, whose bucket cannot be used ({why}); allowed: {allowed}"
+    ):
         # What orbax asks, too: it takes the permission `storage.buckets.get`.
         _client().get_bucket(_split(path)[0], timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
-    except Exception as error:
-        if not is_trouble(error):
-            raise
-        allowed = "a bucket that is there and may be used from here (storage.buckets.get and its objects)"
-        raise kind_of(error)(
-            f"{field} is {str(path)!r}, whose bucket cannot be used ({reason(error)}); allowed: {allowed}"
-        ) from None
 
 
 def is_trouble(error: BaseException) -> bool:
@@ -80,7 +77,24 @@ def is_trouble(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(kind.__module__.split(".")[0] in _LIBRARIES for kind in type(error).mro())
 
 
-def kind_of(error: BaseException) -> type[SpiralError]:
+@contextlib.contextmanager
+def refusals(path: pathlib.Path | epath.Path, line: Callable[[str], str]) -> Iterator[None]:
+    """What a disk or a bucket refuses in here is a SpiralError; one of a bucket's that may pass is `Unreachable`.
+
+    Args:
+      path: of what is used in the block.
+      line: makes the error of the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+        kind = _kind_of(error) if is_bucket(path) else SpiralError
+        raise kind(line(reason(error))) from error
+
+
+def _kind_of(error: BaseException) -> type[SpiralError]:
     """Whether a bucket's trouble is a refusal, which the user can mend, or something that may pass."""
     from google.api_core.exceptions import ClientError
     from google.auth.exceptions import DefaultCredentialsError

@@ -7,7 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from spiral_jax.data.blob import Blob, LocalBlob
-from spiral_jax.data.bucket import bucket_path
+from spiral_jax.data.bucket import bucket_path, check_reachable, is_bucket
 from spiral_jax.errors import SpiralError, require
 
 _FILE = "file://"  # needs no fsspec: what follows is a path of this machine
@@ -43,6 +43,18 @@ def writable_path(field: str, place: str | os.PathLike) -> epath.Path:
     if is_url(place) and on_this_machine(place) is None:
         return bucket_path(field, place)
     return epath.Path(local_path(field, place))
+
+
+def reachable_path(field: str, place: str | os.PathLike) -> epath.Path:
+    """As `writable_path`, of a bucket that answers.
+
+    Raises:
+      SpiralError: also if there is no such bucket, or it may not be used from here.
+    """
+    path = writable_path(field, place)
+    if is_bucket(path):
+        check_reachable(field, path)
+    return path
 
 
 def absolute(place: str) -> str:

@@ -170,7 +170,7 @@ class Checkpoints:
         if not self._folders.is_there():
             raise self._failed(step)
         try:
-            if jax.process_index() == 0:
+            if step in self._aside and jax.process_index() == 0:
                 self._folders.make_way(step)
             self._aside.discard(step)
             self._metas.pop(step, None)
@@ -200,7 +200,8 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """What a kill or a full disk has left of saves; it may be what fills the disk."""
         try:
-            for path in self._folders.unfinished(self._manager.all_steps()) if jax.process_index() == 0 else ():
+            kept = {*self._manager.all_steps(), *self._aside}
+            for path in self._folders.unfinished(kept) if jax.process_index() == 0 else ():
                 path.rmtree(missing_ok=True)
         except Exception as error:
             if not is_trouble(error):  # else of a write that goes on all the same: the next call gets it

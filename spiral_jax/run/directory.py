@@ -37,11 +37,11 @@ from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import check_reachable, is_bucket, is_trouble, kind_of, reason
+from spiral_jax.data.bucket import is_bucket, refusals
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
-from spiral_jax.data.storage import LOCAL, Storage, is_url, writable_path
+from spiral_jax.data.storage import LOCAL, Storage, is_url, reachable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
@@ -130,26 +130,20 @@ def make_workdir(workdir: Path) -> None:
     Raises:
       SpiralError: it cannot be written.
     """
-    try:
+
+    def line(why: str) -> str:
+        return f"--workdir is {str(workdir)!r}, which cannot be written ({why}); allowed: a directory that can"
+
+    with refusals(workdir, line):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
-    except Exception as error:
-        if not is_trouble(error):
-            raise
-        kind = kind_of(error) if is_bucket(workdir) else SpiralError
-        raise kind(
-            f"--workdir is {str(workdir)!r}, which cannot be written ({reason(error)}); allowed: a directory that can"
-        ) from None
 
 
 def _run_path(place: str | os.PathLike) -> Path:
     """The absolute path of a run's directory."""
-    path = writable_path("--workdir", place)
-    if is_bucket(path):
-        check_reachable("--workdir", path)
-    return path
+    return reachable_path("--workdir", place)
 
 
 def save_data(workdir: Path, data: PreparedData) -> None:

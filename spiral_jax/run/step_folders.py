@@ -32,8 +32,8 @@ class StepFolders:
         """Steps that were set aside, but whose folders are still among the others."""
         return set()
 
-    def unfinished(self, whole: Collection[int]) -> list[Path]:
-        """What a kill or a full disk has left of saves, if those of `whole` were completed."""
+    def unfinished(self, kept: Collection[int]) -> list[Path]:
+        """What a kill or a full disk has left of saves, if those of `kept` were completed."""
         return list(self.directory.glob("*.orbax-checkpoint-tmp*"))
 
     def set_aside(self, step: int) -> str:
@@ -48,7 +48,7 @@ class StepFolders:
         """Makes orbax, which knows nothing of `damaged`, leave out a step of it."""
 
     def make_way(self, step: int) -> None:
-        """Before a step is saved."""
+        """Before a step of `damaged` is saved."""
 
     def of(self, step: int) -> Path:
         """The folder of a step."""
@@ -67,11 +67,10 @@ class BucketStepFolders(StepFolders):
     def damaged(self) -> set[int]:
         return {int(name) for name in marked(self.directory.parent) if name.isdigit()}
 
-    def unfinished(self, whole: Collection[int]) -> list[Path]:
+    def unfinished(self, kept: Collection[int]) -> list[Path]:
         if not self.directory.is_dir():
             return []
-        kept = {str(step) for step in {*whole, *self.damaged()}}
-        return [path for path in self.directory.iterdir() if path.name.isdigit() and path.name not in kept]
+        return [path for path in self.directory.iterdir() if path.name.isdigit() and int(path.name) not in kept]
 
     def set_aside(self, step: int) -> str:
         mark = set_aside(self.of(step), self.directory.parent)
@@ -84,9 +83,8 @@ class BucketStepFolders(StepFolders):
 
     def make_way(self, step: int) -> None:
         # orbax then removes the folder, as one that was never completed.
-        if step in self.damaged():
-            self.hide(step)
-            unmark(self.of(step), self.directory.parent)
+        self.hide(step)
+        unmark(self.of(step), self.directory.parent)
 
 
 def step_folders(directory: Path) -> StepFolders:

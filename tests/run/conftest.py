@@ -11,7 +11,10 @@ _NUMBERS = itertools.count()
 @pytest.fixture(scope="session")
 def emulator_url():
     """An emulator for this process, which all its libraries ask from here on."""
+    for package in ("gcsfs", "google.cloud.storage"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     with bucket.emulator() as url:
+        bucket.make_bucket(url, bucket.BUCKET)
         bucket.put_into_environment(url)
         yield url
 

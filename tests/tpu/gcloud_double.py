@@ -4,10 +4,11 @@
 A scenario may say `speed`: seconds of the cloud's time in a second of ours.
 """
 
+import contextlib
 import fcntl
 import json
 import os
-import pickle
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,13 +22,19 @@ def main() -> int:
     scenario = json.loads((folder / "scenario.json").read_text())
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        state = folder / "state"
-        # Written and read by this program only.
-        cloud, began = pickle.loads(state.read_bytes()) if state.exists() else (Cloud(scenario), time.time())
+        # What has happened so far, every call again: the cloud has no chance in it.
+        kept, now = folder / "calls.json", time.time()
+        began, calls = json.loads(kept.read_text()) if kept.exists() else (now, [])
+        cloud = Cloud(scenario)
         cloud.call_seconds = 0
-        cloud.now = max(cloud.now, cloud.start + (time.time() - began) * scenario.get("speed", 1))
-        status, out, err = cloud.execute(["gcloud", *sys.argv[1:]])
-        state.write_bytes(pickle.dumps((cloud, began)))
+        for when, arguments in calls:
+            cloud.now = max(cloud.now, when)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                cloud.execute(arguments)
+        cloud.now = max(cloud.now, cloud.start + (now - began) * scenario.get("speed", 1))
+        calls.append((cloud.now, ["gcloud", *sys.argv[1:]]))
+        kept.write_text(json.dumps((began, calls)))
+        status, out, err = cloud.execute(calls[-1][1])
         (folder / "log").write_text("\n".join(line for _, line in cloud.log) + "\n")
         (folder / "there").write_text("\n".join(one.name for one in cloud.there()))
     sys.stdout.write(out)

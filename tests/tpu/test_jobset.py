@@ -9,6 +9,7 @@ import yaml
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GENERATIONS, Slice, parse_slice
+from tests.tpu.documents import put_at
 from tpu.job import PRICINGS, Job
 from tpu.providers.gke import commands, manifest
 
@@ -82,10 +83,7 @@ def test_what_starting_again_mends_does_not_fail_the_job():
 )  # fmt: skip
 def test_a_wrong_field_does_not_pass(path, value):
     text = yaml.load(manifest(job(parse_slice("v5p-128")), "docker.io/me/spiral:1"), Loader)
-    place = text
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    put_at(text, path, value)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(text, SCHEMA)
 

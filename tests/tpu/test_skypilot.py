@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from spiral_jax.hardware import GENERATIONS
+from tests.tpu.documents import put_at
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(__file__).parents[2]
@@ -40,10 +41,7 @@ def test_it_is_short_and_valid(task):
 )
 def test_a_wrong_field_is_refused(task, path, value):
     wrong = copy.deepcopy(task)
-    target = wrong
-    for key in path[:-1]:
-        target = target[key]
-    target[path[-1]] = value
+    put_at(wrong, path, value)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, SCHEMA)
 

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from spiral_jax.data import atomic
 from tpu.first_hour import compare
 from tpu.first_hour.agenda import SECTIONS, SIZES, Section
 
@@ -188,9 +189,7 @@ class Hour:
     def _write(self) -> None:
         """The file as it is so far, whole at any time."""
         self._found["seconds"] = round(time.monotonic() - self._began, 1)
-        partial = self._output.with_name(f".{self._output.name}.partial")
-        partial.write_text(json.dumps(self._found, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self._output)
+        atomic.write_text(self._output, json.dumps(self._found, indent=1) + "\n")
 
     def _left(self) -> float:
         return 60 * self._flags.minutes - (time.monotonic() - self._began)

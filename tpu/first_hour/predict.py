@@ -13,12 +13,12 @@ from typing import Any
 
 from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
-from spiral_jax.hardware import GENERATIONS, Generation
+from spiral_jax.hardware import GENERATIONS, Generation, Slice
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.predict import FITTED, places_of, predict
-from spiral_jax.roofline.slices import Slice, describe_devices
+from spiral_jax.roofline.slices import describe_devices
 from spiral_jax.training.step import make_program
 from tpu.first_hour.points import POINTS, step_config
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import logging
 
+from spiral_jax.data import atomic
 from tpu.first_hour.agenda import SECTIONS
 from tpu.first_hour.findings import Findings
 
@@ -21,10 +22,8 @@ def main(name: str, size: str, workdir: str, result: str) -> int:
     section = next(section for section in SECTIONS if section.name == name)
 
     def write(why: str) -> None:
-        partial = Path(f"{result}.partial")
         found = {"checks": findings.checks, "measured": findings.measured, "why": why}
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(result)
+        atomic.write_text(Path(result), json.dumps(found))
 
     def say(line: str) -> None:
         print(line, flush=True)

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.hardware import Generation
+from spiral_jax.hardware import Slice
 from spiral_jax.kernels import splash
 from spiral_jax.roofline.predict import KERNEL_PRODUCTS, kernel_flops
-from spiral_jax.roofline.slices import Slice
 from spiral_jax.roofline.work import Kernel
 from tpu.first_hour.attention import forms, on_any_device
 from tpu.first_hour.findings import Findings, generation_of
@@ -23,30 +22,30 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
     """Matrix products and attention in bfloat16, and memory."""
     device = jax.devices()[0]
     generation = generation_of(device)
+    chips = Slice(generation, generation.shapes[0]) if generation else None
     is_full = size == "full"
     for name, measure in {"mxu_efficiency": products, "hbm_efficiency": memory, "attention_efficiency": kernel}.items():
         with findings.case(name):
-            rate, peak = measure(device, generation, is_full)
+            rate, peak = measure(device, chips, is_full)
             findings.measured[name] = {"per_second": rate, "share_of_peak": rate / peak if peak else None}
 
 
-def products(device: jax.Device, generation: Generation | None, is_full: bool) -> tuple[float, float | None]:
+def products(device: jax.Device, chips: Slice | None, is_full: bool) -> tuple[float, float | None]:
     """FLOP/s of large products, and the peak."""
     n = 8192 if is_full else 256
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, REPEATS, lambda _, x: (x @ b) * (1 / math.sqrt(n)), a))
-    return 2 * n**3 * REPEATS / _seconds(chain, a, b), _peak_flops(generation)
+    return 2 * n**3 * REPEATS / _seconds(chain, a, b), chips.peak_flops if chips else None
 
 
-def memory(device: jax.Device, generation: Generation | None, is_full: bool) -> tuple[float, float | None]:
+def memory(device: jax.Device, chips: Slice | None, is_full: bool) -> tuple[float, float | None]:
     """Bytes/s read and written by an elementwise operation, and the peak."""
     x = jnp.ones(2**28 if is_full else 2**20, jnp.float32)
     chain = jax.jit(lambda x: jax.lax.fori_loop(0, REPEATS, lambda _, x: x * 1.0001, x))
-    peak = generation.hbm_bandwidth / generation.devices if generation else None
-    return 2 * x.nbytes * REPEATS / _seconds(chain, x), peak
+    return 2 * x.nbytes * REPEATS / _seconds(chain, x), chips.hbm_bandwidth if chips else None
 
 
-def kernel(device: jax.Device, generation: Generation | None, is_full: bool) -> tuple[float, float | None]:
+def kernel(device: jax.Device, chips: Slice | None, is_full: bool) -> tuple[float, float | None]:
     """FLOP/s of splash forward and backward, as predictions count them, and the peak."""
     B, L, H, K = (4, 4096, 12, 64) if is_full else (1, 128, 1, 64)
     q, k, v = (jax.random.normal(jax.random.key(i), (B, L, H, K), jnp.bfloat16) for i in range(3))
@@ -54,16 +53,12 @@ def kernel(device: jax.Device, generation: Generation | None, is_full: bool) -> 
     gradients = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v).astype(jnp.float32)), argnums=(0, 1, 2)))
     with on_any_device(device):
         seconds = _seconds(gradients, q, k, v)
-    if generation is None:
+    if chips is None:
         return 0.0, None
     width = splash.padded_head_width(K)
-    count = functools.partial(kernel_flops, chips=Slice(generation, generation.shapes[0]))
+    count = functools.partial(kernel_flops, chips=chips)
     total = sum(count(Kernel(kind, B * H, L, width, "bf16")) for kind in KERNEL_PRODUCTS)
-    return total / seconds, _peak_flops(generation)
-
-
-def _peak_flops(generation: Generation | None) -> float | None:
-    return generation.peak_flops / generation.devices if generation else None
+    return total / seconds, chips.peak_flops
 
 
 def _seconds(program: Callable[..., jax.Array], *arguments: jax.Array) -> float:

@@ -20,6 +20,9 @@ _SECONDS_AT_THE_END = 1800.0
 _PUNCH_HOLE_KEEP_SIZE = 3  # of fallocate(2)
 
 
+STOP = "control/stop"  # the object that asks all hosts to end the job
+
+
 def attempt_folder(attempt: int) -> str:
     return f"attempts/{attempt:04d}"
 
@@ -74,7 +77,7 @@ class Reporter:
 
     Attributes:
       state: what host-I.json holds.
-      stop_asked: whether `control/stop` was there.
+      stop_asked: whether the object STOP was there.
       first_exit: what the first host to end wrote, as soon as that is known.
     """
 
@@ -117,7 +120,7 @@ class Reporter:
                 if last:
                     return
                 self.first_exit = self.bucket.read(f"{self.folder}/first_exit.json")
-                self.stop_asked = self.stop_asked or self.bucket.get("control/stop") is not None
+                self.stop_asked = self.stop_asked or self.bucket.get(STOP) is not None
             except Exception:
                 # Whatever is wrong with the bucket may be mended; what is to be said waits in the spool.
                 traceback.print_exc()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tpu.gcloud import Gcloud
 from tpu.job import Job
 from tpu.providers import Observation, observe_node
-from tpu.providers.queued import common_flags, delete, through
+from tpu.providers.queued import common_flags, delete, scp, ssh
 
 _GROUP = ("compute", "tpus", "tpu-vm")
 _CREATE_SECONDS = 1800
@@ -30,7 +30,6 @@ class Direct:
             f"--accelerator-type={job.slice.accelerator_type}",
             f"--version={job.slice.generation.runtime}",
             *common_flags(job),
-            *([f"--{job.pricing}"] if job.pricing in ("spot", "reserved") else []),
         ]
 
     def delete_command(self) -> list[str]:
@@ -48,17 +47,12 @@ class Direct:
 
     def ssh(self, command: str, worker: str = "all", node: str = "all", output: str = "") -> list[str]:
         del node  # there is one
-        what = [f"--command={command}", *([f"--output-directory={output}"] if output else [])]
-        return [*self._group(), "ssh", self.job.name, *self._at(worker), *what, *through(self.job)]
+        return ssh(self._group(), self.job, [f"--worker={worker}"], command, output)
 
     def scp(self, sources: Sequence[str], target: str, worker: str = "all", node: str = "all") -> list[str]:
         del node
-        to = f"{self.job.name}:{target}"
-        return [*self._group(), "scp", *sources, to, *self._at(worker), "--recurse", *through(self.job)]
+        return scp(self._group(), self.job, [f"--worker={worker}"], sources, target)
 
     def _group(self) -> tuple[str, ...]:
         """GA's ssh cannot go through the proxy."""
         return ("alpha", *_GROUP) if self.job.tunnel_through_iap else _GROUP
-
-    def _at(self, worker: str) -> list[str]:
-        return [f"--zone={self.job.zone}", f"--worker={worker}"]

@@ -39,8 +39,7 @@ class Queued:
         if job.pricing == "flex_start":
             # Then the cloud itself ends what the launcher cannot, should it be dead by then.
             command += ["--provisioning-model=flex-start", f"--max-run-duration={int(min(seconds, _LONGEST))}s"]
-        command += common_flags(job)
-        return [*command, *([f"--{job.pricing}"] if job.pricing in ("spot", "reserved") else []), "--async"]
+        return [*command, *common_flags(job), "--async"]
 
     def delete_command(self) -> list[str]:
         return [*_GROUP, "delete", self.job.name, f"--zone={self.job.zone}", "--force", "--async"]
@@ -79,15 +78,13 @@ class Queued:
         )
 
     def ssh(self, command: str, worker: str = "all", node: str = "all", output: str = "") -> list[str]:
-        what = [f"--command={command}", *([f"--output-directory={output}"] if output else [])]
-        return [*_GROUP, "ssh", self.job.name, *self._at(worker, node), *what, *through(self.job)]
+        return ssh(_GROUP, self.job, self._at(worker, node), command, output)
 
     def scp(self, sources: Sequence[str], target: str, worker: str = "all", node: str = "all") -> list[str]:
-        to = f"{self.job.name}:{target}"
-        return [*_GROUP, "scp", *sources, to, *self._at(worker, node), "--recurse", *through(self.job)]
+        return scp(_GROUP, self.job, self._at(worker, node), sources, target)
 
     def _at(self, worker: str, node: str) -> list[str]:
-        return [f"--zone={self.job.zone}", f"--node={node}", f"--worker={worker}"]
+        return [f"--node={node}", f"--worker={worker}"]
 
     def _nodes(self, found: dict[str, Any]) -> list[str]:
         """Names of the nodes. The service writes a `nodeSpec` for each; before, they follow from the prefix."""
@@ -114,10 +111,23 @@ def common_flags(job: Job) -> list[str]:
     for flag in ("network", "subnetwork", "service_account"):
         if getattr(job, flag):
             flags.append(f"--{flag.replace('_', '-')}={getattr(job, flag)}")
-    return [*flags, *(["--internal-ips"] if job.internal_ips else [])]
+    flags += ["--internal-ips"] if job.internal_ips else []
+    return [*flags, *([f"--{job.pricing}"] if job.pricing in ("spot", "reserved") else [])]
 
 
-def through(job: Job) -> list[str]:
+def ssh(group: Sequence[str], job: Job, at: Sequence[str], command: str, output: str) -> list[str]:
+    """Of both ways: arguments that run a command on hosts, which `at` names."""
+    what = [f"--command={command}", *([f"--output-directory={output}"] if output else [])]
+    return [*group, "ssh", job.name, f"--zone={job.zone}", *at, *what, *_through(job)]
+
+
+def scp(group: Sequence[str], job: Job, at: Sequence[str], sources: Sequence[str], target: str) -> list[str]:
+    """Of both ways: arguments that copy files to hosts, which `at` names."""
+    to = f"{job.name}:{target}"
+    return [*group, "scp", *sources, to, f"--zone={job.zone}", *at, "--recurse", *_through(job)]
+
+
+def _through(job: Job) -> list[str]:
     """How ssh and scp reach hosts."""
     if job.tunnel_through_iap:
         return ["--tunnel-through-iap"]
