@@ -5,14 +5,11 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
 ARGS ?=
 OURS := spiral_jax experiments tests tpu  # texts to train on may lie beside them
-# XLA frees a CPU step's buffers when it ends, and glibc returns them to the kernel, to be faulted in again by the next
-# step: 0.17 of 0.55 CPU seconds a step. These keep them in the process.
-CPU_ENV := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
 .PHONY: quickstart test test-slow lint format docs clean
 
 quickstart: $(VENV)/quickstart.stamp
-	$(CPU_ENV) $(RUN) -m spiral_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+	$(RUN) -m spiral_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 # A file is one worker's: its fixtures are made, and its programs compiled, once.
 test: $(VENV)/test.stamp

@@ -13,7 +13,7 @@ VERBS = {
     "describe": "parameters, FLOPs, schedule and memory of a configuration",
     "check": "causality, and scanned, sharded and cached against plain, for a configuration's operators",
     "aot": "compile a run for a TPU slice that is not there: memory, work, communication, predicted speed",
-    "bench": "time the loader, the tokenizer or decoding on this machine",
+    "bench": "time training, decoding, the loader or the tokenizer on this machine",
     "reference": "the configuration reference, as in docs/config.md",
 }
 

@@ -1,4 +1,4 @@
-"""Times the loader, the tokenizer or decoding on this machine.
+"""Times training, decoding, the loader or the tokenizer on this machine.
 
 python -m spiral_jax.bench --subject=loader                         batches from a synthetic store
 python -m spiral_jax.bench --subject=loader --store=STORE           from a store of yours, a path or URL
@@ -6,6 +6,7 @@ python -m spiral_jax.bench --subject=loader --store=STORE --remote=URL
                                                                     the same store from a URL, every batch compared
 python -m spiral_jax.bench --subject=tokenizer --input=FILE --tokenizer=tokenizer.json
 python -m spiral_jax.bench --subject=decoding                       four models of equal width, with and without a cache
+python -m spiral_jax.bench --subject=training --peers=torch         train steps beside PyTorch's, of equal shape
 """
 
 import importlib.metadata
@@ -23,12 +24,13 @@ from absl import flags
 from spiral_jax import __version__, command
 from spiral_jax.data.storage import is_url
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.parallel.heap import keep_freed_memory
 
 _PACKAGES = ("numpy", "jax", "grain", "tokenizers", "fsspec", "aiohttp")
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("subject", "loader", ["loader", "tokenizer", "decoding"], "what to time", flag_values=values)
+    flags.DEFINE_enum("subject", "loader", [*_TIMERS], "what to time", flag_values=values)
     flags.DEFINE_string("store", "", "token store or Megatron dataset; default: a synthetic one", flag_values=values)
     flags.DEFINE_string("remote", "", "loader: a URL of the same store, to read instead", flag_values=values)
     flags.DEFINE_integer("sequence_length", 4096, "predictions per window", 1, flag_values=values)
@@ -44,12 +46,15 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("new_tokens", 256, "decoding: to add to every prompt", flag_values=values)
     flags.DEFINE_list("texts", ["1", "8"], "decoding: texts at a time, each to be timed", flag_values=values)
     flags.DEFINE_integer("prompt_tokens", 64, "decoding: of the longest prompt", flag_values=values)
+    flags.DEFINE_list("sizes", ["1.2m", "27m"], "training: of 1.2m, 27m", flag_values=values)
+    flags.DEFINE_list("families", ["vanilla"], "training: of vanilla, loop, spiral_b, spiral_l", flag_values=values)
+    flags.DEFINE_list("peers", [], "training: of torch, torch.compile", flag_values=values)
+    flags.DEFINE_bool("unroll", True, "training: model.unroll", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
-    timers = {"loader": _time_loader, "tokenizer": _time_tokenizer, "decoding": _time_decoding}
-    report = timers[values.subject](values)
+    report = _TIMERS[values.subject](values)
     report = {"subject": values.subject, **report, "machine": machine()}
     print(json.dumps(report, indent=2) if values.json else as_text(report))
 
@@ -142,6 +147,32 @@ def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
     return decoding.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def _time_training(values: flags.FlagValues) -> dict[str, Any]:
+    from spiral_jax.benchmarks import training
+    from spiral_jax.benchmarks.families import FAMILIES
+
+    for flag, allowed in (("sizes", training.SIZES), ("families", FAMILIES), ("peers", training.PEERS)):
+        for found in getattr(values, flag):
+            require(found in allowed, f"--{flag}", found, ", ".join(allowed))
+    training.check_peers(tuple(values.peers))
+    settings = training.TrainingSettings(
+        sizes=tuple(values.sizes),
+        families=tuple(values.families),
+        peers=tuple(values.peers),
+        repeats=values.repeats,
+        unroll=values.unroll,
+    )
+    return training.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+_TIMERS = {
+    "loader": _time_loader,
+    "tokenizer": _time_tokenizer,
+    "decoding": _time_decoding,
+    "training": _time_training,
+}
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -153,4 +184,5 @@ def _number(value: object) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     command.run("bench", __doc__, define, main)

@@ -16,6 +16,7 @@ from absl import flags
 from spiral_jax import command
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import invariants
+from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.run import own_code
 
 define = command.define_config
@@ -53,4 +54,5 @@ def as_text(finding: invariants.Finding) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     command.run("check", __doc__, define, main)

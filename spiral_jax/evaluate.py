@@ -36,7 +36,8 @@ from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.perplexity import WindowScorer, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
+from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, rounded_to_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.parallel.process_flags import define_processes
@@ -181,7 +182,7 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
 def placed_model(config: RunConfig) -> PlacedModel:
     """The run's model on the devices here."""
     mesh = make_mesh(config.mesh)
-    return place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
+    return place(config.model, mesh, backend_for(mesh, config.model, config.train.attention))
 
 
 def open_input(flag: str, workdir: epath.Path, tokenizer: Tokenizer, config: RunConfig) -> tuple[TokenSource, int]:
@@ -208,4 +209,5 @@ def open_input(flag: str, workdir: epath.Path, tokenizer: Tokenizer, config: Run
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     command.run("evaluate", __doc__, define, main)

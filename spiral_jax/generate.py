@@ -33,8 +33,9 @@ from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.decoding.decoder import Decoder, Request, Token, bytes_per_row, has_stop, text_before_stop
 from spiral_jax.decoding.sampling import SamplingSettings
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.config import Dtype, ModelConfig
+from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.run import own_code
@@ -235,7 +236,7 @@ def open_model(
     check_dtype(config.dtype, "--dtype")
     data, fsdp, tensor = mesh.devices.shape
     check_divisible((data, fsdp, tensor), config, data * fsdp, 1)
-    placed = place(config, mesh, attention_for(mesh, config))
+    placed = place(config, mesh, backend_for(mesh, config))
     return placed, jax.device_put(params, placed.param_shardings)
 
 
@@ -320,4 +321,5 @@ def report(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     command.run("generate", __doc__, define, main)

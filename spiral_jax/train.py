@@ -31,6 +31,7 @@ from etils.epath import Path
 from spiral_jax import command
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, TasksOfRun
 from spiral_jax.evaluation.validation import Validation
+from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
@@ -184,4 +185,5 @@ def train(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     command.run("train", __doc__, define, main)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiral_jax.benchmarks.families import models
 from spiral_jax.decoding.decoder import Decoder, Request, bytes_per_row
 from spiral_jax.errors import require
 from spiral_jax.model.config import Dtype, ModelConfig
@@ -50,31 +51,6 @@ class DecodingSettings:
         require(self.prompt_tokens >= 8, "--prompt_tokens", self.prompt_tokens, "8 or more")
 
 
-def models(settings: DecodingSettings) -> dict[str, ModelConfig]:
-    """The four models, cut as docs/spec.md section 5 cuts them."""
-    part = settings.layers // 6
-
-    def cut(prelude_layers: int, core_layers: int, coda_layers: int, chunks: tuple[int, ...]) -> ModelConfig:
-        return ModelConfig(
-            vocab_size=settings.vocab_size,
-            d_model=settings.width,
-            num_heads=settings.width // 64,
-            dtype=settings.dtype,
-            prelude_layers=prelude_layers,
-            core_layers=core_layers,
-            coda_layers=coda_layers,
-            chunks=chunks,
-            topology="mesh",
-        )
-
-    return {
-        "vanilla": cut(settings.layers, 0, 0, ()),
-        "loop": cut(part, 2 * part, part, (1, 1)),
-        "spiral_b": cut(part, 2 * part, part, (8, 4, 2, 1)),
-        "spiral_l": cut(2 * part, 2 * part, 2 * part, (16, 8, 4, 2)),
-    }
-
-
 def layer_runs(config: ModelConfig) -> float:
     """Layers that run per token, on average over a period of the schedule."""
     core = sum(config.core_layers / level.chunk for level in config.schedule)
@@ -90,7 +66,13 @@ def measure(settings: DecodingSettings, report: Report) -> dict[str, Any]:
       that of the transformer, divided by what the layer counts alone would give.
     """
     out: dict[str, Any] = {"new_tokens": settings.new_tokens, "width": settings.width, "layers": settings.layers}
-    configs = models(settings)
+    configs = models(
+        width=settings.width,
+        heads=settings.width // 64,
+        layers=settings.layers,
+        vocab_size=settings.vocab_size,
+        dtype=settings.dtype,
+    )
     for batch in settings.batch_sizes:
         cases = {name: _runs(config, batch, settings) for name, config in configs.items()}
         for name, runs in cases.items():

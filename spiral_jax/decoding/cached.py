@@ -20,7 +20,7 @@ from spiral_jax.decoding.entry import iterations, layers_of, open_after, run_coa
 from spiral_jax.decoding.state import DecodeState, IterationState, Work, put, put_front, slots_after, take
 from spiral_jax.errors import require
 from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
-from spiral_jax.model.neox import layer_norm, rotary_tables
+from spiral_jax.model.neox import LayerNorm, rotary_tables
 from spiral_jax.model.spiralformer import Embedding, SpiralFormer, unembed
 
 
@@ -143,5 +143,5 @@ def _logits(model: SpiralFormer, params, h_Bx1xD: jax.Array) -> jax.Array:
     """Logits [B, V] of the coda's output at one token of each row."""
     constrain = model.backend.constrain
     kernel_DxV = constrain(params["head"]["kernel"], "activation_embed", "vocab")
-    h_Bx1xD = _apply(layer_norm(model.config), params["final_norm"], h_Bx1xD)
+    h_Bx1xD = _apply(LayerNorm(model.config, model.backend), params["final_norm"], h_Bx1xD)
     return constrain(unembed(h_Bx1xD, kernel_DxV), "batch", "length", "vocab")[:, 0]

@@ -14,7 +14,7 @@ from spiral_jax.decoding.state import IterationState, KeyValues, Work, num_slots
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.iteration import Arrays, add_member, advance, close_chunk, core_input, spread, where_rows
-from spiral_jax.model.neox import Backend, Layer, rotary_tables
+from spiral_jax.model.neox import Layer, rotary_tables
 from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.model.topology import States
@@ -64,7 +64,7 @@ def run_layers(
     Returns:
       h_BxLxD, and the keys and values of these L entries.
     """
-    config, constrain = model.config, model.backend.constrain
+    config = model.config
     if layers is None:
         new = jnp.zeros((0, *h_BxLxD.shape[:2], config.num_heads, config.head_width), h_BxLxD.dtype)
         return h_BxLxD, KeyValues(new, new)
@@ -77,7 +77,9 @@ def run_layers(
             seen.append(KeyValues(k_BxLxHxK, v_BxLxHxK))
             return attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, cache)
 
-        h_BxLxD, _ = Layer(config, Backend(record, constrain)).apply({"params": params}, h_BxLxD, rotary)
+        h_BxLxD, _ = Layer(config, model.backend._replace(attention=record, gather=None)).apply(
+            {"params": params}, h_BxLxD, rotary
+        )
         return h_BxLxD, seen[0]
 
     return jax.lax.scan(body, h_BxLxD, (layers, caches), unroll=config.unroll)

@@ -1,4 +1,4 @@
-"""Which attention runs on a mesh: splash on TPU, cuDNN on GPU where it takes the dtype, plain XLA otherwise."""
+"""Which attention runs on a mesh: splash on TPU, cuDNN on GPU where it takes the dtype, blocks on CPU, or plain XLA."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,16 +7,14 @@ import jax
 from jax.sharding import Mesh
 
 from spiral_jax.errors import require
-from spiral_jax.kernels import cudnn, splash
-from spiral_jax.model import attention as plain
+from spiral_jax.kernels import blocks, cpu, cudnn, splash
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import partition_spec
 
 
-def attention_for(
-    mesh: Mesh, model: ModelConfig, choice: str = "auto", manual: Sequence[str] = ()
-) -> Callable[..., jax.Array]:
-    """What `model.neox.Backend.attention` is on a mesh.
+def backend_for(mesh: Mesh, model: ModelConfig, choice: str = "auto", manual: Sequence[str] = ()) -> Backend:
+    """What a model computes with on a mesh.
 
     Args:
       mesh: devices, which need not be there: ahead-of-time compilation describes them.
@@ -25,7 +23,7 @@ def attention_for(
       manual: axes of the mesh that the caller's `shard_map` has cut already.
 
     Returns:
-      (q, k, v) of [B, L, H, K] to [B, L, H, K], causal, B and H divisible over the mesh.
+      It, with attention of B and H divisible over the mesh, and without `constrain` and `gather`.
 
     Raises:
       SpiralError: one that the devices, the dtype or the head width do not have.
@@ -41,10 +39,17 @@ def attention_for(
         f"{model.head_width}",
     )
     name = kernels[0] if choice == "auto" else choice
+    others = Backend()
+    if device.platform == "cpu":
+        others = Backend(dot_general=cpu.dot_general, gelu=cpu.gelu, layer_norm=cpu.layer_norm)
     if name == "xla":
-        return plain.causal_attention
-    on_tpu = functools.partial(splash.causal_attention, device_kind=device.device_kind)
-    return per_device(mesh, on_tpu if name == "splash" else cudnn.causal_attention, manual)
+        return others
+    attentions: dict[str, Callable[..., jax.Array]] = {
+        "splash": functools.partial(splash.causal_attention, device_kind=device.device_kind),
+        "cudnn": cudnn.causal_attention,
+        "blocks": blocks.causal_attention,
+    }
+    return others._replace(attention=per_device(mesh, attentions[name], manual))
 
 
 def kernels_of(device: jax.Device, model: ModelConfig) -> tuple[str, ...]:
@@ -53,6 +58,8 @@ def kernels_of(device: jax.Device, model: ModelConfig) -> tuple[str, ...]:
         return ("splash", "xla")
     if device.platform in ("gpu", "cuda") and cudnn.takes(device, model.dtype, model.head_width):
         return ("cudnn", "xla")
+    if device.platform == "cpu":
+        return ("blocks", "xla")
     return ("xla",)
 
 

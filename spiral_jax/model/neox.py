@@ -1,34 +1,20 @@
 """The GPT-NeoX layer of Pythia, and a stack of them under one scan (docs/spec.md section 1)."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.attention import ATTENTION, causal_attention
+from spiral_jax.model.attention import ATTENTION
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.operators import Linear, at_least_float32
 
 if TYPE_CHECKING:
     from spiral_jax.model.config import ModelConfig, Remat
 
 ACTIVATIONS = ("batch", "length", "activation_embed")
-
-
-class Backend(NamedTuple):
-    """What a model needs to know of the machine, handed in by whoever has a mesh.
-
-    Attributes:
-      attention: (q, k, v) of [B, L, H, K] to [B, L, H, K], causal.
-      constrain: (x, *logical axis names) to x, pinned to the mesh; by default it does nothing.
-      gather: one layer's variables as they are stored to those that it computes with; the backward pass calls it again.
-        None if they are the same.
-    """
-
-    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = causal_attention
-    constrain: Callable[..., jax.Array] = lambda x, *names: x
-    gather: Callable[[dict], dict] | None = None
 
 
 def small_init(config: "ModelConfig", divide_by: float = 1.0) -> nn.initializers.Initializer:
@@ -90,17 +76,20 @@ def _apply_rotary_backward(tables, gradient_BxLxHxK):
 apply_rotary.defvjp(_apply_rotary_forward, _apply_rotary_backward)
 
 
-def layer_norm(config: "ModelConfig", name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with scale and bias; statistics at least float32, by the two-pass formula."""
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_epsilon,
-        dtype=config.dtype,
-        param_dtype=param_dtype(config),
-        use_fast_variance=False,
-        scale_init=named_axes(nn.initializers.ones, "embed"),
-        bias_init=named_axes(nn.initializers.zeros, "embed"),
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """LayerNorm with scale and bias."""
+
+    config: "ModelConfig"
+    backend: Backend
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        """x_BxLxD in the compute dtype."""
+        d, dtype = self.config.d_model, param_dtype(self.config)
+        scale_D = self.param("scale", named_axes(nn.initializers.ones, "embed"), (d,), dtype)
+        bias_D = self.param("bias", named_axes(nn.initializers.zeros, "embed"), (d,), dtype)
+        normed_BxLxD = self.backend.layer_norm(x_BxLxD, scale_D, bias_D, self.config.layer_norm_epsilon)
+        return normed_BxLxD.astype(self.config.dtype)
 
 
 def layer_linears(config: "ModelConfig") -> dict[str, Linear]:
@@ -140,6 +129,7 @@ class Layer(nn.Module):
             use_bias=linear.bias,
             dtype=self.config.dtype,
             param_dtype=param_dtype(self.config),
+            dot_general=self.backend.dot_general,
             kernel_init=named_axes(linear.init, *linear.in_axes, *linear.out_axes),
             bias_init=named_axes(nn.initializers.zeros, *linear.out_axes),
             name=name,
@@ -148,7 +138,10 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, h_BxLxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         """Returns (next h_BxLxD, None), the carry and output of a scan over layers."""
-        x_BxLxD = layer_norm(self.config, "attention_norm")(h_BxLxD)
+        if self.config.unroll:
+            # Without it, what layers add to their inputs would be summed again for each layer after them.
+            h_BxLxD = jax.lax.optimization_barrier(h_BxLxD)
+        x_BxLxD = LayerNorm(self.config, self.backend, name="attention_norm")(h_BxLxD)
         qkv_BxLxHx3xK = self._linear("qkv")(x_BxLxD)
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
             self.backend.constrain(qkv_BxLxHx3xK[..., i, :], "batch", "length", "heads", "head_width") for i in range(3)
@@ -158,9 +151,9 @@ class Layer(nn.Module):
         )
         attention_BxLxD = self._linear("out")(out_BxLxHxK)
 
-        x_BxLxD = layer_norm(self.config, "mlp_norm")(h_BxLxD)
+        x_BxLxD = LayerNorm(self.config, self.backend, name="mlp_norm")(h_BxLxD)
         up_BxLxF = self._linear("mlp_up")(x_BxLxD)
-        up_BxLxF = nn.gelu(self.backend.constrain(up_BxLxF, "batch", "length", "mlp"), approximate=False)
+        up_BxLxF = self.backend.gelu(self.backend.constrain(up_BxLxF, "batch", "length", "mlp"))
         mlp_BxLxD = self._linear("mlp_down")(up_BxLxF)
 
         return self.backend.constrain(h_BxLxD + attention_BxLxD + mlp_BxLxD, *ACTIVATIONS), None

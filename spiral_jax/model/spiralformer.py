@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
-from spiral_jax.model.neox import ACTIVATIONS, Backend, Stack, layer_norm, named_axes, param_dtype, small_init
+from spiral_jax.model.neox import ACTIVATIONS, LayerNorm, Stack, named_axes, param_dtype, small_init
 from spiral_jax.model.operators import Arrays, Linear, at_least_float32
 from spiral_jax.model.topology import States
 
@@ -75,7 +76,7 @@ class SpiralFormer(nn.Module):
         else:
             self.cores = [Stack(c, c.core_layers, self.backend) for _ in c.chunks]
         self.coda = Stack(c, c.coda_layers, self.backend)
-        self.final_norm = layer_norm(c)
+        self.final_norm = LayerNorm(c, self.backend)
         self.head = Head(c)
 
         # Every iteration has its own, so that weights can move between schedules; a scan stacks those that it runs.

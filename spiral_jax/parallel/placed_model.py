@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer, boxed_params
 from spiral_jax.parallel.mesh import batch_sharding, constrain, replicated, shardings_of
 
@@ -53,15 +52,15 @@ class PlacedModel:
         return jax.make_array_from_callback(rows.shape, self.batch, rows.__getitem__)
 
 
-def place(config: ModelConfig, mesh: Mesh, attention: Callable[..., jax.Array]) -> PlacedModel:
+def place(config: ModelConfig, mesh: Mesh, backend: Backend) -> PlacedModel:
     """Ties a model to a mesh.
 
     Args:
       config: the architecture.
       mesh: the devices.
-      attention: what computes it there (`kernels.choose.attention_for`).
+      backend: what it computes with there (`kernels.choose.backend_for`).
     """
-    return PlacedModel(SpiralFormer(config, Backend(attention, functools.partial(constrain, mesh))), mesh)
+    return PlacedModel(SpiralFormer(config, backend._replace(constrain=functools.partial(constrain, mesh))), mesh)
 
 
 def abstract_params_on(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:

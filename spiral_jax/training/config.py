@@ -11,7 +11,7 @@ from spiral_jax.training.divergence import DivergenceConfig
 from spiral_jax.training.optimizers import optimizers
 from spiral_jax.training.schedules import schedules
 
-Attention = Literal["auto", "xla", "splash", "cudnn"]
+Attention = Literal["auto", "xla", "splash", "cudnn", "blocks"]
 GatherCore = Literal["iteration", "step"]
 # Steps and tokens are counted in int32 on devices, and nobody's batch comes near.
 _LARGEST = {"steps": 2**31 - 1, "batch_size": 2**24, "sequence_length": 2**24, "accumulation": 2**24}
@@ -27,8 +27,8 @@ class TrainConfig:
       sequence_length: tokens per sequence, L.
       accumulation: micro-batches a step's batch is cut into; gradients are summed in float32.
       loss_block: positions of a sequence whose logits exist at one time.
-      attention: what computes it: `splash` (TPU), `cudnn` (GPU, bfloat16), `xla` (anywhere; materialises the L x L
-        scores), or `auto` for the best of them that the devices have.
+      attention: what computes it: `splash` (TPU), `cudnn` (GPU, bfloat16), `blocks` (CPU), `xla` (anywhere;
+        materialises the L x L scores), or `auto` for the best of them that the devices have.
       gather_core: with `mesh.fsdp` above 1, a layer of the shared core is gathered whenever an `iteration` runs it, as
         other layers are; or the core once per `step` and kept: it is sent, and its gradients are, once instead of once
         per iteration, for the memory of all its matrices in the compute dtype and of their gradients in float32.

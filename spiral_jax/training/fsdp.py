@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
 from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import partition_spec
@@ -78,8 +77,8 @@ def model_of_a_device(config: ModelConfig, train: TrainConfig, mesh: Mesh, specs
     gather = None
     if mesh.shape["fsdp"] > 1 and config.stored_layers:
         gather = functools.partial(_gather_layer, _layer_specs(specs), config.dtype)
-    attention = attention_for(mesh, config, train.attention, manual=ROWS)
-    return SpiralFormer(config, Backend(attention, constrain, gather))
+    backend = backend_for(mesh, config, train.attention, manual=ROWS)
+    return SpiralFormer(config, backend._replace(constrain=constrain, gather=gather))
 
 
 def holds_core(config: ModelConfig, train: TrainConfig, mesh: Mesh | AbstractMesh) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import replicated
 from spiral_jax.parallel.placed_model import PlacedModel, abstract_params_on, place
@@ -71,7 +71,7 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
     Raises:
       SpiralError: `train.attention` is one that the devices or the model do not have.
     """
-    placed = place(config.model, mesh, attention_for(mesh, config.model, config.train.attention))
+    placed = place(config.model, mesh, backend_for(mesh, config.model, config.train.attention))
     schedule = learning_rate(config.optimizer, config.train.steps)
     state = _state_around(config, placed.abstract_params, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)

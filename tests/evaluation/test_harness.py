@@ -24,7 +24,7 @@ from spiral_jax.evaluation import catalogue
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.parallel.placed_model import place
@@ -76,7 +76,7 @@ def pair(tmp_path_factory):
     theirs = HFLM(pretrained=theirs, tokenizer=fast, batch_size=8, device="cpu", max_length=MAX_LENGTH)
 
     devices = make_mesh(MeshConfig(4, 2, 1))
-    placed = place(MODEL, devices, attention_for(devices, MODEL))
+    placed = place(MODEL, devices, backend_for(devices, MODEL))
     params = params_from_tensors(MODEL, load_file(folder / "model.safetensors"))
     params = jax.device_put(params, placed.param_shardings)
     scorer = Scorer(placed, max_length=MAX_LENGTH, batch_size=3, block=64)

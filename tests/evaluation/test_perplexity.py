@@ -12,7 +12,7 @@ import reference
 from spiral_jax.data.windows import TokensInMemory
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.perplexity import Score, WindowScorer, num_scoring_windows, score, scoring_batches
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.parallel.placed_model import place
@@ -157,7 +157,7 @@ def real(random_model, quick):
     hf_config, tensors, params = random_model(CONFIG.model)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 1))
     devices = make_mesh(config.mesh, jax.devices()[:4])
-    placed = place(config.model, devices, attention_for(devices, config.model))
+    placed = place(config.model, devices, backend_for(devices, config.model))
     nats_of = WindowScorer(config, placed)
     nats_of.step = nats_of.lowered().compile(compiler_options=quick)
     params = jax.device_put(params, placed.param_shardings)

@@ -16,7 +16,7 @@ from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
 from spiral_jax.evaluation.scoring import Request, Scorer, _score, windows
 from spiral_jax.evaluation.shared_prompts import Shape, choices_of
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.parallel.placed_model import place
@@ -37,7 +37,7 @@ def weights(random_model):
 def on_mesh(weights, mesh=MeshConfig(4, 2, 1)):  # noqa: B008
     """(the placed model, params on its devices)."""
     devices = make_mesh(mesh)
-    placed = place(MODEL, devices, attention_for(devices, MODEL))
+    placed = place(MODEL, devices, backend_for(devices, MODEL))
     return placed, jax.device_put(weights[2], placed.param_shardings)
 
 

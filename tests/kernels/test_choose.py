@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluate import on_these_devices
 from spiral_jax.kernels import cudnn
-from spiral_jax.kernels.choose import attention_for, per_device
+from spiral_jax.kernels.choose import backend_for, per_device
 from spiral_jax.model import attention as plain
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.run.config import RunConfig
@@ -59,7 +60,7 @@ def chosen(monkeypatch, device, model, choice="auto") -> str:
 
     monkeypatch.setattr("spiral_jax.kernels.choose.per_device", per_device)
     mesh = mesh_of(device)
-    attention = attention_for(mesh, model, choice)
+    attention = backend_for(mesh, model, choice).attention
     if isinstance(attention, functools.partial):
         assert attention.keywords == {"device_kind": device.device_kind}
         attention = attention.func
@@ -73,8 +74,8 @@ def chosen(monkeypatch, device, model, choice="auto") -> str:
 @pytest.mark.parametrize(
     "device, dtype, head_width, expected",
     [
-        (CPU, "float32", 64, "xla"),
-        (CPU, "bfloat16", 64, "xla"),
+        (CPU, "float32", 64, "blocks"),
+        (CPU, "bfloat16", 64, "blocks"),
         (V5E, "float32", 64, "splash"),
         (V5E, "bfloat16", 256, "splash"),
         (V5E, "bfloat16", 34, "splash"),
@@ -98,7 +99,7 @@ def test_auto_follows_the_mesh(device, dtype, head_width, expected, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "device, choice", [(CPU, "xla"), (V5E, "xla"), (V5E, "splash"), (H100, "xla"), (H100, "cudnn")]
+    "device, choice", [(CPU, "xla"), (CPU, "blocks"), (V5E, "xla"), (V5E, "splash"), (H100, "xla"), (H100, "cudnn")]
 )
 def test_a_name_decides(device, choice, monkeypatch):
     assert chosen(monkeypatch, device, model_of(), choice) == choice
@@ -107,17 +108,18 @@ def test_a_name_decides(device, choice, monkeypatch):
 @pytest.mark.parametrize(
     "device, dtype, choice, allowed",
     [
-        (CPU, "bfloat16", "splash", "auto, xla"),
-        (CPU, "bfloat16", "cudnn", "auto, xla"),
+        (CPU, "bfloat16", "splash", "auto, blocks, xla"),
+        (CPU, "bfloat16", "cudnn", "auto, blocks, xla"),
         (H100, "bfloat16", "splash", "auto, cudnn, xla"),
         (H100, "float32", "cudnn", "auto, xla"),
         (V5E, "bfloat16", "cudnn", "auto, splash, xla"),
+        (V5E, "bfloat16", "blocks", "auto, splash, xla"),
         (V5E, "float64", "splash", "auto, xla"),
     ],
 )
 def test_what_the_mesh_does_not_have_is_refused(device, dtype, choice, allowed):
     with pytest.raises(SpiralError) as error:
-        attention_for(mesh_of(device), model_of(dtype), choice)
+        backend_for(mesh_of(device), model_of(dtype), choice)
     message = str(error.value)
     assert message.startswith(f"train.attention is '{choice}'; allowed: {allowed} on {device.device_kind} with")
     assert dtype in message and "\n" not in message
@@ -128,8 +130,9 @@ def test_a_program_is_built_with_it_or_not_at_all(choice):
     """`make_program` refuses before anything is compiled, and otherwise hands the choice to the model."""
     config = RunConfig(model=model_of(), train=TrainConfig(batch_size=8, sequence_length=16, attention=choice))
     mesh = make_mesh(MeshConfig())
-    if choice in ("auto", "xla"):
-        assert make_program(config, mesh).placed.model.backend.attention is plain.causal_attention
+    if choice in ("auto", "blocks", "xla"):
+        attention = make_program(config, mesh).placed.model.backend.attention
+        assert (attention is plain.causal_attention) == (choice == "xla")
         return
     with pytest.raises(SpiralError, match=f"train.attention is '{choice}'"):
         make_program(config, mesh)
@@ -141,10 +144,10 @@ def test_a_program_for_another_platform_gets_its_attention(monkeypatch):
 
     def answer(*arguments, **more):
         asked.append((*arguments, *more.values()))
-        return answer
+        return Backend(attention=answer)
 
-    monkeypatch.setattr("spiral_jax.training.step.attention_for", answer)
-    monkeypatch.setattr("spiral_jax.training.fsdp.attention_for", answer)
+    monkeypatch.setattr("spiral_jax.training.step.backend_for", answer)
+    monkeypatch.setattr("spiral_jax.training.fsdp.backend_for", answer)
     config = RunConfig(model=model_of(), train=TrainConfig(batch_size=8, sequence_length=16, attention="splash"))
     mesh = make_mesh(MeshConfig())
     assert make_program(config, mesh).placed.model.backend.attention is answer

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spiral_jax.kernels import splash
 from spiral_jax.kernels.choose import per_device
 from spiral_jax.model import attention as plain
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 

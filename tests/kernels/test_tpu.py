@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from spiral_jax.kernels import splash
-from spiral_jax.kernels.choose import attention_for, per_device
+from spiral_jax.kernels.choose import backend_for, per_device
+from spiral_jax.model.backend import Backend
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.neox import Backend
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import MeshConfig, constrain, make_mesh, partition_spec
 from spiral_jax.run.config import RunConfig
@@ -58,7 +58,7 @@ def test_every_level_from_128_chunks_calls_the_kernel(remat):
     params = nn.unbox(jax.eval_shape(SpiralFormer(config).init, jax.random.key(0), tokens_BxL)["params"])
 
     def text(attention) -> str:
-        model = SpiralFormer(config, Backend(attention, functools.partial(constrain, mesh)))
+        model = SpiralFormer(config, Backend(attention, constrain=functools.partial(constrain, mesh)))
         gradient = jax.grad(lambda params, tokens_BxL: model.apply({"params": params}, tokens_BxL).sum())
         return jax.jit(gradient).trace(params, tokens_BxL).lower(lowering_platforms=("tpu",)).as_text()
 
@@ -75,10 +75,10 @@ def devices(described):
 
 
 def compile_attention(devices, L, K, dtype) -> str:
-    """Compiles attention and its gradients, as `attention_for` chooses it, and returns the program it was given."""
+    """Compiles attention and its gradients, as `backend_for` chooses it, and returns the program it was given."""
     mesh = make_mesh(MeshConfig(), devices)
     model = ModelConfig(d_model=2 * K, num_heads=2, dtype=dtype)
-    attention = attention_for(mesh, model)
+    attention = backend_for(mesh, model).attention
     sharding = NamedSharding(mesh, partition_spec(("batch", "length", "heads", "head_width")))
     # Eight rows a device: a batch takes more VMEM than a single row.
     x = jax.ShapeDtypeStruct((8 * len(devices), L, 2, K), dtype, sharding=sharding)

@@ -11,7 +11,7 @@ import numpy as np
 from spiral_jax.decoding import cached
 from spiral_jax.decoding.decoder import Decoder, Request
 from spiral_jax.decoding.state import empty_state
-from spiral_jax.kernels.choose import attention_for
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
@@ -86,7 +86,7 @@ def speed(config: StepConfig, rows: int, size: str) -> float:
 
 def _placed(config: StepConfig) -> PlacedModel:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    return place(config.model, mesh, attention_for(mesh, config.model))
+    return place(config.model, mesh, backend_for(mesh, config.model))
 
 
 def _params(placed: PlacedModel):
