@@ -14,10 +14,12 @@ from spiral_jax.model.operators import at_least_float32
 
 def layer_norm(x_BxLxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
     """(x - mean) / sqrt(var + epsilon) * scale + bias, at least float32, by the two-pass formula."""
-    x_BxLxD = x_BxLxD.astype(at_least_float32(x_BxLxD.dtype))
-    mean_BxLx1 = jnp.mean(x_BxLxD, axis=-1, keepdims=True)
-    variance_BxLx1 = jnp.mean(jnp.square(x_BxLxD - mean_BxLx1), axis=-1, keepdims=True)
-    return (x_BxLxD - mean_BxLx1) * (jax.lax.rsqrt(variance_BxLx1 + epsilon) * scale_D) + bias_D
+    wide_BxLxD = x_BxLxD.astype(at_least_float32(x_BxLxD.dtype))
+    mean_BxL = jnp.mean(wide_BxLxD, axis=-1)
+    variance_BxL = jnp.mean(jax.lax.square(wide_BxLxD - mean_BxL[..., None]), axis=-1)
+    scale_1x1xD, bias_1x1xD = (p_D.reshape((1,) * (x_BxLxD.ndim - 1) + p_D.shape) for p_D in (scale_D, bias_D))
+    factor_BxLxD = jax.lax.rsqrt(variance_BxL[..., None] + epsilon) * scale_1x1xD
+    return (x_BxLxD - mean_BxL[..., None]) * factor_BxLxD + bias_1x1xD
 
 
 class Backend(NamedTuple):
