@@ -11,12 +11,14 @@ OURS := spiral_jax experiments tests tpu  # texts to train on may lie beside the
 quickstart: $(VENV)/quickstart.stamp
 	$(RUN) -m spiral_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
-# A file is one worker's: its fixtures are made, and its programs compiled, once.
+# A file is one worker's: its fixtures are made, and its programs compiled, once. The order of tests/conftest.py.
+PARALLEL := -n auto --dist=loadfile --no-loadscope-reorder
+
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest -n auto --dist=loadfile $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/test.stamp
-	$(RUN) -m pytest -n auto --dist=loadfile -m "slow or not slow" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check $(OURS)

@@ -10,12 +10,14 @@ python -m spiral_jax.bench --subject=training --peers=torch         train steps 
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("prompt_tokens", 64, "decoding: of the longest prompt", flag_values=values)
     flags.DEFINE_list("sizes", ["1.2m", "27m"], "training: of 1.2m, 27m", flag_values=values)
     flags.DEFINE_list("families", ["vanilla"], "training: of vanilla, loop, spiral_b, spiral_l", flag_values=values)
-    flags.DEFINE_list("peers", [], "training: of torch, torch.compile", flag_values=values)
+    flags.DEFINE_list("peers", [], "training: of torch, torch.compile; decoding: torch", flag_values=values)
     flags.DEFINE_bool("unroll", True, "training: model.unroll", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
 
@@ -143,7 +145,9 @@ def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
         new_tokens=values.new_tokens,
         prompt_tokens=values.prompt_tokens,
         repeats=values.repeats,
+        peer="torch" in values.peers,
     )
+    check_peers(values.peers, ["torch"])
     return decoding.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
 
 
@@ -151,10 +155,10 @@ def _time_training(values: flags.FlagValues) -> dict[str, Any]:
     from spiral_jax.benchmarks import training
     from spiral_jax.benchmarks.families import FAMILIES
 
-    for flag, allowed in (("sizes", training.SIZES), ("families", FAMILIES), ("peers", training.PEERS)):
+    for flag, allowed in (("sizes", training.SIZES), ("families", FAMILIES)):
         for found in getattr(values, flag):
             require(found in allowed, f"--{flag}", found, ", ".join(allowed))
-    training.check_peers(tuple(values.peers))
+    check_peers(values.peers, training.PEERS)
     settings = training.TrainingSettings(
         sizes=tuple(values.sizes),
         families=tuple(values.families),
@@ -163,6 +167,19 @@ def _time_training(values: flags.FlagValues) -> dict[str, Any]:
         unroll=values.unroll,
     )
     return training.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def check_peers(peers: Iterable[str], allowed: Iterable[str]) -> None:
+    """Whether there are such peers, and what they need.
+
+    Raises:
+      SpiralError: unknown, or not installed.
+    """
+    for peer in peers:
+        require(peer in allowed, "--peers", peer, ", ".join(allowed))
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise SpiralError(f"--peers is {peer!r}, but {package} is not installed; pip install 'spiral_jax[hf]'")
 
 
 _TIMERS = {

@@ -54,6 +54,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("golden", names, indirect=True)
 
 
+# Files whose fixtures take longest, to begin with: at the end one worker would wait for the other.
+FIRST = (
+    "test_several_as_one.py", "test_punish.py", "test_resume.py", "test_own_code.py", "test_trouble.py",
+    "test_costs.py", "test_commands.py", "test_sharded_step.py", "test_decoder.py", "test_diverged.py", "test_cached.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture
 def golden(request) -> Golden:
     folder = TESTS / "golden" / request.param

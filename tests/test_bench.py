@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from range_server import RangeServer, random_faults
 from verbs import call
 
 from spiral_jax import bench, benchmarks
-from spiral_jax.benchmarks import loader
+from spiral_jax.benchmarks import loader, training
+from spiral_jax.benchmarks.families import models
 from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
@@ -122,6 +124,61 @@ def test_tokenizer(tmp_path, capsys, monkeypatch):
 def test_mistakes_are_one_line(flags, named):
     status, errors = call(bench, *flags)
     assert status == 2 and named in errors and errors.count("\n") == 1, errors
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A size that compiles in seconds."""
+    monkeypatch.setitem(training.SIZES, "tiny", training.Size(16, 2, 6, 32, 2, 8))
+
+
+def flops_per_token(width, layers, vocab_size, length):
+    """Of a transformer's step, by hand: two per multiply-add, forward and twice that backward."""
+    causal_pairs = (length + 1) / 2
+    return 3 * 2 * (layers * (12 * width**2 + 2 * width * causal_pairs) + width * vocab_size)
+
+
+def test_training(tiny):
+    settings = training.TrainingSettings(sizes=("tiny",), repeats=2, seconds=0.01, unroll=False)
+    report = training.measure(settings, report=lambda line: None)
+    row = report["tiny vanilla"]
+    assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"] and row["first_step_seconds"] > 0
+    assert row["gflops"] * 1e9 == pytest.approx(row["tokens_per_second"] * flops_per_token(16, 6, 32, 8))
+    assert row["of_sgemm"] == pytest.approx(row["gflops"] / report["tiny sgemm"]["gflops"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_training_beside_torch(tiny):
+    """The peer is a GPT-NeoX of the same shape, trained on the same windows: its loss falls, too."""
+    pytest.importorskip("transformers")
+    settings = training.TrainingSettings(sizes=("tiny",), families=("vanilla", "spiral_b"), peers=("torch",), repeats=1)
+    report = training.measure(settings, report=lambda line: None)
+    ours, theirs = report["tiny vanilla"], report["tiny torch"]
+    assert ours["over_torch"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"], rel=1e-6)
+    assert theirs["gflops"] / theirs["tokens_per_second"] == pytest.approx(ours["gflops"] / ours["tokens_per_second"])
+    assert "over_torch" in report["tiny spiral_b"] and report["tiny torch sgemm"]["gflops"] > 1
+
+
+@pytest.mark.slow
+def test_peer_has_our_shape():
+    pytest.importorskip("transformers")
+    size = training.Size(16, 2, 6, 32, 2, 8)
+    model = models(width=16, heads=2, layers=6, vocab_size=32)["vanilla"]
+    assert sum(p.numel() for p in training.peer_of(model, size).parameters()) == model.total_parameters
+
+
+@pytest.mark.parametrize("flag", ["--sizes=3m", "--families=spiral", "--peers=jax"])
+def test_bad_settings_of_training(flag):
+    status, errors = call(bench, "--subject=training", flag)
+    name, _, value = flag.partition("=")
+    assert status == 2 and errors.startswith(f"error: {name} is {value!r}; allowed: ") and errors.count("\n") == 1
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for subject in ("training", "decoding"):
+        status, errors = call(bench, f"--subject={subject}", "--peers=torch")
+        assert status == 2 and "torch is not installed; pip install 'spiral_jax[hf]'" in errors
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiral_jax.benchmarks.families import models
-from spiral_jax.errors import require
+from spiral_jax.convert.architecture import config_to_huggingface
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.progress import Report
@@ -84,9 +84,6 @@ def measure(settings: TrainingSettings, report: Report) -> dict[str, Any]:
       For each `SIZE PROGRAM`: tokens/s and GFLOP/s (median and range over the repeats; the FLOPs of weights and of
       attention below the diagonal, forward and backward), the share of the machine's best matrix product, seconds of
       the first step, and of ours the speed over each peer's.
-
-    Raises:
-      SpiralError: a peer that is not installed.
     """
     out: dict[str, Any] = {}
     for name in settings.sizes:
@@ -184,15 +181,20 @@ def _torch_sgemm() -> Timed:
     return Timed(lambda: torch.mm(a_NxN, a_NxN).sum().item(), 2.0 * SGEMM**3, 0, 0.0)
 
 
-def _torch(model: ModelConfig, size: Size, compiled: bool) -> Timed:
-    """A train step of transformers' GPT-NeoX: float32, AdamW, clipping, SDPA."""
+def peer_of(model: ModelConfig, size: Size) -> Any:
+    """transformers' GPT-NeoX of a transformer's shape, a `torch.nn.Module` to be trained."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from spiral_jax.convert.architecture import config_to_huggingface
-
     torch.manual_seed(0)
-    peer = GPTNeoXForCausalLM(GPTNeoXConfig(**config_to_huggingface(model, size.sequence_length))).train()
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**config_to_huggingface(model, size.sequence_length))).train()
+
+
+def _torch(model: ModelConfig, size: Size, compiled: bool) -> Timed:
+    """A train step of it: float32, AdamW, clipping, SDPA."""
+    import torch
+
+    peer = peer_of(model, size)
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     windows_BxW = torch.tensor(_windows(size))
     inputs, targets = windows_BxW[:, :-1].contiguous(), windows_BxW[:, 1:].reshape(-1)
@@ -217,16 +219,3 @@ def _torch(model: ModelConfig, size: Size, compiled: bool) -> Timed:
     needed = flops(step_config(model, size))
     tokens = size.batch_size * size.sequence_length
     return Timed(run, needed.dense + needed.attention_causal, tokens, time.perf_counter() - begin)
-
-
-def check_peers(peers: tuple[str, ...]) -> None:
-    """Whether what the peers need is installed.
-
-    Raises:
-      SpiralError: naming the extra.
-    """
-    import importlib.util
-
-    for module in ("torch", "transformers") if peers else ():
-        found = importlib.util.find_spec(module) is not None
-        require(found, f"--peers needs {module}, which", "not installed", "with pip install 'spiral_jax[hf]'")

@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.decoding import cached
+from spiral_jax.decoding.entry import with_separate_layers
 from spiral_jax.decoding.sampling import Sampling, SamplingSettings, next_tokens
 from spiral_jax.decoding.state import DecodeState, bucket_of, empty_state, put_rows, state_shardings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.neox import layer_weights
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import batch_sharding, replicated, rounded_to_mesh
 
@@ -154,6 +156,10 @@ class Decoder:
         self._make = jax.jit(make, out_shardings=place)
         self._admit = compiled(functools.partial(_admit, model, num_ids, stop_S))
         self._step = compiled(functools.partial(_step, model, num_ids, stop_S))
+        is_large = layer_weights(model.config) >= _SEPARATE_FROM
+        self._separates = is_large and mesh.devices.flat[0].platform == "cpu"
+        self._separate = jax.jit(with_separate_layers)
+        self._newest: tuple[Any, Any] | None = None
         self._counted = Counts(0, 0, 0, (0,) * model.config.num_iterations)
 
     def run(self, params: Any, requests: Sequence[Request]) -> Iterator[Token]:
@@ -240,7 +246,7 @@ class Decoder:
             if numbers := go_on():
                 for number in numbers:
                     asked[number] += 1
-                rows, made = self._step(params, rows, self._put(ended_B))
+                rows, made = self._step(self._for_steps(params), rows, self._put(ended_B))
                 unread.append((list(enumerate(holder)), made))
                 steps += 1
             # The newest step is read when the next one is on its way, so that the devices do not wait for us.
@@ -250,6 +256,14 @@ class Decoder:
                 break
         work = rows.state.work
         self._counted = Counts(tokens, steps, int(work.core_calls), tuple(np.asarray(work.runs_T).tolist()))
+
+    def _for_steps(self, params: Any) -> Any:
+        """The parameters as steps read them fastest; a copy of the layers, on a CPU."""
+        if not self._separates:
+            return params
+        if self._newest is None or self._newest[0] is not params:
+            self._newest = params, self._separate(params)
+        return self._newest[1]
 
     def _arrays(self, requests: list[Request], rows: list[int], width: int) -> tuple:
         """What `_admit` wants of some requests and the rows for them, filled up with rows that are put nowhere."""
@@ -268,6 +282,10 @@ class Decoder:
         # A copy: on a CPU the device may read the host's buffer while it is being written to.
         return jax.make_array_from_callback(array_W.shape, self._by_row, array_W.copy().__getitem__)
 
+
+# Numbers in a layer's matrices from which steps on a CPU get layers by themselves: smaller ones stay in its caches, and
+# a step compiles in the time of one layer.
+_SEPARATE_FROM = 2**20
 
 # What a row's entry beside a new token says. (Of NumPy's type: Python's numbers would leave arrays that compile twice.)
 _RESTING, _GOES_ON, _LAST, _STOPPED = np.arange(-1, 3, dtype=np.int32)

@@ -3,6 +3,7 @@
 One entry per row through layers with a cache, and neighbouring coarse iterations at one token.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,24 +20,43 @@ from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.model.topology import States
 
+# Parameters: stacked, or each layer's by themselves (`with_separate_layers`).
+Layers = dict | list[dict]
+
 
 class Iteration(NamedTuple):
     """What iteration t runs with.
 
     Attributes:
       level: its resolution.
-      layers: parameters of its core, stacked; None with a core of 0 layers.
+      layers: parameters of its core; None with a core of 0 layers.
       arrays: of the Linears that its operators declare.
     """
 
     level: Level
-    layers: dict | None
+    layers: Layers | None
     arrays: Arrays
 
 
-def layers_of(params, part: str) -> dict | None:
-    """The stacked layers of `prelude`, `core`, `cores_{t}` or `coda`; None where it has none."""
+def layers_of(params, part: str) -> Layers | None:
+    """The layers of `prelude`, `core`, `cores_{t}` or `coda`; None where it has none."""
     return params[part]["layers"] if part in params else None
+
+
+def with_separate_layers(params):
+    """Parameters whose layers are lists of arrays of their own.
+
+    On a CPU, a scan over stacked layers copies each layer's arrays before it reads them, and a step for a few rows does
+    little but read them.
+    """
+
+    def separate(stacked):
+        leaves, tree = jax.tree.flatten(stacked)
+        return [jax.tree.unflatten(tree, [x[i] for x in leaves]) for i in range(len(leaves[0]))]
+
+    return {
+        name: part | {"layers": separate(part["layers"])} if "layers" in part else part for name, part in params.items()
+    }
 
 
 def iterations(config: ModelConfig, params) -> list[Iteration]:
@@ -49,13 +69,13 @@ def iterations(config: ModelConfig, params) -> list[Iteration]:
 
 
 def run_layers(
-    model: SpiralFormer, layers: dict | None, h_BxLxD: jax.Array, rotary, attention: Callable, caches=()
+    model: SpiralFormer, layers: Layers | None, h_BxLxD: jax.Array, rotary, attention: Callable, caches=()
 ) -> tuple[jax.Array, KeyValues]:
     """The model's own layers with an attention that may look beyond its arguments.
 
     Args:
       model: the model.
-      layers: stacked parameters, None for no layers.
+      layers: None for no layers.
       h_BxLxD: their input.
       rotary: cos and sin, each [L, F], or [B, L, F] where rows are at positions of their own.
       attention: (q, k, v, cache) to [B, L, H, K], keys and queries rotated already.
@@ -82,12 +102,18 @@ def run_layers(
         )
         return h_BxLxD, seen[0]
 
+    if isinstance(layers, list):
+        news = []
+        for i, layer in enumerate(layers):
+            h_BxLxD, new = body(h_BxLxD, (layer, jax.tree.map(operator.itemgetter(i), caches)))
+            news.append(new)
+        return h_BxLxD, jax.tree.map(lambda *new: jnp.stack(new), *news)
     return jax.lax.scan(body, h_BxLxD, (layers, caches), unroll=config.unroll)
 
 
 def run_entry(
     model: SpiralFormer,
-    layers: dict | None,
+    layers: Layers | None,
     h_Bx1xD: jax.Array,
     index_B: jax.Array,
     capacity: int,
@@ -98,7 +124,7 @@ def run_entry(
 
     Args:
       model: the model.
-      layers: stacked parameters, None for no layers.
+      layers: None for no layers.
       h_Bx1xD: the entries.
       index_B: which each is, in its row's sequence of entries.
       capacity: indices are below.

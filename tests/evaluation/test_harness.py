@@ -248,6 +248,7 @@ def evaluated(folder, capsys, *flags):
     return code, capsys.readouterr().out, errors
 
 
+@pytest.mark.slow
 def test_tasks_by_command(folder, capsys, tmp_path):
     """The same numbers as in training, whatever the batch; a table, remarks and a file."""
     output = tmp_path / "new" / "results.json"

@@ -123,7 +123,7 @@ def found(check, **fields) -> invariants.Finding:
         (invariants.causality, dict(topology="leaks_the_next_token"), r"token \d+ changes with token"),
         pytest.param(invariants.causality, dict(topology="leaks_from_far"), "token", marks=pytest.mark.slow),
         pytest.param(invariants.causality, dict(pooling="reads_other_chunks"), "token", marks=pytest.mark.slow),
-        (invariants.lengths, dict(topology="depends_on_the_length"), "at length 1"),
+        pytest.param(invariants.lengths, dict(topology="depends_on_the_length"), "at length 1", marks=pytest.mark.slow),
         pytest.param(invariants.lengths, dict(allocation="backwards"), "at length", marks=pytest.mark.slow),
         (invariants.rows, dict(topology="mixes_rows"), "the (first|last) row"),
         pytest.param(invariants.scanned, dict(topology="counts_zeros"), "", marks=pytest.mark.slow),
@@ -144,7 +144,7 @@ def test_what_is_wrong_is_found(check, fields, where):
 @pytest.mark.parametrize(
     "check, fields",
     [
-        (invariants.causality, dict(topology="sums")),
+        pytest.param(invariants.causality, dict(topology="sums"), marks=pytest.mark.slow),
         pytest.param(invariants.lengths, dict(pooling="running_mean"), marks=pytest.mark.slow),
         pytest.param(invariants.rows, dict(topology="injection"), marks=pytest.mark.slow),
         pytest.param(invariants.scanned, dict(topology="sums"), marks=pytest.mark.slow),

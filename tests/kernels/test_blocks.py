@@ -1,5 +1,6 @@
 """Attention in blocks of queries against the plain form: output and gradients, and what memory they take."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 
 from spiral_jax.kernels import blocks
+from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model import attention as plain
+from spiral_jax.model.backend import Backend
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.spiralformer import SpiralFormer
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.training.loss import mean_window_nats
 
 
 def inputs(B, L, H, K, dtype=np.float32):
@@ -78,6 +85,27 @@ def test_no_future_reaches_the_past(quick):
     for cut in (1, 127, 128, 200, 299):
         changed = (x.at[:, cut:].set(other[:, cut:] * 5) for x in (q, k, v))
         np.testing.assert_array_equal(attention(q, k, v)[:, :cut], attention(*changed)[:, :cut])
+
+
+@pytest.mark.parametrize("remat", ["keep_products", pytest.param("keep_inputs", marks=pytest.mark.slow)])
+def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model, quick):
+    """The backend of CPUs, unrolled as it is there, against the default one: loss and gradients."""
+    fields = dict(vocab_size=29, d_model=32, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=1, chunks=(2, 1))
+    config = ModelConfig(**fields, dtype="float32", remat=remat)
+    params = random_model(config, scale=0.5)[2]
+    windows_BxW = jnp.asarray(np.random.default_rng(0).integers(29, size=(2, 290)))
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+    def value_and_grad(config, backend):
+        model = SpiralFormer(config, backend)
+        loss = jax.value_and_grad(lambda params: mean_window_nats(model, params, windows_BxW, 128)[0])
+        return jax.jit(loss, compiler_options=quick)(params)
+
+    value, grads = value_and_grad(dataclasses.replace(config, unroll=True), backend_for(mesh, config))
+    expected, expected_grads = value_and_grad(config, Backend())
+    assert abs(value - expected) < 1e-5
+    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
 def test_memory_is_linear_in_the_length(quick):

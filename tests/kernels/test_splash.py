@@ -85,7 +85,7 @@ MODEL = ModelConfig(vocab_size=64, d_model=128, num_heads=2, prelude_layers=0, c
 @pytest.mark.parametrize(
     "L, remat",
     [
-        (256, "keep_products"),
+        pytest.param(256, "keep_products", marks=pytest.mark.slow),
         pytest.param(256, "keep_all", marks=pytest.mark.slow),
         pytest.param(256, "keep_inputs", marks=pytest.mark.slow),
         pytest.param(400, "keep_all", marks=pytest.mark.slow),

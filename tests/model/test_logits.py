@@ -20,7 +20,7 @@ def test_reference_reproduces_golden(golden):
     np.testing.assert_allclose(logits_BxLxV, golden.logits_BxLxV, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-4), ("float64", 1e-9)])
+@pytest.mark.parametrize("dtype, tolerance", [pytest.param("float32", 2e-4, marks=pytest.mark.slow), ("float64", 1e-9)])
 def test_golden(golden, forward, dtype, tolerance):
     config = config_from_huggingface(golden.config, dtype)
     tensors = {name: tensor.astype(dtype) for name, tensor in golden.tensors.items()}

@@ -54,7 +54,7 @@ def scanned(request, random_model, quick):
         ("coarse", UNROLLED),
         pytest.param("coarse", WRITTEN_OUT, marks=pytest.mark.slow),
         pytest.param("coarse", DOTS, marks=pytest.mark.slow),
-        ("coarse", FULL),
+        pytest.param("coarse", FULL, marks=pytest.mark.slow),
         pytest.param("looped", DOTS, marks=pytest.mark.slow),
         pytest.param("looped", FULL, marks=pytest.mark.slow),
         pytest.param("looped", WRITTEN_OUT, marks=pytest.mark.slow),

@@ -81,6 +81,7 @@ def test_the_run_goes_on_in_one_process_on_another_mesh(alone, resumed):
     assert_same_run(resumed, alone.rows)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(folder, start, resumed, capsys):
     capsys.readouterr()
     flags = (f"--workdir={folder}/two", "--stride=5", "--json")

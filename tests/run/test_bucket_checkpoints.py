@@ -66,6 +66,7 @@ def test_one_that_was_never_completed_is_none_and_is_removed_by_the_next_save(pl
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_damaged_one_is_marked_and_its_step_can_be_saved_again(place, layout, capsys):
     save(place, layout, [3, 4]).close()
     flip(place / "checkpoints/4/params")

@@ -39,7 +39,9 @@ def saved(tmp_path_factory):
     return workdir, state
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 2), (1, 1, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 8, 1), (1, 2, 4)])], ids=str
+)
 def test_restores_onto_any_mesh(saved, mesh):
     workdir, state = saved
     layout = abstract(mesh)

@@ -102,6 +102,7 @@ def run(folder):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_example_trains_decodes_and_is_counted(folder, run, capsys):
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2, 3, 4]
     saved = json.loads((run / own_code.FILE).read_text())

@@ -272,7 +272,9 @@ def flip_a_bit(checkpoint, item):
 
 
 @pytest.mark.parametrize("item", ["params", "meta"])
-@pytest.mark.parametrize("verb", ["evaluate", "export", "generate", "load"])
+@pytest.mark.parametrize(
+    "verb", ["export", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("evaluate", "generate", "load"))]
+)
 def test_readers_refuse_what_is_damaged_and_name_what_is_whole(copy, tmp_path, capsys, verb, item):
     """Also where the one before is damaged, too; and then read that."""
     for step in (8, 6):

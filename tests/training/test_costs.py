@@ -96,8 +96,7 @@ SLOW = {
     "case",
     [
         "iteration",
-        "tensor",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in (CASES | SLOW) if case not in ("iteration", "tensor")),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (CASES | SLOW) if case != "iteration"),
     ],
 )
 def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
@@ -106,7 +105,12 @@ def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
 
 
 @pytest.mark.parametrize(
-    "case", ["tensor", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW if "all axes" in case)]
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in ("tensor", *SLOW)
+        if case == "tensor" or "all axes" in case
+    ],
 )
 def test_nothing_but_activations_is_exchanged_along_tensor(case, compiled):
     """Matrices stay cut. A layer sums what attention and MLP give, forward, and their inputs' gradients, backward."""
@@ -170,7 +174,7 @@ def test_flops_by_hand():
 @pytest.mark.parametrize(
     "remat, topology",
     [
-        ("keep_inputs", "anchor"),
+        pytest.param("keep_inputs", "anchor", marks=pytest.mark.slow),
         pytest.param("keep_inputs", "injection", marks=pytest.mark.slow),
         pytest.param("keep_all", "anchor", marks=pytest.mark.slow),
         pytest.param("keep_all", "injection", marks=pytest.mark.slow),
