@@ -7,6 +7,7 @@ python -m spiral_jax.bench --subject=loader --store=STORE --remote=URL
 python -m spiral_jax.bench --subject=tokenizer --input=FILE --tokenizer=tokenizer.json
 python -m spiral_jax.bench --subject=decoding                       four models of equal width, with and without a cache
 python -m spiral_jax.bench --subject=training --peers=torch         train steps beside PyTorch's, of equal shape
+python -m spiral_jax.bench --subject=operations                     what such a step is made of, beside PyTorch's
 """
 
 import importlib.metadata
@@ -48,7 +49,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("new_tokens", 256, "decoding: to add to every prompt", flag_values=values)
     flags.DEFINE_list("texts", ["1", "8"], "decoding: texts at a time, each to be timed", flag_values=values)
     flags.DEFINE_integer("prompt_tokens", 64, "decoding: of the longest prompt", flag_values=values)
-    flags.DEFINE_list("sizes", ["1.2m", "27m"], "training: of 1.2m, 27m", flag_values=values)
+    flags.DEFINE_list("sizes", ["1.2m", "27m"], "training, operations: of 1.2m, 27m", flag_values=values)
     flags.DEFINE_list("families", ["vanilla"], "training: of vanilla, loop, spiral_b, spiral_l", flag_values=values)
     flags.DEFINE_list("peers", [], "training: of torch, torch.compile; decoding: torch", flag_values=values)
     flags.DEFINE_bool("unroll", True, "training: model.unroll", flag_values=values)
@@ -148,16 +149,15 @@ def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
         peer="torch" in values.peers,
     )
     check_peers(values.peers, ["torch"])
-    return decoding.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
+    return decoding.measure(settings, report=_say)
 
 
 def _time_training(values: flags.FlagValues) -> dict[str, Any]:
     from spiral_jax.benchmarks import training
     from spiral_jax.benchmarks.families import FAMILIES
 
-    for flag, allowed in (("sizes", training.SIZES), ("families", FAMILIES)):
-        for found in getattr(values, flag):
-            require(found in allowed, f"--{flag}", found, ", ".join(allowed))
+    _check_among("sizes", values.sizes, training.SIZES)
+    _check_among("families", values.families, FAMILIES)
     check_peers(values.peers, training.PEERS)
     settings = training.TrainingSettings(
         sizes=tuple(values.sizes),
@@ -166,7 +166,12 @@ def _time_training(values: flags.FlagValues) -> dict[str, Any]:
         repeats=values.repeats,
         unroll=values.unroll,
     )
-    return training.measure(settings, report=lambda line: print(line, file=sys.stderr, flush=True))
+    return training.measure(settings, report=_say)
+
+
+def _check_among(flag: str, values: Iterable[str], allowed: Iterable[str]) -> None:
+    for found in values:
+        require(found in allowed, f"--{flag}", found, ", ".join(allowed))
 
 
 def check_peers(peers: Iterable[str], allowed: Iterable[str]) -> None:
@@ -175,11 +180,19 @@ def check_peers(peers: Iterable[str], allowed: Iterable[str]) -> None:
     Raises:
       SpiralError: unknown, or not installed.
     """
+    _check_among("peers", peers, allowed)
     for peer in peers:
-        require(peer in allowed, "--peers", peer, ", ".join(allowed))
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise SpiralError(f"--peers is {peer!r}, but {package} is not installed; pip install 'spiral_jax[hf]'")
+
+
+def _time_operations(values: flags.FlagValues) -> dict[str, Any]:
+    check_peers(["torch"], ["torch"])
+    from spiral_jax.benchmarks import operations
+
+    _check_among("sizes", values.sizes, operations.SIZES)
+    return operations.measure(tuple(values.sizes), values.repeats, _say)
 
 
 _TIMERS = {
@@ -187,7 +200,12 @@ _TIMERS = {
     "tokenizer": _time_tokenizer,
     "decoding": _time_decoding,
     "training": _time_training,
+    "operations": _time_operations,
 }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _cores() -> int:

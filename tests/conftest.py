@@ -57,7 +57,8 @@ def pytest_generate_tests(metafunc):
 # Files whose fixtures take longest, to begin with: at the end one worker would wait for the other.
 FIRST = (
     "test_several_as_one.py", "test_punish.py", "test_resume.py", "test_own_code.py", "test_trouble.py",
-    "test_costs.py", "test_commands.py", "test_sharded_step.py", "test_decoder.py", "test_diverged.py", "test_cached.py",
+    "test_costs.py", "test_commands.py", "test_sharded_step.py", "test_decoder.py", "test_diverged.py",
+    "test_cached.py",
 )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def measure(settings: TrainingSettings, report: Report) -> dict[str, Any]:
     """Times every program in turn with the others, as a machine's speed drifts.
 
     Returns:
-      For each `SIZE PROGRAM`: tokens/s and GFLOP/s (median and range over the repeats; the FLOPs of weights and of
+      For each `SIZE PROGRAM`: tokens/s (median, lower quartile and range over the repeats), GFLOP/s (of weights, and of
       attention below the diagonal, forward and backward), the share of the machine's best matrix product, seconds of
       the first step, and of ours the speed over each peer's.
     """
@@ -98,7 +98,7 @@ def measure(settings: TrainingSettings, report: Report) -> dict[str, Any]:
         for peer in settings.peers:
             report(f"{name} {PEERS[peer]}: compiling")
             programs[peer] = _torch(configs["vanilla"], size, compiled=peer == "torch.compile")
-        programs["sgemm"] = _sgemm()
+        programs["sgemm"] = sgemm()
         if settings.peers:
             programs["torch sgemm"] = _torch_sgemm()
         seconds = _in_turn(programs, settings, name, report)
@@ -109,6 +109,7 @@ def measure(settings: TrainingSettings, report: Report) -> dict[str, Any]:
             if timed.tokens:
                 row = {
                     "tokens_per_second": timed.tokens / median,
+                    "lower_quartile": timed.tokens / float(np.quantile(seconds[program], 0.75)),
                     "slowest": timed.tokens / max(seconds[program]),
                     "fastest": timed.tokens / min(seconds[program]),
                     **row,
@@ -168,7 +169,8 @@ def _ours(model: ModelConfig, size: Size) -> Timed:
     return Timed(run, needed.dense + needed.attention_causal, tokens, time.perf_counter() - begin)
 
 
-def _sgemm() -> Timed:
+def sgemm() -> Timed:
+    """A product of two square matrices, float32."""
     a_NxN = jnp.ones((SGEMM, SGEMM), jnp.float32)
     product = jax.jit(jnp.dot)
     return Timed(lambda: product(a_NxN, a_NxN).block_until_ready(), 2.0 * SGEMM**3, 0, 0.0)

@@ -12,6 +12,7 @@ from spiral_jax.model.config import Remat
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh
 from spiral_jax.progress import Report
 from spiral_jax.roofline.hlo import UnreadableProgram
+from spiral_jax.roofline.on_paper import estimate
 from spiral_jax.roofline.predict import FITTED
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.training import costs
@@ -94,7 +95,9 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
             f"{min(least) / GIB:.2f} GiB of {usable / GIB:.2f} GiB a device; allowed: a larger slice"
         )
     waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
-    waiting.sort(key=lambda one: (_estimate(one, chips, num_devices, state_on(one.mesh)), one.train.accumulation))
+    waiting.sort(
+        key=lambda one: (estimate(one, chips, num_slices, state_on(one.mesh)).step_seconds, one.train.accumulation)
+    )
     best: dict[str, Any] | None = None
     best_config: StepConfig | None = None
     tried: list[dict[str, Any]] = []
@@ -189,18 +192,3 @@ def _least_bytes(config: StepConfig, num_devices: int, state: TrainState | None 
 def _product_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:
     """Time of the matrix products alone."""
     return costs.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
-
-
-def _estimate(config: StepConfig, chips: Slice, num_devices: int, state: TrainState) -> float:
-    """Seconds of a step by the closed forms: products, attention, communication over one ring; only to sort by."""
-    form = costs.flops(config)
-    # Of three passes, forward is one and backward two.
-    attention = form.attention_causal * (2 + costs.FORWARD_ATTENTION[config.model.remat]) / 3
-    attention /= num_devices * chips.peak_flops * FITTED.attention_efficiency
-    moved = sum(costs.communication(config, num_devices, state))
-    # All-reduces of activations, two a layer forward and two backward.
-    if config.mesh.tensor > 1:
-        rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)
-        runs = config.model.executed_layers(config.train.sequence_length)
-        moved += 4 * rows * 2 * config.model.d_model * sum(layers * n for layers, n in runs)
-    return _product_seconds(config, chips, num_devices) + attention + moved / sum(chips.ring_bandwidths() or (1.0,))

@@ -1,0 +1,77 @@
+"""How long a step should take by closed forms alone: nothing is compiled, and any number of chips takes a second."""
+
+import jax.numpy as jnp
+
+from spiral_jax.hardware import Slice
+from spiral_jax.kernels.splash import block_size, padded_head_width
+from spiral_jax.roofline.predict import FITTED, KERNEL_PRODUCTS, Prediction
+from spiral_jax.training import costs
+from spiral_jax.training.config import StepConfig
+from spiral_jax.training.step import TrainState
+
+# Memory traffic of the twelve compiled points of tpu/predictions, within 10 % (`tests/roofline/test_on_paper.py`):
+# vectors of d numbers in the compute dtype per token and executed layer, by `model.remat` (the two between the ends are
+# assumed to lie between them), and per token and iteration; rows of logits per token; passes over what is gathered and
+# summed.
+LAYER_VECTORS = {"keep_all": 222.0, "keep_products": 204.0, "keep_attention": 187.0, "keep_inputs": 169.0}
+ITERATION_VECTORS, LOGIT_ROWS, PASSES = 31.0, 3.0, 0.32
+# Of the time that memory takes by itself, how much is not beside products: 0.41 to 0.57 in the compiled points.
+MEMORY_ALONE = 0.5
+# How often what is gathered and summed crosses the links: 1.4 to 2.0 in the compiled points, as sums of whole arrays do
+# it twice.
+ROUNDS = 1.5
+
+
+def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: TrainState | None = None) -> Prediction:
+    """Seconds of a step by the closed forms of `training.costs` and the constants of `predict`.
+
+    Args:
+      config: the step; its mesh lies on all devices, `data` over the slices.
+      chips: one slice.
+      num_slices: how many.
+      state: `costs.state_on` of the mesh, if it is known.
+    """
+    num_devices = chips.devices * num_slices
+    _, fsdp, tensor = config.check_mesh(num_devices)
+    model, train = config.model, config.train
+    L, d, form = train.sequence_length, model.d_model, costs.flops(config)
+    peak = num_devices * chips.peak_flops
+    state = costs.state_on(config, num_devices) if state is None else state
+    moved = sum(costs.communication(config, num_devices, state))
+    tokens = train.tokens_per_step / num_devices
+    layer_tokens = train.batch_size * sum(layers * n for layers, n in model.executed_layers(L)) / num_devices
+    vectors = layer_tokens * LAYER_VECTORS[model.remat] + tokens * ITERATION_VECTORS * (model.num_iterations + 1)
+    traffic = 2 * (vectors * d + tokens * LOGIT_ROWS * model.vocab_size) + PASSES * moved
+    # All-reduces of activations, two a layer forward and two backward.
+    if tensor > 1:
+        moved += 4 * layer_tokens * tensor * 2 * d
+    between = 0.0
+    if num_slices > 1:  # gradients, once per step
+        between = 2 * 4 * model.total_parameters / (fsdp * tensor) * (num_slices - 1) / num_slices
+    links = sum(chips.ring_bandwidths()) / chips.generation.devices or chips.hbm_bandwidth
+    alone = {
+        "compute": form.dense_executed / peak / FITTED.mxu_efficiency,
+        "attention": form.attention_causal * _attention_factor(config, chips) / peak / FITTED.attention_efficiency,
+        "hbm": traffic / chips.hbm_bandwidth / FITTED.hbm_efficiency,
+        "ici": ROUNDS * moved / links / FITTED.ici_efficiency,
+        "dcn": between / chips.dcn_bandwidth,
+    }
+    limits = {"compute": alone["compute"], "attention": alone["attention"], "hbm": alone["hbm"] * MEMORY_ALONE}
+    busy, communication = sum(limits.values()), alone["ici"] + alone["dcn"]
+    exposed = max(0.0, communication - FITTED.hidden_share * busy)
+    share = exposed / communication if communication else 0.0
+    limits |= {what: alone[what] * share for what in ("ici", "dcn")}
+    return Prediction(busy + exposed, alone, limits)
+
+
+def _attention_factor(config: StepConfig, chips: Slice) -> float:
+    """What splash kernels compute over the causal products of the closed form: padding, whole blocks, scores again."""
+    model, L = config.model, config.train.sequence_length
+    mxu = chips.generation.mxu
+    width = -(-padded_head_width(model.head_width) // mxu) * mxu
+    blocks = L / block_size(
+        L, padded_head_width(model.head_width), jnp.dtype(model.dtype), chips.generation.device_kind
+    )
+    forward = KERNEL_PRODUCTS["fwd"] * costs.FORWARD_ATTENTION[model.remat]
+    products = forward + KERNEL_PRODUCTS["dq"] + KERNEL_PRODUCTS["dkv"]
+    return width / model.head_width * (blocks + 1) / blocks * products / 6

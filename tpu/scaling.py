@@ -1,0 +1,120 @@
+"""Prints the table of tpu/scaling.md: step time and MFU of the papers' sizes on 16 to 4,096 chips, by closed forms.
+
+python -m tpu.scaling > tpu/scaling.md        a minute; nothing is compiled
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from experiments.pile import SIZES, get_config
+from spiral_jax.errors import SpiralError
+from spiral_jax.hardware import GENERATIONS, Generation, Slice
+from spiral_jax.model.config import Remat
+from spiral_jax.parallel.mesh import MeshConfig
+from spiral_jax.roofline.on_paper import estimate
+from spiral_jax.run.config import RunConfig
+from spiral_jax.training import costs
+
+COUNTS = tuple(2**i for i in range(4, 13))
+BATCHES = (512, 4096)
+REMATS: tuple[Remat, ...] = ("keep_all", "keep_attention", "keep_inputs")
+# Of a device's memory; the compiler adds to what the closed forms count.
+SHARE = 0.7
+
+HEAD = """# From 16 to 4,096 chips, on paper
+
+Spiral-B on the Pile, sequences of 4,096 tokens, bfloat16. By closed forms (`spiral_jax/roofline/on_paper.py`), which
+are within 5 % of the twelve compiled points of [predictions](predictions/README.md); nothing here was compiled, and
+nothing has run on a TPU. `fsdp` lies over a slice, `data` over slices, `tensor` is 2 only where 1 does not divide or
+fit; of micro-batches, `model.remat` and `train.gather_core` the fastest that fits is shown. MFU counts causal
+attention; "limit" is what takes most of the step. v6e slices have 256 chips at most: more are several, joined by the
+data-center network. Made by `python -m tpu.scaling > tpu/scaling.md`.
+"""
+TAIL = """## Where scaling breaks
+
+- A device needs a sequence of its own: with 512 sequences, 512 devices are the end, 1,024 with `tensor` 2. A batch of
+  4,096 sequences moves that by eight, and is another recipe.
+- `fsdp` has to divide the width: 160m (768) ends at 256 devices on that axis, and goes on with `tensor` or more slices.
+- What is gathered and summed per step hardly shrinks with the number of chips, and hides behind at most half of the
+  computing (`predict.FITTED.hidden_share`, an assumption): where the MFU falls from one row to the next, it shows.
+- Heads of 64 fill half of a matrix unit of 128 (v5p), a quarter of one of 256 (v6e): 160m and 410m are limited by
+  attention however many chips there are.
+"""
+
+
+def slices(generation: Generation, chips: int) -> tuple[Slice, int] | None:
+    """The fewest equal slices with so many chips together."""
+    for shape in sorted(generation.shapes, key=math.prod, reverse=True):
+        size = math.prod(shape)
+        if size <= chips and chips % size == 0:
+            return Slice(generation, shape), chips // size
+    return None
+
+
+def layouts(config: RunConfig, chips: Slice, num_slices: int) -> Iterator[tuple[RunConfig, float]]:
+    """What fits, and its seconds."""
+    devices = chips.devices * num_slices
+    found = False
+    for tensor in (1, 2):
+        if found:
+            return
+        mesh = MeshConfig(num_slices, chips.devices // tensor, tensor)
+        rows = config.train.batch_size * tensor // devices
+        if rows < 1:
+            continue
+        base = dataclasses.replace(config, mesh=mesh)
+        try:
+            base.check_mesh(devices)
+        except SpiralError:
+            continue
+        state = costs.state_on(base, devices)
+        for accumulation in (2**i for i in range(rows.bit_length())):
+            for remat in REMATS:
+                for gather in ("iteration", "step"):
+                    one = dataclasses.replace(
+                        base,
+                        model=dataclasses.replace(config.model, remat=remat),
+                        train=dataclasses.replace(config.train, accumulation=accumulation, gather_core=gather),
+                    )
+                    if sum(costs.memory(one, devices, state).values()) < SHARE * chips.generation.hbm_bytes:
+                        found = True
+                        yield one, estimate(one, chips, num_slices, state).step_seconds
+
+
+def row(size: str, config: RunConfig, generation: Generation, count: int) -> str:
+    """One line of a table."""
+    found = slices(generation, count)
+    assert found is not None
+    chips, num_slices = found
+    best = min(layouts(config, chips, num_slices), key=lambda pair: pair[1], default=None)
+    where = f"{num_slices} x {chips}" if num_slices > 1 else str(chips)
+    if best is None:
+        return f"| {size} | {count:,} | {where} | no mesh divides or fits | | | |"
+    one, seconds = best
+    guess, form = estimate(one, chips, num_slices), costs.flops(one)
+    mfu = (form.dense + form.attention_causal) / seconds / (chips.devices * num_slices * chips.peak_flops)
+    mesh = f"{one.mesh.data}, {one.mesh.fsdp}, {one.mesh.tensor}"
+    how = f"{one.train.accumulation}, {one.model.remat}, {one.train.gather_core}"
+    return f"| {size} | {count:,} | {where} | {mesh}; {how} | {seconds:.3f} | {mfu:.1%} | {guess.bound} |"
+
+
+def main() -> None:
+    print(HEAD)
+    for batch in BATCHES:
+        for name in ("v5p", "v6e"):
+            generation = next(one for one in GENERATIONS if one.name == name)
+            print(f"## {name}, {batch:,} sequences a step\n")
+            print("| size | chips | slices | data, fsdp, tensor; micro-batches, remat, core | seconds | MFU | limit |")
+            print("|---|---|---|---|---|---|---|")
+            for size in SIZES:
+                config = RunConfig.from_dict(get_config(f"{size},spiral_b").to_dict())
+                config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
+                for count in COUNTS:
+                    print(row(size, config, generation, count), flush=True)
+            print()
+    print(TAIL)
+
+
+if __name__ == "__main__":
+    main()
