@@ -90,7 +90,12 @@ def _operations(size: Size) -> dict[str, Operation]:
         tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
         shape = jax.eval_shape(ours, *arrays).shape
         gradient = numbers(*shape) if shape else np.float32(1)
-        program = jax.jit(lambda gradient, *arrays: jax.vjp(ours, *arrays)[1](gradient))
+
+        @jax.jit
+        def program(gradient, *arrays):
+            out, backward = jax.vjp(ours, *arrays)
+            return out, backward(gradient)  # without `out`, products forward would not be there
+
         on_device, gradient_of_torch = [jnp.asarray(x) for x in (gradient, *arrays)], torch.tensor(gradient)
         return (
             lambda: jax.block_until_ready(program(*on_device)),
