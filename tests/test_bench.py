@@ -20,6 +20,7 @@ from verbs import call
 from spiral_jax import bench, benchmarks
 from spiral_jax.benchmarks import loader, training
 from spiral_jax.benchmarks.families import models
+from spiral_jax.benchmarks.peer import gpt_neox
 from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
@@ -163,9 +164,8 @@ def test_training_beside_torch(tiny):
 @pytest.mark.slow
 def test_peer_has_our_shape():
     pytest.importorskip("transformers")
-    size = training.Size(16, 2, 6, 32, 2, 8)
     model = models(width=16, heads=2, layers=6, vocab_size=32)["vanilla"]
-    assert sum(p.numel() for p in training.peer_of(model, size).parameters()) == model.total_parameters
+    assert sum(p.numel() for p in gpt_neox(model, 8).parameters()) == model.total_parameters
 
 
 @pytest.mark.slow

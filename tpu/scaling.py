@@ -4,17 +4,18 @@ python -m tpu.scaling > tpu/scaling.md        a minute; nothing is compiled
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
 
 from experiments.pile import SIZES, get_config
-from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GENERATIONS, Generation, Slice
 from spiral_jax.model.config import Remat
-from spiral_jax.parallel.mesh import MeshConfig
+from spiral_jax.roofline import search
 from spiral_jax.roofline.on_paper import estimate
+from spiral_jax.roofline.predict import Prediction
 from spiral_jax.run.config import RunConfig
 from spiral_jax.training import costs
+from spiral_jax.training.config import StepConfig
 
 COUNTS = tuple(2**i for i in range(4, 13))
 BATCHES = (512, 4096)
@@ -52,48 +53,36 @@ def slices(generation: Generation, chips: int) -> tuple[Slice, int] | None:
     return None
 
 
-def layouts(config: RunConfig, chips: Slice, num_slices: int) -> Iterator[tuple[RunConfig, float]]:
-    """What fits, and its seconds."""
+def layouts(config: StepConfig, chips: Slice, num_slices: int) -> list[tuple[StepConfig, Prediction]]:
+    """What fits: with `tensor` 1, or where nothing does, 2."""
     devices = chips.devices * num_slices
-    found = False
+    usable = SHARE * chips.generation.hbm_bytes
+    state_on = functools.cache(lambda mesh: costs.state_on(dataclasses.replace(config, mesh=mesh), devices))
+    every = [
+        one for one in search.layouts(config, devices) if one.mesh.data == num_slices and one.model.remat in REMATS
+    ]
     for tensor in (1, 2):
-        if found:
-            return
-        mesh = MeshConfig(num_slices, chips.devices // tensor, tensor)
-        rows = config.train.batch_size * tensor // devices
-        if rows < 1:
-            continue
-        base = dataclasses.replace(config, mesh=mesh)
-        try:
-            base.check_mesh(devices)
-        except SpiralError:
-            continue
-        state = costs.state_on(base, devices)
-        for accumulation in (2**i for i in range(rows.bit_length())):
-            for remat in REMATS:
-                for gather in ("iteration", "step"):
-                    one = dataclasses.replace(
-                        base,
-                        model=dataclasses.replace(config.model, remat=remat),
-                        train=dataclasses.replace(config.train, accumulation=accumulation, gather_core=gather),
-                    )
-                    if sum(costs.memory(one, devices, state).values()) < SHARE * chips.generation.hbm_bytes:
-                        found = True
-                        yield one, estimate(one, chips, num_slices, state).step_seconds
+        fitting = [
+            (one, estimate(one, chips, num_slices, state_on(one.mesh)))
+            for one in every
+            if one.mesh.tensor == tensor and sum(costs.memory(one, devices, state_on(one.mesh)).values()) < usable
+        ]
+        if fitting:
+            return fitting
+    return []
 
 
-def row(size: str, config: RunConfig, generation: Generation, count: int) -> str:
+def row(size: str, config: StepConfig, generation: Generation, count: int) -> str:
     """One line of a table."""
     found = slices(generation, count)
     assert found is not None
     chips, num_slices = found
-    best = min(layouts(config, chips, num_slices), key=lambda pair: pair[1], default=None)
+    best = min(layouts(config, chips, num_slices), key=lambda pair: pair[1].step_seconds, default=None)
     where = f"{num_slices} x {chips}" if num_slices > 1 else str(chips)
     if best is None:
         return f"| {size} | {count:,} | {where} | no mesh divides or fits | | | |"
-    one, seconds = best
-    guess, form = estimate(one, chips, num_slices), costs.flops(one)
-    mfu = (form.dense + form.attention_causal) / seconds / (chips.devices * num_slices * chips.peak_flops)
+    (one, guess), seconds = best, best[1].step_seconds
+    mfu = costs.flops(one).causal / seconds / (chips.devices * num_slices * chips.peak_flops)
     mesh = f"{one.mesh.data}, {one.mesh.fsdp}, {one.mesh.tensor}"
     how = f"{one.train.accumulation}, {one.model.remat}, {one.train.gather_core}"
     return f"| {size} | {count:,} | {where} | {mesh}; {how} | {seconds:.3f} | {mfu:.1%} | {guess.bound} |"

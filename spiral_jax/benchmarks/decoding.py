@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiral_jax.benchmarks.families import models
-from spiral_jax.convert.architecture import config_to_huggingface
+from spiral_jax.benchmarks.peer import gpt_neox
 from spiral_jax.decoding.decoder import Decoder, Request, bytes_per_row
 from spiral_jax.errors import require
 from spiral_jax.kernels.choose import backend_for
@@ -152,11 +152,8 @@ def _runs(config: ModelConfig, batch: int, settings: DecodingSettings) -> dict[s
 def _runs_of_peer(config: ModelConfig, batch: int, settings: DecodingSettings) -> dict[str, Callable[[], Any]]:
     """What is timed of transformers' model; shorter prompts are padded on the left, as it wants them."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    torch.manual_seed(0)
-    capacity = settings.prompt_tokens + settings.new_tokens
-    peer = GPTNeoXForCausalLM(GPTNeoXConfig(**config_to_huggingface(config, capacity))).eval()
+    peer = gpt_neox(config, settings.prompt_tokens + settings.new_tokens).eval()
     tokens_BxP = torch.zeros(batch, settings.prompt_tokens, dtype=torch.long)
     mask_BxP = torch.zeros_like(tokens_BxP)
     for row, prompt in enumerate(_prompts(batch, settings)):

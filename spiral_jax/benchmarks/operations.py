@@ -1,7 +1,6 @@
 """What a transformer's train step is made of, operation by operation: ours, PyTorch's, and what its products need."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,13 +10,17 @@ import numpy as np
 import optax
 
 from spiral_jax.benchmarks.families import models
-from spiral_jax.benchmarks.training import SIZES, Size, peer_of, sgemm, step_config
+from spiral_jax.benchmarks.peer import gpt_neox, update_of
+from spiral_jax.benchmarks.training import SIZES, Size, seconds_of, sgemm, step_config
 from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.progress import Report
 from spiral_jax.training.loss import mean_nats
 from spiral_jax.training.optimizers import make_optimizer
+
+# Of one operation, before the next has its turn.
+SECONDS = 0.1
 
 
 class Operation(NamedTuple):
@@ -43,33 +46,20 @@ def measure(sizes: tuple[str, ...], repeats: int, report: Report) -> dict[str, A
       For each `SIZE OPERATION`: milliseconds that a step of the transformer spends on it, ours and PyTorch's (medians),
       and those that its products would take at the speed of the machine's best square product.
     """
-    best = max(_rate(sgemm()) for _ in range(repeats))
+    square = sgemm()
+    best = square.flops / min(seconds_of(square.run, SECONDS) for _ in range(repeats))
     out: dict[str, Any] = {"sgemm_gflops": best / 1e9}
     for name in sizes:
         for operation, found in _operations(SIZES[name]).items():
             report(f"{name} {operation}")
             seconds: dict[str, list[float]] = {"ours": [], "torch": []}
             for _ in range(repeats):
-                seconds["ours"].append(_seconds(found.ours))
-                seconds["torch"].append(_seconds(found.torch))
+                seconds["ours"].append(seconds_of(found.ours, SECONDS))
+                seconds["torch"].append(seconds_of(found.torch, SECONDS))
             out[f"{name} {operation}"] = {
                 f"{who}_ms": found.times * statistics.median(times) * 1e3 for who, times in seconds.items()
             } | {"limit_ms": found.times * found.flops / best * 1e3}
     return out
-
-
-def _rate(timed) -> float:
-    return timed.flops / _seconds(timed.run)
-
-
-def _seconds(run: Callable[[], Any], at_least: float = 0.1) -> float:
-    """Of one run, after one that nobody counts."""
-    run()
-    begin, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - begin) < at_least:
-        run()
-        count += 1
-    return passed / count
 
 
 def _operations(size: Size) -> dict[str, Operation]:
@@ -167,13 +157,7 @@ def _our_optimizer(model, size: Size) -> Callable[[], Any]:
 def _torch_optimizer(model, size: Size) -> Callable[[], Any]:
     import torch
 
-    peer = peer_of(model, size)
+    peer = gpt_neox(model, size.sequence_length)
     for p in peer.parameters():
         p.grad = torch.full_like(p, 1e-2)
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-
-    def run() -> None:
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-
-    return run
+    return update_of(peer)

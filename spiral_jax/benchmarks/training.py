@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiral_jax.benchmarks.families import models
-from spiral_jax.convert.architecture import config_to_huggingface
+from spiral_jax.benchmarks.peer import gpt_neox, update_of
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.progress import Report
@@ -130,13 +130,18 @@ def _in_turn(
     for repeat in range(settings.repeats):
         report(f"{size}: repeat {repeat + 1} of {settings.repeats}")
         for program, timed in programs.items():
-            timed.run()  # caches belong to the program before
-            begin, count = time.perf_counter(), 0
-            while (passed := time.perf_counter() - begin) < settings.seconds or not count:
-                timed.run()
-                count += 1
-            seconds[program].append(passed / count)
+            seconds[program].append(seconds_of(timed.run, settings.seconds))
     return seconds
+
+
+def seconds_of(run: Callable[[], object], at_least: float) -> float:
+    """Of one run, the mean of as many as take `at_least` seconds; before them one that does not count."""
+    run()  # caches belong to the program before
+    begin, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begin) < at_least or not count:
+        run()
+        count += 1
+    return passed / count
 
 
 def step_config(model: ModelConfig, size: Size) -> StepConfig:
@@ -164,9 +169,7 @@ def _ours(model: ModelConfig, size: Size) -> Timed:
         metrics["loss"].block_until_ready()
 
     run()
-    needed = flops(config)
-    tokens = config.train.tokens_per_step
-    return Timed(run, needed.dense + needed.attention_causal, tokens, time.perf_counter() - begin)
+    return Timed(run, flops(config).causal, config.train.tokens_per_step, time.perf_counter() - begin)
 
 
 def sgemm() -> Timed:
@@ -183,21 +186,12 @@ def _torch_sgemm() -> Timed:
     return Timed(lambda: torch.mm(a_NxN, a_NxN).sum().item(), 2.0 * SGEMM**3, 0, 0.0)
 
 
-def peer_of(model: ModelConfig, size: Size) -> Any:
-    """transformers' GPT-NeoX of a transformer's shape, a `torch.nn.Module` to be trained."""
-    import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    torch.manual_seed(0)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**config_to_huggingface(model, size.sequence_length))).train()
-
-
 def _torch(model: ModelConfig, size: Size, compiled: bool) -> Timed:
-    """A train step of it: float32, AdamW, clipping, SDPA."""
+    """A train step of the peer: float32, AdamW, clipping, SDPA."""
     import torch
 
-    peer = peer_of(model, size)
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    peer = gpt_neox(model, size.sequence_length).train()
+    update = update_of(peer)
     windows_BxW = torch.tensor(_windows(size))
     inputs, targets = windows_BxW[:, :-1].contiguous(), windows_BxW[:, 1:].reshape(-1)
 
@@ -209,15 +203,13 @@ def _torch(model: ModelConfig, size: Size, compiled: bool) -> Timed:
         loss_of = torch.compile(loss_of)
 
     def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        peer.zero_grad(set_to_none=True)
         loss = loss_of(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
+        update()
         loss.item()
 
     begin = time.perf_counter()
     run()
-    needed = flops(step_config(model, size))
-    tokens = size.batch_size * size.sequence_length
-    return Timed(run, needed.dense + needed.attention_causal, tokens, time.perf_counter() - begin)
+    config = step_config(model, size)
+    return Timed(run, flops(config).causal, config.train.tokens_per_step, time.perf_counter() - begin)

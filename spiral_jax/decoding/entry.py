@@ -51,8 +51,8 @@ def with_separate_layers(params):
     """
 
     def separate(stacked):
-        leaves, tree = jax.tree.flatten(stacked)
-        return [jax.tree.unflatten(tree, [x[i] for x in leaves]) for i in range(len(leaves[0]))]
+        count = len(jax.tree.leaves(stacked)[0])
+        return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(count)]
 
     return {
         name: part | {"layers": separate(part["layers"])} if "layers" in part else part for name, part in params.items()

@@ -79,19 +79,11 @@ _attention.defvjp(_forward, _backward)
 
 
 def _over_heads(function, arrays):
-    """A function of [N, L, ..] arrays on as many heads at a time as are worth it."""
+    """A function of [L, ..] arrays for each of N heads, as many at a time as are worth it."""
     N, L, _ = jax.tree.leaves(arrays)[0].shape
     worth_it = max(SCORES // (BLOCK * L), 1)
     size = max(size for size in range(1, min(N, worth_it) + 1) if N % size == 0)
-    grouped = jax.tree.map(lambda x: x.reshape(N // size, size, *x.shape[1:]), arrays)
-    of_group = jax.vmap(function) if size > 1 else lambda arrays: _one(function, arrays)
-    outputs = jax.lax.map(lambda arrays: of_group(arrays), grouped)
-    return jax.tree.map(lambda x: x.reshape(N, *x.shape[2:]), outputs)
-
-
-def _one(function, arrays):
-    outputs = function(jax.tree.map(lambda x: x[0], arrays))
-    return jax.tree.map(lambda x: x[None], outputs)
+    return jax.lax.map(function, arrays, batch_size=size if size > 1 else None)
 
 
 def _forward_of_heads(qkv):

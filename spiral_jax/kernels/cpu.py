@@ -86,9 +86,9 @@ def _layer_norm_backward(epsilon, kept, gradient_BxLxD):
     inverse_Rx1 = jax.lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + epsilon)
     # Sums of what is computed in the same loop are done one number at a time: the barrier has it computed first.
     gx_RxD = jax.lax.optimization_barrier(g_RxD * centred_RxD * inverse_Rx1)
-    mean_g_Rx1, mean_gx_Rx1 = ((x_RxD @ scale_D.astype(g_RxD.dtype) / D)[:, None] for x_RxD in (g_RxD, gx_RxD))
+    mean_g_Rx1, mean_gx_Rx1 = ((of_RxD @ scale_D.astype(g_RxD.dtype) / D)[:, None] for of_RxD in (g_RxD, gx_RxD))
     d_x_RxD = inverse_Rx1 * (g_RxD * scale_D - mean_g_Rx1 - centred_RxD * inverse_Rx1 * mean_gx_Rx1)
-    d_scale_D, d_bias_D = (jnp.sum(x_RxD, axis=0).astype(scale_D.dtype) for x_RxD in (gx_RxD, g_RxD))
+    d_scale_D, d_bias_D = (jnp.sum(of_RxD, axis=0).astype(scale_D.dtype) for of_RxD in (gx_RxD, g_RxD))
     return d_x_RxD.reshape(x_BxLxD.shape).astype(x_BxLxD.dtype), d_scale_D, d_bias_D
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from spiral_jax.hardware import Slice
 from spiral_jax.kernels.splash import block_size, padded_head_width
-from spiral_jax.roofline.predict import FITTED, KERNEL_PRODUCTS, Prediction
+from spiral_jax.roofline.predict import FITTED, KERNEL_PRODUCTS, Prediction, beside, padded
 from spiral_jax.training import costs
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.step import TrainState
@@ -50,28 +50,26 @@ def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: Train
         between = 2 * 4 * model.total_parameters / (fsdp * tensor) * (num_slices - 1) / num_slices
     links = sum(chips.ring_bandwidths()) / chips.generation.devices or chips.hbm_bandwidth
     alone = {
-        "compute": form.dense_executed / peak / FITTED.mxu_efficiency,
+        "compute": product_seconds(config, chips, num_devices),
         "attention": form.attention_causal * _attention_factor(config, chips) / peak / FITTED.attention_efficiency,
         "hbm": traffic / chips.hbm_bandwidth / FITTED.hbm_efficiency,
         "ici": ROUNDS * moved / links / FITTED.ici_efficiency,
         "dcn": between / chips.dcn_bandwidth,
     }
     limits = {"compute": alone["compute"], "attention": alone["attention"], "hbm": alone["hbm"] * MEMORY_ALONE}
-    busy, communication = sum(limits.values()), alone["ici"] + alone["dcn"]
-    exposed = max(0.0, communication - FITTED.hidden_share * busy)
-    share = exposed / communication if communication else 0.0
-    limits |= {what: alone[what] * share for what in ("ici", "dcn")}
-    return Prediction(busy + exposed, alone, limits)
+    return beside(alone, limits | {"ici": 0.0, "dcn": 0.0}, FITTED)
+
+
+def product_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:
+    """Time of a step's matrix products alone."""
+    return costs.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
 
 
 def _attention_factor(config: StepConfig, chips: Slice) -> float:
     """What splash kernels compute over the causal products of the closed form: padding, whole blocks, scores again."""
     model, L = config.model, config.train.sequence_length
-    mxu = chips.generation.mxu
-    width = -(-padded_head_width(model.head_width) // mxu) * mxu
-    blocks = L / block_size(
-        L, padded_head_width(model.head_width), jnp.dtype(model.dtype), chips.generation.device_kind
-    )
+    width = padded_head_width(model.head_width)
+    blocks = L / block_size(L, width, jnp.dtype(model.dtype), chips.generation.device_kind)
     forward = KERNEL_PRODUCTS["fwd"] * costs.FORWARD_ATTENTION[model.remat]
     products = forward + KERNEL_PRODUCTS["dq"] + KERNEL_PRODUCTS["dkv"]
-    return width / model.head_width * (blocks + 1) / blocks * products / 6
+    return padded(width, chips.generation.mxu) / model.head_width * (blocks + 1) / blocks * products / 6

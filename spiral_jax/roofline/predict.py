@@ -139,11 +139,16 @@ def total(costs: Iterable[Cost], constants: Constants) -> Prediction:
             alone[what] += one.times * seconds[what]
         for what in ("hbm",) if is_memory_bound else ("compute", "attention"):
             limits[what] += one.times * seconds[what]
+    return beside(alone, limits, constants)
+
+
+def beside(alone: dict[str, float], limits: dict[str, float], constants: Constants) -> Prediction:
+    """The step whose cores take `limits` without communication, which is hidden beside them as far as it can be."""
     busy = sum(limits.values())
     communication = alone["ici"] + alone["dcn"]
     exposed = max(0.0, communication - constants.hidden_share * busy)
     if exposed:
-        limits |= {what: exposed * alone[what] / communication for what in ("ici", "dcn")}
+        limits = limits | {what: exposed * alone[what] / communication for what in ("ici", "dcn")}
     return Prediction(busy + exposed, alone, limits)
 
 
@@ -163,7 +168,7 @@ def cost(operation: Operation, chips: Slice, places: Sequence[Place]) -> Cost:
 
 def padded_flops(product: Matmul, tile: int) -> float:
     """Floating-point operations of a product whose dimensions are padded to multiples of `tile`, times its passes."""
-    return 2 * product.batch * math.prod(_padded(x, tile) for x in (product.m, product.n, product.k)) * product.passes
+    return 2 * product.batch * math.prod(padded(x, tile) for x in (product.m, product.n, product.k)) * product.passes
 
 
 def kernel_flops(kernel: Kernel, chips: Slice) -> float:
@@ -173,10 +178,11 @@ def kernel_flops(kernel: Kernel, chips: Slice) -> float:
     scores = kernel.rows * kernel.length**2 * (blocks + 1) / (2 * blocks)
     # Products of float32 are six of bfloat16.
     passes = 6 if dtype == jnp.float32 else 1
-    return 2 * scores * _padded(kernel.head_width, chips.generation.mxu) * KERNEL_PRODUCTS[kernel.kind] * passes
+    return 2 * scores * padded(kernel.head_width, chips.generation.mxu) * KERNEL_PRODUCTS[kernel.kind] * passes
 
 
-def _padded(size: int, tile: int) -> int:
+def padded(size: int, tile: int) -> int:
+    """The next multiple of a tile."""
     return -(-size // tile) * tile
 
 

@@ -144,7 +144,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "is": "a prediction by a roofline; no step of this program has run on a TPU",
             "step_seconds": found.step_seconds,
             "tokens_per_second_per_chip": train.tokens_per_step / found.step_seconds / (chips.chips * num_slices),
-            "mfu": (form.dense + form.attention_causal) / found.step_seconds / peak_flops,
+            "mfu": form.causal / found.step_seconds / peak_flops,
             "mfu_full_attention": (form.dense + form.attention) / found.step_seconds / peak_flops,
             "bound": found.bound,
             "seconds_by_limit": found.limits,

@@ -12,8 +12,7 @@ from spiral_jax.model.config import Remat
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh
 from spiral_jax.progress import Report
 from spiral_jax.roofline.hlo import UnreadableProgram
-from spiral_jax.roofline.on_paper import estimate
-from spiral_jax.roofline.predict import FITTED
+from spiral_jax.roofline.on_paper import estimate, product_seconds
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.training import costs
 from spiral_jax.training.config import GatherCore, StepConfig
@@ -121,7 +120,7 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
         if best is None or seconds < best["prediction"]["step_seconds"]:
             best, best_config = found, layout
         fastest = best["prediction"]["step_seconds"]
-        waiting = [other for other in waiting if _product_seconds(other, chips, num_devices) < fastest]
+        waiting = [other for other in waiting if product_seconds(other, chips, num_devices) < fastest]
     return Found(best, best_config, tried, len(waiting))
 
 
@@ -187,8 +186,3 @@ def _least_bytes(config: StepConfig, num_devices: int, state: TrainState | None 
     """What a device holds at least: parameters, optimizer, gradients, activations kept; not what the compiler adds."""
     held = costs.memory(config, num_devices, state)
     return sum(held[name] for name in ("parameters", "optimizer", "gradients", "core", "activations_kept"))
-
-
-def _product_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:
-    """Time of the matrix products alone."""
-    return costs.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)

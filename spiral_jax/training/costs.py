@@ -36,6 +36,11 @@ class Flops:
     attention: float
     attention_causal: float
 
+    @property
+    def causal(self) -> float:
+        """What MFU counts: of the model's matrices, and of attention below the diagonal."""
+        return self.dense + self.attention_causal
+
 
 def flops(config: StepConfig) -> Flops:
     """A step's FLOPs."""
