@@ -150,7 +150,7 @@ def _layer(model: Llama, device_kind: str, h_BxLxD: jax.Array, weights: dict) ->
     q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (
         (n_BxLxD @ weights[name]).reshape(B, L, -1, model.head_width) for name in ("q", "k", "v")
     )
-    q_BxLxHxK, k_BxLxGxK = _rotated(q_BxLxHxK), _rotated(k_BxLxGxK)
+    q_BxLxHxK, k_BxLxGxK = rotated(q_BxLxHxK), rotated(k_BxLxGxK)
     k_BxLxHxK, v_BxLxHxK = (jnp.repeat(x, model.heads // model.kv_heads, axis=2) for x in (k_BxLxGxK, v_BxLxGxK))
     a_BxLxHxK = causal_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, device_kind=device_kind)
     a_BxLxD = a_BxLxHxK.reshape(B, L, -1) @ weights["o"].T
@@ -167,7 +167,7 @@ def _normalized(x: jax.Array, scale_D: jax.Array) -> jax.Array:
     return (wide * scale_D).astype(x.dtype)
 
 
-def _rotated(x_BxLxHxK: jax.Array) -> jax.Array:
+def rotated(x_BxLxHxK: jax.Array) -> jax.Array:
     """Rotary embedding of positions 0, 1, ..."""
     half = x_BxLxHxK.shape[-1] // 2
     angle_LxK = jnp.arange(x_BxLxHxK.shape[1])[:, None] * 10_000.0 ** (-jnp.arange(half) / half)

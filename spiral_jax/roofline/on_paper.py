@@ -20,6 +20,9 @@ MEMORY_ALONE = 0.5
 # How often what is gathered and summed crosses the links: 1.4 to 2.0 in the compiled points, as sums of whole arrays do
 # it twice.
 ROUNDS = 1.5
+# What the compiled points hold beyond `costs.memory`: where everything is kept, so many vectors of d numbers per token
+# and executed layer in all (31.5 to 31.9); otherwise vectors per token, of the layer in the backward pass (5 to 20).
+KEEP_ALL_VECTORS, WORKING_VECTORS = 31.7, 20.0
 
 
 def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: TrainState | None = None) -> Prediction:
@@ -58,6 +61,26 @@ def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: Train
     }
     limits = {"compute": alone["compute"], "attention": alone["attention"], "hbm": alone["hbm"] * MEMORY_ALONE}
     return beside(alone, limits | {"ici": 0.0, "dcn": 0.0}, FITTED)
+
+
+def peak_bytes(config: StepConfig, num_devices: int, state: TrainState | None = None) -> float:
+    """What a device should hold at the peak: `costs.memory` with what the compiler added to it in the compiled points.
+
+    Args:
+      config: the step.
+      num_devices: of all slices.
+      state: `costs.state_on` of the mesh, if it is known.
+    """
+    held = costs.memory(config, num_devices, state)
+    data, fsdp, tensor = config.check_mesh(num_devices)
+    model, train = config.model, config.train
+    L, rows = train.sequence_length, train.batch_size // (data * fsdp * train.accumulation)
+    vectors = WORKING_VECTORS * L
+    if model.remat == "keep_all":
+        layer_tokens = sum(layers * n for layers, n in model.executed_layers(L))
+        vectors = KEEP_ALL_VECTORS * layer_tokens / tensor + model.operators.topology.kept_vectors() * L
+        held["activations_kept"] = 0
+    return sum(held.values()) + rows * vectors * model.d_model * jnp.dtype(model.dtype).itemsize
 
 
 def product_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:

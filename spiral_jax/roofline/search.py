@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from spiral_jax.errors import SpiralError
@@ -12,12 +13,17 @@ from spiral_jax.model.config import Remat
 from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh
 from spiral_jax.progress import Report
 from spiral_jax.roofline.hlo import UnreadableProgram
-from spiral_jax.roofline.on_paper import estimate, product_seconds
+from spiral_jax.roofline.on_paper import estimate, peak_bytes, product_seconds
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
 from spiral_jax.training import costs
 from spiral_jax.training.config import GatherCore, StepConfig
 from spiral_jax.training.fsdp import holds_core
 from spiral_jax.training.step import TrainState
+
+# Relative difference of two layouts' seconds below which closed forms do not tell which is faster.
+TIE = 0.01
+# Of a device's memory, what by the closed forms a layout may need to be taken for one that fits.
+SURE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,7 @@ def layouts(config: StepConfig, num_devices: int) -> Iterator[StepConfig]:
 
 
 def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: int, say: Report) -> Found:
-    """Compiles the most promising layouts, those first that should be fastest by the closed forms.
+    """Compiles the most promising layouts: those that should fit by the closed forms first, of them the fastest.
 
     Not compiled are layouts whose parameters and kept activations alone do not fit, those that keep as much or more of
     as many or more rows on the same mesh as one that did not fit, and those that could not be faster than the best so
@@ -94,9 +100,8 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
             f"{min(least) / GIB:.2f} GiB of {usable / GIB:.2f} GiB a device; allowed: a larger slice"
         )
     waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
-    waiting.sort(
-        key=lambda one: (estimate(one, chips, num_slices, state_on(one.mesh)).step_seconds, one.train.accumulation)
-    )
+
+    waiting = _in_order(waiting, chips, num_slices, state_on)
     best: dict[str, Any] | None = None
     best_config: StepConfig | None = None
     tried: list[dict[str, Any]] = []
@@ -122,6 +127,31 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
         fastest = best["prediction"]["step_seconds"]
         waiting = [other for other in waiting if product_seconds(other, chips, num_devices) < fastest]
     return Found(best, best_config, tried, len(waiting))
+
+
+def _in_order(
+    waiting: list[StepConfig], chips: Slice, num_slices: int, state_on: Callable[[MeshConfig], TrainState]
+) -> list[StepConfig]:
+    """Those that should fit first; of them the best of each `model.remat`, then the second best of each, and so on.
+
+    Layouts that differ only in mesh or micro-batches are often nearer to each other than closed forms are right (TIE):
+    of those, the one with the simplest mesh and the fewest micro-batches is taken to be the best.
+    """
+
+    def promise(one: StepConfig) -> tuple[bool, int, int, int, float]:
+        state = state_on(one.mesh)
+        seconds = estimate(one, chips, num_slices, state).step_seconds
+        fits = peak_bytes(one, chips.devices * num_slices, state) < SURE * chips.generation.hbm_bytes
+        mesh = one.mesh
+        return not fits, round(math.log(seconds) / TIE), mesh.tensor + mesh.data, one.train.accumulation, seconds
+
+    promises = sorted(((promise(one), i) for i, one in enumerate(waiting)))
+    places: dict[str, int] = {}
+    order = []
+    for (does_not_fit, *rest), i in promises:
+        place = places[waiting[i].model.remat] = places.get(waiting[i].model.remat, -1) + 1
+        order.append((does_not_fit, place, rest, i))
+    return [waiting[i] for *_, i in sorted(order)]
 
 
 def _needs_as_much(layout: StepConfig, other: StepConfig) -> bool:

@@ -1,0 +1,72 @@
+"""Compiles points of the papers' table for slices that people rent, and keeps what the compiled programs say.
+
+    pip install -e '.[tpu]'
+    python -m tpu.predict                 those of POINTS whose report is missing; killed, it goes on where it was
+    python -m tpu.predict 410m-v5p-4x4x4-vanilla ...
+
+Needs no TPU; about four minutes a compilation on two cores. A searched point is the faster, by its compiled program, of
+the two layouts that closed forms put first (`aot --search --max_compilations=2`); experiments/pile.py starts from it.
+The others have a layout that they are given: their neighbour's, or one that shows what little memory is enough for.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from spiral_jax.errors import SpiralError
+from spiral_jax.hardware import parse_slice
+from tpu.hosts import libtpu_arguments
+
+FOLDER = Path(__file__).parent / "predictions"
+SEARCH = ("--search", "--max_compilations=2")
+FRUGAL = ("--config.model.remat=keep_inputs",)
+
+
+def _name(size: str, topology: str, family: str) -> str:
+    return f"{size}-{topology.replace(':', '-')}-{family}"
+
+
+# Name to (size, family, slice, flags of aot).
+POINTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    _name(size, topology, family): (size, family, topology, flags)
+    for sizes, families, topology, flags in (
+        (("160m", "410m", "1b", "1.4b"), ("vanilla", "spiral_b"), "v5p:4x4x4", SEARCH),
+        (("160m", "410m"), ("spiral_b",), "v6e:8x8", SEARCH),
+        (("160m",), ("vanilla", "mesh", "spiral_b", "spiral_l"), "v5e:4x4", (*FRUGAL, "--config.train.accumulation=4")),
+        (("1.4b",), ("vanilla", "mesh", "spiral_b", "spiral_l"), "v6e:8x8", (*FRUGAL, "--config.train.accumulation=2")),
+    )
+    for size in sizes
+    for family in families
+}
+
+
+def main(names: list[str]) -> None:
+    """Makes these points, by default all that are missing."""
+    for name in names:
+        if name not in POINTS:
+            raise SpiralError(f"the point is {name!r}; allowed: {', '.join(POINTS)}")
+    FOLDER.mkdir(exist_ok=True)
+    for name in names or POINTS:
+        output = FOLDER / f"{name}.json"
+        if names or not output.exists():
+            compile_point(*POINTS[name], output)
+
+
+def compile_point(size: str, family: str, topology: str, flags: tuple[str, ...], output: Path) -> None:
+    """Runs `aot` with the compiler's flags of the hosts; a fault ends everything."""
+    arguments = (f"--config=experiments/pile.py:{size},{family}", f"--topology={topology}", *flags)
+    variables = {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": libtpu_arguments(parse_slice(topology).generation.name)}
+    subprocess.run(
+        [sys.executable, "-m", "spiral_jax.aot", *arguments, f"--output={output}"],
+        check=True,
+        cwd=FOLDER.parents[1],
+        env=os.environ | variables,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except SpiralError as error:
+        sys.exit(f"error: {error}")
