@@ -17,8 +17,9 @@ PARALLEL := -n auto --dist=loadfile --no-loadscope-reorder
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
+# Everything, with programs compiled as users have them.
 test-slow: $(VENV)/test.stamp
-	$(RUN) -m pytest $(PARALLEL) -m "slow or not slow" $(ARGS)
+	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false" $(RUN) -m pytest $(PARALLEL) -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check $(OURS)

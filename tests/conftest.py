@@ -11,8 +11,15 @@ from typing import NamedTuple
 TESTS = Path(__file__).parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Most time goes into compiling programs that run once: code is generated quickly, the operations are the same. Where
+# `make test-slow` (or whoever sets the flag) says otherwise, and where a test asks for it, users' code is.
+for flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -35,6 +42,10 @@ from spiral_jax.evaluation.invariants import QUICK  # noqa: E402
 from spiral_jax.hardware import parse_slice  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache  # noqa: E402
+
+
+# What XLA does where nothing is said.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 class Golden(NamedTuple):
@@ -120,7 +131,7 @@ def forward(x64):
         model = SpiralFormer(config)
         return jax.jit(
             lambda params, tokens_BxL: model.apply({"params": params}, tokens_BxL),
-            compiler_options=None if optimize else QUICK,
+            compiler_options=OPTIMIZED if optimize else QUICK,
         )
 
     def run(config, params, tokens_BxL, optimize=False) -> np.ndarray:

@@ -103,7 +103,9 @@ def _loss(model: SharedKeys, params: dict, tokens_BxW: jax.Array) -> jax.Array:
     layers = dict(params)
     head_DxV, embedding_VxD = layers.pop("head"), layers.pop("embedding")
     h_BxLxD = _normalized(embedding_VxD[tokens_BxW[:, :-1]])
-    h_BxLxD, _ = jax.lax.scan(lambda h_BxLxD, weights: (_layer(model, h_BxLxD, weights), None), h_BxLxD, layers)
+    # One after the other, no scan: it would stack what the backward pass needs, which costs a copy of all of it.
+    for i in range(model.layers):
+        h_BxLxD = _layer(model, h_BxLxD, jax.tree.map(lambda w: w[i], layers))  # noqa: B023
     h_BxLxD = _normalized(h_BxLxD)
     B, _, D = h_BxLxD.shape
     h_NxBxPxD = h_BxLxD.reshape(B, model.loss_blocks, -1, D).swapaxes(0, 1)

@@ -32,6 +32,7 @@ from spiral_jax.run.failures import disk_trouble, finish_threads, first_words, i
 from spiral_jax.run.step_folders import step_folders
 
 FORMAT = 3
+SMALL = 1 << 20  # bytes that a device writes at least, of an array that several hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Checkpoints:
                 read_only=read_only,
                 temporary_path_class=_committing(before_commit) if is_bucket(self.directory) else None,
             ),
-            item_names=("params", "training", "meta"),
+            item_handlers={"params": _writer(), "training": _writer(), "meta": ocp.JsonCheckpointHandler()},
         )
         # Reads by itself: a process that cannot must not leave the others waiting for it in a barrier.
         me = jax.process_index()
@@ -166,7 +167,7 @@ class Checkpoints:
             raise Diverged(f"step {step}: {found.not_finite[0]} is not finite and is not saved; {self._last_good()}")
         meta = {"format": FORMAT, "step": step, **meta, "arrays": found.arrays}
         meta["digest"] = _digest_of(meta)
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         if not self._folders.is_there():
             raise self._failed(step)
         try:
@@ -357,6 +358,18 @@ class Checkpoints:
 
     def _damaged(self, step: int, what: str) -> Damaged:
         return Damaged(f"{self._folder(step)} is damaged ({what})")
+
+
+def _writer() -> ocp.PyTreeCheckpointHandler:
+    """Saves arrays as orbax does by itself, but small ones that several devices hold are not cut between them.
+
+    Each shape of such a cut is a program that the first save would compile, a hundred of them for a small model.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALL)
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
 
 
 def _committing(check: Callable[[], None]) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:

@@ -42,16 +42,17 @@ def compare(attention, reference, q, k, v, gradient, quick):
 
 @pytest.mark.parametrize(
     "L, K",
-    [(1, 64), (100, 64), (128, 64), (200, 64), (200, 128), (200, 256), (256, 256), (512, 128), (1024, 64)]
+    [(1, 64), (100, 64), (200, 128), (256, 256)]
     + [pytest.param(200, 96, id="padded_width")]
-    + [pytest.param(L, K, marks=pytest.mark.slow) for L in (1, 100, 128, 200, 256, 512) for K in (32, 64, 128, 256)],
+    + [pytest.param(L, K, marks=pytest.mark.slow) for L in (1, 100, 128, 200, 256, 512) for K in (32, 64, 128, 256)]
+    + [pytest.param(1024, 64, marks=pytest.mark.slow)],
 )
 def test_output_and_gradients(L, K, quick):
     errors = compare(INTERPRETED, plain.causal_attention, *inputs(1, L, 2, K), quick)
     assert max(errors) < 1e-5
 
 
-@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("K", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_bfloat16_is_as_near_the_truth_as_xla(K, quick):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs(1, 256, 2, K))
     truth = plain.causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))

@@ -26,8 +26,9 @@ SMALL = [
     "--config.model.d_model=32", "--config.model.core_layers=1", "--config.model.chunks=(2,1)",
     "--config.optimizer.schedule=constant", "--config.train.steps=4", "--config.train.batch_size=8",
     "--config.train.sequence_length=16",
-    "--config.checkpoint.every_steps=2", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+    "--config.checkpoint.every_steps=2",
 ]  # fmt: skip
+ON_A_MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 OWN = """
 import jax
 import jax.numpy as jnp
@@ -95,15 +96,19 @@ def arguments(folder, *more):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """Of the example, resumed after step 2 of 4."""
+    """Of the example."""
     workdir = folder / "run"
-    for steps in (2, 4):
-        assert call(train, *arguments(folder, f"--workdir={workdir}", f"--config.train.steps={steps}")) == (0, "")
+    assert call(train, *arguments(folder, f"--workdir={workdir}")) == (0, "")
     return workdir
 
 
 @pytest.mark.slow
-def test_the_example_trains_decodes_and_is_counted(folder, run, capsys):
+def test_the_example_trains_decodes_and_is_counted(folder, capsys):
+    """On a mesh, resumed after step 2 of 4."""
+    run = folder / "on_a_mesh"
+    for steps in (2, 4):
+        flags = (*ON_A_MESH, f"--workdir={run}", f"--config.train.steps={steps}")
+        assert call(train, *arguments(folder, *flags)) == (0, "")
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2, 3, 4]
     saved = json.loads((run / own_code.FILE).read_text())
     assert saved["model.topology"]["name"] == "blend" and len(saved["model.topology"]["sha256"]) == 64
