@@ -12,13 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.decoding.entry import Iteration, iterations, run_layers
-from spiral_jax.model.chunks import to_chunks
-from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
+from spiral_jax.model.iteration import (
+    advance,
+    core_input,
+    down_scale,
+    enter,
+    entry_routes,
+    pooling_weights,
+    routes,
+    shares,
+    up_scale,
+)
 from spiral_jax.model.neox import Stack, rotary_tables
-from spiral_jax.model.operators import at_least_float32, bind
+from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import Embedding, SpiralFormer
-from spiral_jax.model.topology import States
 from spiral_jax.probes.heads import head_statistics, window
 from spiral_jax.probes.states import relative_update
 
@@ -55,29 +62,25 @@ def look(
       The sums over sequences, and states_SxBxKxD of the chosen tokens, at least float32: h_emb, h(0)..h(T), and h_out,
       which is what the coda gives to the final LayerNorm.
     """
-    config, topology = model.config, model.config.operators.topology
-    weights: dict[str, jax.Array] = {}
+    config = model.config
     h_emb_BxLxD = _apply(Embedding(config, model.backend), params["embed"], tokens_BxL)
     h_BxLxD = _apply(Stack(config, config.prelude_layers, model.backend), params.get("prelude", {}), h_emb_BxLxD)
     updates = [relative_update(h_emb_BxLxD, h_BxLxD)]
 
     entry = params.get("entry", {})
-    if topology.shows("entry_routes", "enter", "update", "next_state"):
-        before = States(h_BxLxD, h_BxLxD, h_emb_BxLxD)
-        weights |= _named(topology.entry_routes(before, bind(topology.entry_linears(), entry)), "entry")
+    weights = _named("entry", entry_routes(config, entry, h_emb_BxLxD, h_BxLxD))
     states, _ = enter(config, entry, h_emb_BxLxD, h_BxLxD)
     seen, heads = [h_emb_BxLxD, states.h_BxLxD], []
     for t, iteration in enumerate(iterations(config, params)):
         level, arrays = iteration.level, iteration.arrays
-        if topology.shows("routes", "update", "next_state"):
-            weights |= _named(topology.routes(states, bind(topology.linears(level), arrays)), str(t))
+        weights |= _named(str(t), routes(config, level, arrays, states))
         h_BxLxD = core_input(config, level, arrays, states)
         if level.chunk == 1:
             e_BxLxD, update_BxN, of_heads = _core(model, iteration, h_BxLxD)
         else:
-            weights |= _named(_pooling_weights(config, iteration, h_BxLxD), str(t))
+            weights |= _named(str(t), pooling_weights(config, level, arrays, h_BxLxD))
             zhat_BxNxD, update_BxN, of_heads = _core(model, iteration, down_scale(config, level, arrays, h_BxLxD))
-            weights |= _named(_shares(config, iteration, zhat_BxNxD), str(t))
+            weights |= _named(str(t), shares(config, level, arrays, zhat_BxNxD))
             e_BxLxD = up_scale(config, level, arrays, zhat_BxNxD, h_BxLxD.shape[1])
         states, _ = advance(config, level, arrays, states, e_BxLxD)
         updates.append(update_BxN)
@@ -97,7 +100,7 @@ def look(
         total(entropy_TxCxBxH.swapaxes(-1, -2)),
         total(local_mass_TxCxBxH.swapaxes(-1, -2)),
         total(update_RxB),
-        {name: total(jnp.broadcast_to(w_BxW, (len(real_B), w_BxW.shape[1])).T) for name, w_BxW in weights.items()},
+        {name: total(w_BxW.T) for name, w_BxW in weights.items()},
     )
     states_SxBxKxD = jnp.stack(
         [jnp.take_along_axis(x_BxLxD, chosen_BxK[..., None], axis=1) for x_BxLxD in (*seen, h_out_BxLxD)]
@@ -118,26 +121,7 @@ def _core(model: SpiralFormer, iteration: Iteration, z_BxNxD: jax.Array):
     return zhat_BxNxD, relative_update(z_BxNxD, zhat_BxNxD), of_heads
 
 
-def _pooling_weights(config: ModelConfig, iteration: Iteration, h_BxLxD: jax.Array) -> dict[str, jax.Array]:
-    """The weights of each place in its chunk's vector, of chunks that have a token at every place."""
-    pooling, level = config.operators.pooling, iteration.level
-    h_BxNxGxD, is_token_NxG = to_chunks(h_BxLxD, level)
-    full_N = is_token_NxG.all(axis=1)
-    if not pooling.shows("weights", "pool") or not full_N.any():
-        return {}
-    h_BxNxGxD, is_token_NxG = h_BxNxGxD[:, full_N], is_token_NxG[full_N]
-    return {"pooling": pooling.weights(h_BxNxGxD, is_token_NxG, level, bind(pooling.linears(level), iteration.arrays))}
-
-
-def _shares(config: ModelConfig, iteration: Iteration, zhat_BxNxD: jax.Array) -> dict[str, jax.Array]:
-    """The share of each place in its chunk's update."""
-    spreading, level = config.operators.spreading, iteration.level
-    if not spreading.shows("shares", "spread"):
-        return {}
-    return {"allocation": spreading.shares(zhat_BxNxD, level, bind(spreading.linears(level), iteration.arrays))}
-
-
-def _named(weights: Mapping[str, jax.Array], where: str) -> dict[str, jax.Array]:
+def _named(where: str, weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Weights [B, N, W] as means [B, W] under `name.where`."""
     return {f"{name}.{where}": jnp.mean(w_BxNxW, axis=1) for name, w_BxNxW in weights.items()}
 
