@@ -94,7 +94,6 @@ def _check(config: ModelConfig, classes: tuple[type, ...]) -> None:
         allocators = spreading.arrays("linears", level)
         found = spreading.shapes("spread", iteration.spread, at, allocators, abstract(B, N, D))
         spreading.expect("spread", found, B, N, G, D)
-
         spreading.shapes("shares", iteration.shares, at, allocators, abstract(B, N, D))
 
         every = [*own, *scorers, *allocators]

@@ -244,7 +244,8 @@ class MeSH(Topology):
     entry_routes = routes
 
     def update(self, states, e_BxLxD, linears):
-        write_BxLxS, read_BxLxS = self.routes(states, linears).values()
+        routes = self.routes(states, linears)
+        write_BxLxS, read_BxLxS = routes["write"], routes["read"]
         new = Write(e_BxLxD, write_BxLxS)
         h_BxLxD = sum(
             jnp.sum(read_BxLxS * share_BxLxS, axis=-1, keepdims=True) * value_BxLxD.astype(read_BxLxS.dtype)
