@@ -21,8 +21,12 @@ def relative_update(h_BxNxD: jax.Array, f_BxNxD: jax.Array) -> jax.Array:
 
 def rbf_kernel(x_NxD: np.ndarray) -> np.ndarray:
     """exp(-|x_i - x_j|^2 / (2 s^2)), s the median distance of two different rows; what equals i alone if s is 0."""
-    square_N = np.sum(x_NxD * x_NxD, axis=1)
-    square_NxN = np.maximum(square_N[:, None] + square_N - 2 * x_NxD @ x_NxD.T, 0)
+    size_N = np.sum(x_NxD**2, axis=1)
+    x_NxD = x_NxD - x_NxD.mean(axis=0)
+    square_N = np.sum(x_NxD**2, axis=1)
+    square_NxN = square_N[:, None] + square_N - 2 * x_NxD @ x_NxD.T
+    # What is left where rows are equal is rounding, of states that have no more than seven digits.
+    square_NxN[square_NxN <= 1e-12 * (size_N[:, None] + size_N)] = 0
     np.fill_diagonal(square_NxN, 0)
     bandwidth = np.median(np.sqrt(square_NxN[np.triu_indices(len(x_NxD), k=1)])) if len(x_NxD) > 1 else 0.0
     return np.exp(-square_NxN / (2 * bandwidth**2)) if bandwidth else (square_NxN == 0).astype(x_NxD.dtype)

@@ -75,7 +75,7 @@ class Lost(Gated):
 
 @pytest.mark.parametrize(("registry", "operator", "words"), [
     (topologies, Half, "what routes 'half' gives is (3, 4); allowed: an array of shape (3, 4, 1)"),
-    (poolings, Wide, "weights, line"),
+    (poolings, Wide, "weights: ValueError"),
     (topologies, Lost, "routes"),
 ])  # fmt: skip
 def test_weights_of_another_shape_are_one_line(registry, operator, words):
