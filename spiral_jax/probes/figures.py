@@ -47,7 +47,7 @@ def draw_beside(models: Sequence[tuple[str, Findings]], folder: Path) -> None:
 
 def _heads_of(models: Sequence[tuple[str, Findings]]) -> Any:
     """A row for each metric; for each model a column of all heads and one of the dynamic ones."""
-    metrics = models[0][1].metrics
+    metrics = list(models[0][1].metrics)
     columns = [(name, findings, only) for name, findings in models for only in ("all heads", "dynamic heads")]
     figure = _figure_class()(figsize=(4.2 * len(columns), 7), layout="constrained")
     grid = figure.subplots(len(metrics), len(columns), squeeze=False, sharey="row")
@@ -57,12 +57,17 @@ def _heads_of(models: Sequence[tuple[str, Findings]]) -> Any:
             if only == "dynamic heads":
                 value_TxN = value_TxN[:, findings.dynamic[metric].ravel()]
             _distributions(axes, value_TxN, _COLORS[metric])
+            uniform_T = findings.uniform[metric]
+            axes.plot(range(len(uniform_T)), uniform_T, "--", color="gray", linewidth=1, label="equal weights")
             labels = [f"{t}\nr = {r}" for t, r in enumerate(findings.resolutions)]
             axes.set_xticks(range(len(labels)), labels)
             model = f"{name}: {findings.config.notation}\n" if len(models) > 1 else ""
-            axes.set(title=f"{model}{only} ({value_TxN.shape[1]})", xlabel="iteration")
+            axes.set(title=f"{model}{only} ({value_TxN.shape[1]})" if metric == metrics[0] else "")
             axes.grid(axis="y", alpha=0.3)
         row[0].set_ylabel(_TITLES[metric])
+    for axes in grid[-1]:
+        axes.set_xlabel("iteration")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 
@@ -83,9 +88,8 @@ def _distributions(axes: Any, value_TxN: np.ndarray, color: str) -> None:
     )
     for box in boxes["boxes"]:
         box.set(facecolor="white", edgecolor=color)
-    axes.plot(places, value_TxN.mean(axis=1), "o-", color="black", markersize=4, linewidth=1.2, label="mean")
+    axes.plot(places, value_TxN.mean(axis=1), "o-", color="black", markersize=4, linewidth=1.2, label="mean of heads")
     axes.set_xlim(-0.5, len(places) - 0.3)
-    axes.legend(loc="best", fontsize="small")
 
 
 def _states_of(findings: Findings) -> Any:
@@ -129,6 +133,8 @@ def _weights_of(findings: Findings) -> Any:
             for (where, mean_G), color in zip(of_where.items(), _shades(len(of_where)), strict=True):
                 label = f"iteration {where}, r = {findings.resolutions[int(where)]}"
                 axes.plot(range(len(mean_G)), mean_G * len(mean_G), "o-", markersize=3, color=color, label=label)
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0.9), max(high, 1.1))  # a hair's breadth should look like one
             axes.set(title=kind, xlabel="place in the chunk", ylabel="mean weight times chunk size")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")

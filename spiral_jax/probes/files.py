@@ -55,6 +55,7 @@ def arrays(findings: Findings) -> dict[str, Any]:
         "length_T": np.array([level.num_chunks(findings.length) for level in levels]),
         "window_T": np.array([window(level) for level in levels]),
         **{f"{name}_TxCxH": value_TxCxH for name, value_TxCxH in findings.metrics.items()},
+        **{f"uniform_{name}_T": value_T for name, value_T in findings.uniform.items()},
         **{f"dynamic_{name}_CxH": is_dynamic_CxH for name, is_dynamic_CxH in findings.dynamic.items()},
         "blocks_R": np.array(findings.blocks),
         "update_R": findings.update_R,

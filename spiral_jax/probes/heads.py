@@ -64,6 +64,14 @@ def normalised_entropy(mass_xL: jax.Array) -> jax.Array:
     return -jnp.sum(jax.scipy.special.xlogy(p_xL, p_xL), axis=-1) / jnp.log(L).astype(p_xL.dtype)
 
 
+def uniform_statistics(length: int, near: int) -> tuple[float, float]:
+    """What `head_statistics` gives of L entries for equal weights on all of the past, 1 / (q + 1): to compare with."""
+    queries_L = np.arange(length)
+    key_L = np.cumsum(1 / (queries_L + 1)[::-1])[::-1] / length  # the sum over queries q >= k
+    entropy = -np.sum(key_L * np.log(key_L)) / np.log(length) if length > 1 else 0.0
+    return float(entropy), float(np.mean(np.minimum(queries_L, near) / (queries_L + 1)))
+
+
 def dynamic_heads(value_TxCxH: np.ndarray) -> np.ndarray:
     """is_dynamic_CxH: the ceil(40 %) of the heads whose value ranges furthest across iterations."""
     range_N = np.ptp(value_TxCxH, axis=0).ravel()

@@ -11,7 +11,7 @@ import numpy as np
 from spiral_jax.data.windows import TokenSource, num_windows, read_windows
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.placed_model import PlacedModel
-from spiral_jax.probes.heads import dynamic_heads
+from spiral_jax.probes.heads import dynamic_heads, uniform_statistics, window
 from spiral_jax.probes.passes import look
 from spiral_jax.probes.states import centred_alignment, linear_kernel, rbf_kernel, singular_values
 from spiral_jax.progress import Progress, Report
@@ -95,6 +95,13 @@ class Findings:
         return {"entropy": self.entropy_TxCxH, "local_mass": self.local_mass_TxCxH}
 
     @property
+    def uniform(self) -> dict[str, np.ndarray]:
+        """By metric, what heads that weigh all of the past equally would have in each iteration, [T]."""
+        levels = self.config.schedule
+        of_levels = [uniform_statistics(level.num_chunks(self.length), window(level)) for level in levels]
+        return dict(zip(self.metrics, np.array(of_levels).T, strict=True))
+
+    @property
     def dynamic(self) -> dict[str, np.ndarray]:
         """By metric, which heads [C, H] range furthest across iterations."""
         return {name: dynamic_heads(value_TxCxH) for name, value_TxCxH in self.metrics.items()}
@@ -160,8 +167,14 @@ def measure(
         mean.entropy_TxCxH,
         mean.local_mass_TxCxH,
         mean.update_R,
-        mean.weights,
+        {name: mean.weights[name] for name in sorted(mean.weights, key=_place)},
         centred_alignment(states_SxMxD, rbf_kernel),
         centred_alignment(states_SxMxD, linear_kernel),
         np.stack([singular_values(x_MxD) for x_MxD in states_SxMxD]),
     )
+
+
+def _place(name: str) -> tuple[str, int]:
+    """The entry before the iterations, and these in order."""
+    kind, where = name.rsplit(".", 1)
+    return kind, -1 if where == "entry" else int(where)

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from spiral_jax.model.chunks import Level
-from spiral_jax.probes.heads import dynamic_heads, head_statistics, key_and_near_mass, normalised_entropy, window
+from spiral_jax.probes.heads import (
+    dynamic_heads,
+    head_statistics,
+    key_and_near_mass,
+    normalised_entropy,
+    uniform_statistics,
+    window,
+)
 
 LENGTHS = (1, 2, 40, 300)  # of 300, the last block of queries goes beyond the end
 
@@ -32,6 +39,7 @@ def test_attention_to_all_of_the_past(L, near):
     expected = -(p_L * np.log(p_L)).sum() / np.log(L) if L > 1 else 0
     assert entropy == pytest.approx(expected, abs=1e-5)
     assert local == pytest.approx(np.mean([min(q, near) / (q + 1) for q in range(L)]), abs=1e-6)
+    assert uniform_statistics(L, near) == pytest.approx((entropy, local), abs=1e-5)
 
 
 @pytest.mark.parametrize("back, near", [(1, 1), (3, 3), (3, 2), (4, 32)])
