@@ -20,7 +20,7 @@ from spiral_jax.probes.states import centred_alignment, linear_kernel, rbf_kerne
 
 SPIRAL = ModelConfig(vocab_size=24, d_model=16, num_heads=4, prelude_layers=1, core_layers=2, coda_layers=1,
                      chunks=(4, 1), rotary_fraction=0.5, dtype="float32")  # fmt: skip
-LOOPED = dataclasses.replace(SPIRAL, chunks=(1, 1), topology="gated", prelude_layers=0)
+LOOPED = dataclasses.replace(SPIRAL, chunks=(1, 1), topology="gated", prelude_layers=0, shared_core=False)
 LENGTH, SAMPLES = 43, 7
 
 
@@ -179,7 +179,7 @@ def test_batches(monkeypatch):
     assert np.array_equal(chosen(3, seed=0, samples=20)[1], np.arange(20 * LENGTH))
 
 
-def test_a_full_resolution_loop(random_model, forward, quick):
+def test_a_full_resolution_loop_of_cores_of_its_own(random_model, forward, quick):
     """The pass is the model's own: the last state, normed and through the head, gives its logits."""
     _, tensors, params = random_model(LOOPED)
     tokens_BxL = np.random.default_rng(2).integers(0, LOOPED.vocab_size, (2, 9))
