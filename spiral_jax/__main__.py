@@ -8,6 +8,7 @@ VERBS = {
     "train": "train a model, or resume a run",
     "generate": "continue texts with a run or an exported model",
     "evaluate": "exact loss, perplexity and bits per byte of a run on a token store or a text file",
+    "probe": "attention, states and routers of a looped model's core, as arrays, tables and figures",
     "export": "write a run's parameters as a folder for transformers and the Hugging Face hub",
     "import_hf": "make a run of such a folder, or of any GPT-NeoX",
     "describe": "parameters, FLOPs, schedule and memory of a configuration",

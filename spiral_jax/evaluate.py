@@ -185,24 +185,36 @@ def placed_model(config: RunConfig) -> PlacedModel:
     return place(config.model, mesh, backend_for(mesh, config.model, config.train.attention))
 
 
-def open_input(flag: str, workdir: epath.Path, tokenizer: Tokenizer, config: RunConfig) -> tuple[TokenSource, int]:
+def open_input(
+    place: str, workdir: epath.Path, tokenizer: Tokenizer, config: RunConfig, flag: str = "--input"
+) -> tuple[TokenSource, int]:
     """The tokens to score and the UTF-8 bytes they stand for.
+
+    Args:
+      place: a text file or token store; "" for the run's validation text.
+      workdir: of the run.
+      tokenizer: of the model.
+      config: of the run.
+      flag: what named the place, for errors.
 
     Raises:
       SpiralError: no such input, empty or undecodable text, a store of another tokenizer.
     """
-    path = Path(flag).expanduser()
-    if flag and not is_url(flag) and not path.is_dir():
-        sources = find_sources((flag,), format="text", field="--input")
+    path = Path(place).expanduser()
+    if place and not is_url(place) and not path.is_dir():
+        sources = find_sources((place,), format="text", field=flag)
         if len(sources) > 1:
-            raise SpiralError(f"--input matches {len(sources)} files; allowed: one text file or token store")
+            raise SpiralError(f"{flag} matches {len(sources)} files; allowed: one text file or token store")
         text = read_text(sources[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:
-            raise SpiralError(f"--input is {flag!r}, which is empty; allowed: a file with text")
-        return TokensInMemory(flag, tokens_N), len(text.encode())
+            raise SpiralError(f"{flag} is {place!r}, which is empty; allowed: a file with text")
+        return TokensInMemory(place, tokens_N), len(text.encode())
     storage = storage_of(config.data)
-    store = TokenStore.open(flag if is_url(flag) else path, storage) if flag else validation_store_of(workdir, storage)
+    if place:
+        store = TokenStore.open(place if is_url(place) else path, storage)
+    else:
+        store = validation_store_of(workdir, storage, flag)
     store.check_tokenizer(tokenizer)
     store.check_vocab_size(config.model.vocab_size)
     return store, store.utf8_bytes

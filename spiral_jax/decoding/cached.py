@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.decoding.entry import iterations, layers_of, open_after, run_coarse, run_entry, run_layers
-from spiral_jax.decoding.state import DecodeState, IterationState, Work, put, put_front, slots_after, take
+from spiral_jax.decoding.state import DecodeState, IterationState, KeyValues, Work, put, put_front, slots_after, take
 from spiral_jax.errors import require
 from spiral_jax.model.iteration import advance, core_input, down_scale, enter, up_scale
 from spiral_jax.model.neox import LayerNorm, rotary_tables
@@ -50,8 +50,12 @@ def prefill(
 
     def run(layers, h_BxLxD, cache):
         """All entries through layers, and the cache with them in front."""
-        rotary = rotary_tables(h_BxLxD.shape[1], config)
-        h_BxLxD, new = run_layers(model, layers, h_BxLxD, rotary, lambda q, k, v, _: model.backend.attention(q, k, v))
+
+        def attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, _):
+            out_BxLxHxK = model.backend.attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
+            return out_BxLxHxK, KeyValues(k_BxLxHxK, v_BxLxHxK)
+
+        h_BxLxD, new = run_layers(model, layers, h_BxLxD, rotary_tables(h_BxLxD.shape[1], config), attention)
         return h_BxLxD, put_front(cache, new)
 
     h_emb_BxPxD = _apply(Embedding(config, model.backend), params["embed"], tokens_BxP)

@@ -70,44 +70,47 @@ def iterations(config: ModelConfig, params) -> list[Iteration]:
 
 def run_layers(
     model: SpiralFormer, layers: Layers | None, h_BxLxD: jax.Array, rotary, attention: Callable, caches=()
-) -> tuple[jax.Array, KeyValues]:
-    """The model's own layers with an attention that may look beyond its arguments.
+) -> tuple[jax.Array, Any]:
+    """The model's own layers with an attention that may look beyond its arguments, and reports.
 
     Args:
       model: the model.
       layers: None for no layers.
       h_BxLxD: their input.
       rotary: cos and sin, each [L, F], or [B, L, F] where rows are at positions of their own.
-      attention: (q, k, v, cache) to [B, L, H, K], keys and queries rotated already.
+      attention: (q, k, v, cache) to [B, L, H, K] and a tree of arrays to report, keys and queries rotated already.
       caches: a tree of [layers, ...] arrays, of which each layer's attention is given its own.
 
     Returns:
-      h_BxLxD, and the keys and values of these L entries.
+      h_BxLxD, and what was reported, a tree of [layers, ...] arrays.
     """
     config = model.config
     if layers is None:
-        new = jnp.zeros((0, *h_BxLxD.shape[:2], config.num_heads, config.head_width), h_BxLxD.dtype)
-        return h_BxLxD, KeyValues(new, new)
+        x_BxLxHxK = jax.ShapeDtypeStruct((*h_BxLxD.shape[:2], config.num_heads, config.head_width), h_BxLxD.dtype)
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), caches)
+        _, report = jax.eval_shape(attention, x_BxLxHxK, x_BxLxHxK, x_BxLxHxK, cache)
+        return h_BxLxD, jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), report)
 
     def body(h_BxLxD, layer):
         params, cache = layer
-        seen = []
+        reports = []
 
-        def record(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK):
-            seen.append(KeyValues(k_BxLxHxK, v_BxLxHxK))
-            return attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, cache)
+        def reporting(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK):
+            out_BxLxHxK, report = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, cache)
+            reports.append(report)
+            return out_BxLxHxK
 
-        h_BxLxD, _ = Layer(config, model.backend._replace(attention=record, gather=None)).apply(
+        h_BxLxD, _ = Layer(config, model.backend._replace(attention=reporting, gather=None)).apply(
             {"params": params}, h_BxLxD, rotary
         )
-        return h_BxLxD, seen[0]
+        return h_BxLxD, reports[0]
 
     if isinstance(layers, list):
-        news = []
+        reports = []
         for i, layer in enumerate(layers):
-            h_BxLxD, new = body(h_BxLxD, (layer, jax.tree.map(operator.itemgetter(i), caches)))
-            news.append(new)
-        return h_BxLxD, jax.tree.map(lambda *new: jnp.stack(new), *news)
+            h_BxLxD, report = body(h_BxLxD, (layer, jax.tree.map(operator.itemgetter(i), caches)))
+            reports.append(report)
+        return h_BxLxD, jax.tree.map(lambda *report: jnp.stack(report), *reports)
     return jax.lax.scan(body, h_BxLxD, (layers, caches), unroll=config.unroll)
 
 
@@ -156,7 +159,7 @@ def run_entry(
             jnp.einsum("bhqn,bnhk->bqhk", x, values, preferred_element_type=dtype)
             for x, (_, values) in zip(jnp.split(weight, ends, axis=-1), every, strict=True)
         )
-        return out.astype(q_Bx1xHxK.dtype)
+        return out.astype(q_Bx1xHxK.dtype), KeyValues(k_Bx1xHxK, v_Bx1xHxK)
 
     return run_layers(model, layers, h_Bx1xD, rotary, attention, caches)
 

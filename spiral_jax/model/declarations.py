@@ -62,6 +62,10 @@ def _check(config: ModelConfig, classes: tuple[type, ...]) -> None:
     L = 2 * max(config.chunks, default=1)
     states, metrics = enter(L)
     topology.expect("enter", states.h_BxLxD, B, L, D)
+    token_BxLxD, arrays = abstract(B, L, D), topology.arrays("entry_linears")
+    shown = topology.shapes("entry_routes", iteration.entry_routes, (config,), arrays, token_BxLxD, token_BxLxD)
+    for name, weights in shown.items():
+        topology.expect(f"entry_routes {name!r}", weights, B, L, *(weights.shape[2:3] or (1,)))
     recorded, kept = [metrics] if metrics else [], []
     for level in dict.fromkeys(config.schedule):
         # Of a length for each level: what a topology records may not depend on it.
@@ -73,6 +77,8 @@ def _check(config: ModelConfig, classes: tuple[type, ...]) -> None:
         topology.expect("core_input", found, B, L, D)
         found, metrics = topology.shapes("next_state", iteration.advance, at, own, states, token_BxLxD)
         topology.expect("next_state", found.h_BxLxD, B, L, D)
+        for name, weights in topology.shapes("routes", iteration.routes, at, own, states).items():
+            topology.expect(f"routes {name!r}", weights, B, L, *(weights.shape[2:3] or (1,)))
         recorded.append(metrics)
         kept.append(jax.tree.structure(found.kept[len(states.kept) :]))
         if G == 1:
@@ -81,12 +87,14 @@ def _check(config: ModelConfig, classes: tuple[type, ...]) -> None:
         scorers = pooling.arrays("linears", level)
         found = pooling.shapes("pool", iteration.down_scale, at, scorers, token_BxLxD)
         pooling.expect("pool", found, B, N, D)
+        pooling.shapes("weights", iteration.pooling_weights, at, scorers, token_BxLxD)
         opened, added, closed = pooling.shapes("one token at a time", _one_token, at, scorers, abstract(B, D))
         require(opened == added, f"{pooling.where}: what add gives", added, f"what open gives, {opened}")
         pooling.expect("close", closed, B, D)
         allocators = spreading.arrays("linears", level)
         found = spreading.shapes("spread", iteration.spread, at, allocators, abstract(B, N, D))
         spreading.expect("spread", found, B, N, G, D)
+        spreading.shapes("shares", iteration.shares, at, allocators, abstract(B, N, D))
 
         every = [*own, *scorers, *allocators]
         where = f"{topology.where}, {pooling.where} and {spreading.where}: names of Linears"

@@ -16,6 +16,8 @@ from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Arrays, bind
 from spiral_jax.model.topology import States, Update
 
+Weights = Mapping[str, jax.Array]
+
 
 def enter(
     config: ModelConfig, arrays: Arrays, h_emb_BxLxD: jax.Array, h_BxLxD: jax.Array
@@ -60,6 +62,44 @@ def advance(
     """From h(t) and e(t) to h(t+1), and what the topology records."""
     topology = config.operators.topology
     return _updated(states, topology.update(states, e_BxLxD, bind(topology.linears(level), arrays)))
+
+
+# The weights that operators mix with, by name, for probes; nothing where an operator shows none.
+
+
+def entry_routes(config: ModelConfig, arrays: Arrays, h_emb_BxLxD: jax.Array, h_BxLxD: jax.Array) -> Weights:
+    """Those of `enter`, [B, L, W]."""
+    topology, states = config.operators.topology, States(h_BxLxD, h_BxLxD, h_emb_BxLxD)
+    is_shown = topology.shows("entry_routes", "enter", "update", "next_state")
+    return dict(topology.entry_routes(states, bind(topology.entry_linears(), arrays))) if is_shown else {}
+
+
+def routes(config: ModelConfig, level: Level, arrays: Arrays, states: States) -> Weights:
+    """Those of `advance`, [B, L, W]; the states are those before the iteration."""
+    topology = config.operators.topology
+    is_shown = topology.shows("routes", "update", "next_state")
+    return dict(topology.routes(states, bind(topology.linears(level), arrays))) if is_shown else {}
+
+
+def pooling_weights(config: ModelConfig, level: Level, arrays: Arrays, h_BxLxD: jax.Array) -> Weights:
+    """Those of `down_scale`, [B, N, G], of the chunks that have a token at every place."""
+    pooling = config.operators.pooling
+    h_BxNxGxD, is_token_NxG = to_chunks(h_BxLxD, level)
+    is_full_N = is_token_NxG.all(axis=1)
+    if not is_full_N.any() or not pooling.shows("weights", "pool"):
+        return {}
+    h_BxNxGxD, is_token_NxG = h_BxNxGxD[:, is_full_N], is_token_NxG[is_full_N]
+    weights = pooling.weights(h_BxNxGxD, is_token_NxG, level, bind(pooling.linears(level), arrays))
+    return {"pooling": jnp.broadcast_to(weights, h_BxNxGxD.shape[:-1])}
+
+
+def shares(config: ModelConfig, level: Level, arrays: Arrays, zhat_BxNxD: jax.Array) -> Weights:
+    """Those of `up_scale`, [B, N, G]."""
+    spreading = config.operators.spreading
+    if not spreading.shows("shares", "spread"):
+        return {}
+    share = spreading.shares(zhat_BxNxD, level, bind(spreading.linears(level), arrays))
+    return {"allocation": jnp.broadcast_to(share, (*zhat_BxNxD.shape[:2], level.chunk))}
 
 
 def _updated(states: States, update: Update) -> tuple[States, Mapping[str, jax.Array]]:

@@ -118,6 +118,17 @@ class Operator:
         del level
         return {}
 
+    def shows(self, weights: str, *results: str) -> bool:
+        """Whether a method that gives weights for probes is of the class, or a class below, that gives the results.
+
+        A subclass that changes how results are made, and not what is said of the weights, shows none.
+        """
+
+        def depth(method: str) -> int:
+            return next(i for i, base in enumerate(type(self).__mro__) if method in vars(base))
+
+        return all(depth(weights) <= depth(result) for result in results)
+
 
 def bind(declared: Mapping[str, Linear], arrays: Arrays) -> Bound:
     """Declared Linears as functions of their inputs; `arrays` may have those of others as well."""

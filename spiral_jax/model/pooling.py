@@ -26,7 +26,7 @@ class RunningSum(NamedTuple):
 
 
 class Pooling(Operator):
-    """Base of all poolings; a subclass gives `pool`, and with parameters `linears`.
+    """Base of all poolings; a subclass gives `pool`, with parameters `linears`, and to be probed `weights`.
 
     The pass of one token at a time follows from `pool`: the members of the open chunk are kept, and pooled when the
     last one has come. A pooling that can do with less (a running sum) replaces `open`, `add` and `close`.
@@ -43,6 +43,12 @@ class Pooling(Operator):
           level: the geometry.
           linears: what `linears` declares, as functions.
         """
+        raise NotImplementedError
+
+    def weights(
+        self, h_BxNxGxD: jax.Array, is_token_NxG: jax.Array | np.ndarray, level: Level, linears: Bound
+    ) -> jax.Array:
+        """a_BxNxG, the part of each member in its chunk's vector, or what broadcasts to that; called as `pool` is."""
         raise NotImplementedError
 
     def open(self, level: Level, batch: int) -> Any:
@@ -69,9 +75,12 @@ class SelfAggregation(Pooling):
     def linears(self, level: Level) -> dict[str, Linear]:
         return {"scorer": Linear(self.config.d_model, 1, bias=False)}
 
-    def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
+    def weights(self, h_BxNxGxD, is_token_NxG, level, linears):
         score_BxNxG = linears["scorer"](h_BxNxGxD)[..., 0]
-        weight_BxNxG = jax.nn.softmax(jnp.where(is_token_NxG, score_BxNxG, -jnp.inf), axis=-1)
+        return jax.nn.softmax(jnp.where(is_token_NxG, score_BxNxG, -jnp.inf), axis=-1)
+
+    def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
+        weight_BxNxG = self.weights(h_BxNxGxD, is_token_NxG, level, linears)
         return jnp.einsum("bng,bngd->bnd", weight_BxNxG, h_BxNxGxD.astype(weight_BxNxG.dtype), precision=HIGHEST)
 
     def open(self, level, batch):
@@ -96,6 +105,9 @@ class Mean(Pooling):
 
     def pool(self, h_BxNxGxD, is_token_NxG, level, linears):
         return jnp.sum(h_BxNxGxD, axis=2, dtype=at_least_float32(h_BxNxGxD.dtype)) / level.chunk
+
+    def weights(self, h_BxNxGxD, is_token_NxG, level, linears):
+        return jnp.full((1, 1, level.chunk), 1 / level.chunk, at_least_float32(h_BxNxGxD.dtype))
 
     def open(self, level, batch):
         return jnp.zeros((batch, self.config.d_model), at_least_float32(self.config.dtype))

@@ -95,6 +95,16 @@ class Topology(Operator):
         """Whether h(0) is not simply the prelude's output, so that a model without iterations is not vanilla."""
         return type(self).enter is not Topology.enter
 
+    def routes(self, states: States, linears: Bound) -> dict[str, jax.Array]:
+        """By name, the weights [B, L, W] that `update` mixes with, for probes; `states` is what it was given."""
+        del states, linears
+        return {}
+
+    def entry_routes(self, states: States, linears: Bound) -> dict[str, jax.Array]:
+        """The same of `enter`."""
+        del states, linears
+        return {}
+
     def exported(self, t: int, name: str) -> str:
         """Exported name of a Linear of iteration t, or with t = -1 of the entry (docs/spec.md section 7)."""
         return f"steps.{t}.{name}" if t >= 0 else f"entry.{name}"
@@ -146,8 +156,11 @@ class Gated(Topology):
     def linears(self, level: Level) -> dict[str, Linear]:
         return {"gate": Linear(self.config.d_model, 1)}
 
+    def routes(self, states, linears):
+        return {"gate": jax.nn.sigmoid(linears["gate"](states.h_BxLxD))}
+
     def next_state(self, states, e_BxLxD, linears):
-        a_BxLx1 = jax.nn.sigmoid(linears["gate"](states.h_BxLxD))
+        a_BxLx1 = self.routes(states, linears)["gate"]
         return a_BxLx1 * e_BxLxD + (1 - a_BxLx1) * states.h_BxLxD
 
     def kept_vectors(self) -> int:
@@ -225,8 +238,14 @@ class MeSH(Topology):
         update = self.update(states._replace(kept=(first,)), states.h_BxLxD, linears)
         return update._replace(kept=(first, *update.kept))
 
+    def routes(self, states, linears):
+        return {side: jax.nn.softmax(linears[side](states.h_BxLxD)) for side in ("write", "read")}
+
+    entry_routes = routes
+
     def update(self, states, e_BxLxD, linears):
-        write_BxLxS, read_BxLxS = (jax.nn.softmax(linears[side](states.h_BxLxD)) for side in ("write", "read"))
+        routes = self.routes(states, linears)
+        write_BxLxS, read_BxLxS = routes["write"], routes["read"]
         new = Write(e_BxLxD, write_BxLxS)
         h_BxLxD = sum(
             jnp.sum(read_BxLxS * share_BxLxS, axis=-1, keepdims=True) * value_BxLxD.astype(read_BxLxS.dtype)

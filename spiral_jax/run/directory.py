@@ -200,19 +200,24 @@ def tokenizer_of(workdir: Path) -> Tokenizer:
     return load_tokenizer(workdir / "tokenizer")
 
 
-def validation_store_of(workdir: Path, storage: Storage = LOCAL) -> TokenStore:
+def validation_store_of(workdir: Path, storage: Storage = LOCAL, flag: str = "--input") -> TokenStore:
     """The validation store of a run.
+
+    Args:
+      workdir: of the run.
+      storage: how to open files.
+      flag: what another text is given with, for errors.
 
     Raises:
       SpiralError: the run had none, or it is gone.
     """
-    place = _places(workdir)["validation"]
+    place = _places(workdir, flag)["validation"]
     if place is None:
-        raise SpiralError(f"{workdir}: the run has no validation text; allowed: a text with --input")
+        raise SpiralError(f"{workdir}: the run has no validation text; allowed: a text with {flag}")
     return TokenStore.open(place, storage)
 
 
-def _places(workdir: Path) -> dict[str, Any]:
+def _places(workdir: Path, flag: str = "--input") -> dict[str, Any]:
     """Where `data.json` says the `train` stores (a list) and the `validation` store (or None) are."""
 
     def absolute(place: str) -> str:
@@ -223,7 +228,7 @@ def _places(workdir: Path) -> dict[str, Any]:
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
     except (SpiralError, KeyError, TypeError, AttributeError):
-        raise SpiralError(f"{workdir / 'data.json'} is missing or broken; allowed: a text with --input") from None
+        raise SpiralError(f"{workdir / 'data.json'} is missing or broken; allowed: a text with {flag}") from None
 
 
 def _relative(place: str, workdir: Path) -> str:

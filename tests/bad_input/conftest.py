@@ -1,5 +1,6 @@
 """What the bad inputs are variations of: a configuration, texts, a token store, a Hugging Face folder, a run."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def good(tmp_path_factory) -> Path:
     tensors = reference.random_tensors(hf_config, np.random.default_rng(0))
     write_folder(folder / "hf", hf_config, {name: tensor.astype(np.float32) for name, tensor in tensors.items()})
     run_of(folder / "hf", folder / "run")
+    vanilla = config_to_huggingface(
+        dataclasses.replace(MODEL, chunks=(), topology="anchor"), max_position_embeddings=16
+    )
+    write_folder(folder / "vanilla", vanilla, reference.random_tensors(vanilla, np.random.default_rng(0)))
     (folder / "run/.lock").touch()  # as the first start of a run leaves it
     (folder / "output.txt").write_text("a file", encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""`prepare`, `generate`, `evaluate`, `export`, `import_hf`, `bench` and `reference` on bad input."""
+"""`prepare`, `generate`, `evaluate`, `probe`, `export`, `import_hf`, `bench` and `reference` on bad input."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import sys
 import pytest
 from refusals import refused
 
-from spiral_jax import bench, evaluate, export, generate, import_hf, prepare, reference
+from spiral_jax import bench, evaluate, export, generate, import_hf, prepare, probe, reference
 from spiral_jax.__main__ import VERBS
 
 # Each: arguments with {good} for the fixture's folder and {bad} for files of the test's own, and words of the line.
@@ -115,6 +115,41 @@ EVALUATE = {
     "tasks and a text": (("--workdir={good}/run", "--tasks=piqa", "--input=x"), "--input is x"),
     "a URL of nobody": (("--workdir={good}/run", "--input=nope://x/y"), "nope://x/y"),
 }
+PROBE = {
+    "nothing": ((), "--workdir is missing"),
+    "no such run": (("--workdir=/no/run",), "/no/run does not exist"),
+    "no run": (("--workdir={good}/store",), "has no checkpoints"),
+    "no core": (("--workdir={good}/vanilla", "--data={good}/text.txt"), "2 layers, which has no core"),
+    "no validation text": (("--workdir={good}/run",), "data.json is missing or broken; allowed: a text with --data"),
+    "a folder without a text": (("--workdir={good}/hf",), "--data is missing"),
+    "no such data": (("--workdir={good}/run", "--data=/no/file"), "--data is '/no/file'"),
+    "empty data": (("--workdir={good}/run", "--data={good}/empty.txt"), "empty.txt"),
+    "many data": (("--workdir={good}/run", "--data={good}/*.*"), "--data matches"),
+    "another tokenizer's": (("--workdir={good}/run", "--data={good}/store/train"), "data.tokenizer has fingerprint"),
+    "samples 0": (("--workdir={good}/run", "--data={good}/text.txt", "--samples=0"), "--samples is 0"),
+    "more than there is": (("--workdir={good}/run", "--data={good}/text.txt", "--samples=99999"), "--samples is 99999"),
+    "samples in words": (("--workdir={good}/run", "--samples=all"), "--samples is 'all'"),
+    "seed below 0": (("--workdir={good}/run", "--data={good}/text.txt", "--seed=-1"), "--seed is -1"),
+    "length 0": (("--workdir={good}/run", "--data={good}/text.txt", "--sequence_length=0"), "--sequence_length is 0"),
+    "no chunk": (("--workdir={good}/run", "--data={good}/text.txt", "--sequence_length=1"), "--sequence_length is 1"),
+    "short data": (("--workdir={good}/run", "--data={good}/text.txt", "--sequence_length=99999"), "at least 100000"),
+    "no rows": (("--workdir={good}/run", "--data={good}/text.txt", "--batch_size=0"), "--batch_size is 0"),
+    "step 7": (("--workdir={good}/run", "--data={good}/text.txt", "--step=7"), "step 7"),
+    "a step of a folder": (("--workdir={good}/hf", "--data={good}/text.txt", "--step=0"), "--step is 0"),
+    "no such other": (("--workdir={good}/run", "--data={good}/text.txt", "--samples=2", "--beside=/no/run"), "/no/run"),
+    "beside itself": (
+        ("--workdir={good}/run", "--data={good}/text.txt", "--samples=2", "--beside={good}/run"),
+        "--beside is",
+    ),
+    "output holds things": (
+        ("--workdir={good}/run", "--data={good}/text.txt", "--samples=2", "--output={good}"),
+        "allowed: a folder that is new or empty",
+    ),
+    "output below a file": (
+        ("--workdir={good}/run", "--data={good}/text.txt", "--samples=2", "--output={good}/text.txt/a"),
+        "text.txt/a",
+    ),
+}
 EXPORT = {
     "nothing": ((), "--workdir is missing"),
     "no output": (("--workdir={good}/run",), "--output is missing"),
@@ -157,8 +192,8 @@ BENCH = {
 REFERENCE = {"a word": (("words",), "'words'"), "a flag": (("--config=x",), "--config")}
 TABLE = [
     pytest.param(verb, *case, id=f"{verb.__name__.rpartition('.')[2]}: {name}")
-    for verb, cases in ((prepare, PREPARE), (generate, GENERATE), (evaluate, EVALUATE), (export, EXPORT),
-                        (import_hf, IMPORT), (bench, BENCH), (reference, REFERENCE))
+    for verb, cases in ((prepare, PREPARE), (generate, GENERATE), (evaluate, EVALUATE), (probe, PROBE),
+                        (export, EXPORT), (import_hf, IMPORT), (bench, BENCH), (reference, REFERENCE))
     for name, case in cases.items()
 ]  # fmt: skip
 
