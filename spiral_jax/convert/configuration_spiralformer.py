@@ -45,7 +45,8 @@ class SpiralFormerConfig(PretrainedConfig):
     """
 
     model_type = "spiralformer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # The cache, as versions of `transformers` before 5.24 and since call it. `Trainer` appends to this list's copy.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
