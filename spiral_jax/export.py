@@ -39,7 +39,10 @@ CODE = ("configuration_spiralformer.py", "modeling_spiralformer.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_spiralformer.SpiralFormerConfig",
     "AutoModel": "modeling_spiralformer.SpiralFormerModel",
-    "AutoModelForCausalLM": "modeling_spiralformer.SpiralFormerForCausalLM",
+    **{
+        f"AutoModelFor{head}": f"modeling_spiralformer.SpiralFormerFor{head}"
+        for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    },
 }
 # Says that a folder is an export, which another one may replace, and which run it is of.
 MANIFEST = "export.json"

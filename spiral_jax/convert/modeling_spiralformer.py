@@ -23,8 +23,14 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .configuration_spiralformer import Level, SpiralFormerConfig
@@ -446,6 +452,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if config.topology == "mesh":
             self.memory = nn.ModuleList(SpiralFormerMemoryRouter(config) for _ in range(T + 1))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False  # set by `transformers`, here and in the layers
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -474,7 +481,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         Args:
           input_ids: [B, M] new tokens.
           attention_mask: [B, tokens so far + M], 0 where a token is padding. Padding may be in front of a row and
-            behind it, not between tokens. What comes out at padding means nothing.
+            behind it, not between tokens. What comes out at padding means nothing; it is 0 in front of a row.
           position_ids: [B, M] or [1, M]. They rise by one along a row, from anywhere; or, without a mask and a cache,
             they start again wherever another text begins that is packed into the row and sees nothing before it.
           inputs_embeds: [B, M, D] in place of input_ids, rows of `embed_in`.
@@ -494,7 +501,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             raise TypeError(f"past_key_values is a {type(cache).__name__}; this model needs SpiralFormerCache()")
         if is_causal is False:
             raise ValueError("is_causal is False; a SpiralFormer is causal in itself: chunks are read when they close")
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
             logger.warning_once("output_attentions: attention does not keep its weights here; none are returned")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -508,7 +517,10 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             states = self._aligned(emb_BxMxD, attention_mask, cache, use_cache, output_hidden_states)
         kept: dict[str, Any] = {CACHE: cache if use_cache else None}
         outputs = BaseModelOutputWithPast(
-            last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None, **kept
+            last_hidden_state=states[-1],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=() if output_attentions else None,
+            **kept,
         )
         return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
 
@@ -537,8 +549,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         span = Span(self.config, cache.seen == 0, first_B, count_B, emb_BxMxD)
         states = self._run(emb_BxMxD, span, cache, keep)[0 if every else -1 :]
         if is_moved:
-            back_BxM = (column_M - front_B[:, None]).clamp_min(0).to(emb_BxMxD.device)
-            states = [take(h_BxMxD, back_BxM) for h_BxMxD in states]
+            back_BxM = (column_M - front_B[:, None]).to(emb_BxMxD.device)
+            # Zeros at padding: a label there, the first token of a row, teaches nothing.
+            states = [take(h_BxMxD, back_BxM.clamp_min(0)) * (back_BxM >= 0)[:, :, None] for h_BxMxD in states]
         cache.advance(M, start_B)
         return states
 
@@ -588,7 +601,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             return self._layers(core, h_BxMxD, tokens, kept, f"core.{t}")
         z_BxNxD, first_B, count_B = step.down_scale(h_BxMxD, tokens, cache)
         zhat_BxNxD = cache.buffers.get(f"core.{t}.zhat")
-        if z_BxNxD.shape[1]:
+        if torch.compiler.is_exporting() or z_BxNxD.shape[1]:
             chunks = Span(self.config, tokens.is_start, first_B, count_B, z_BxNxD)
             zhat_BxNxD = self._layers(core, z_BxNxD, chunks, kept, f"core.{t}")
             if keep:
@@ -645,20 +658,30 @@ def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Ten
         raise ValueError("position_ids do not rise by one; packed texts need a call without mask and cache")
 
 
-class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
-    """A SpiralFormer and its head."""
+class SpiralFormerWithHead(SpiralFormerPreTrainedModel):
+    """What the models with a head have in common."""
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__(config)
+        self.num_labels = config.num_labels
         self.spiralformer = SpiralFormerModel(config)
-        self.embed_out: nn.Linear = WideLinear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.spiralformer.embed_in
 
     def set_input_embeddings(self, value: nn.Module):
         self.spiralformer.embed_in = value
+
+
+class SpiralFormerForCausalLM(SpiralFormerWithHead, GenerationMixin):
+    """A SpiralFormer and its head."""
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__(config)
+        # Only of classes named here does `Trainer` shift the labels that it smooths; others would learn to copy.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config.model_type, "SpiralFormerForCausalLM")
+        self.embed_out: nn.Linear = WideLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.embed_out
@@ -719,8 +742,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             if kwargs.get("shift_labels") is None and logits_BxMxV.shape[:-1] != labels.shape:
                 raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits_BxMxV.shape)}")
             loss = self.loss_function(logits=logits_BxMxV, labels=labels, vocab_size=logits_BxMxV.shape[-1], **kwargs)
-        kept: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
-        result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, hidden_states=outputs.hidden_states, **kept)
+        kept: dict[str, Any] = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, **kept)
         return result if return_dict or (return_dict is None and self.config.return_dict) else result.to_tuple()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
@@ -734,3 +757,43 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         speculative = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         if isinstance(cache, SpiralFormerCache) and speculative:
             cache.activate_past_recording()
+
+
+# `forward` of the heads below is that of `transformers`, whose own `__init__` would look for a model of its own.
+
+
+class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerWithHead):
+    """A SpiralFormer that scores a text by the state of its last token."""
+
+    base_model_prefix = "spiralformer"
+
+    def __init__(self, config: SpiralFormerConfig):
+        SpiralFormerWithHead.__init__(self, config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFormerWithHead):
+    """A SpiralFormer that scores every token."""
+
+    base_model_prefix = "spiralformer"
+
+    def __init__(self, config: SpiralFormerConfig):
+        SpiralFormerWithHead.__init__(self, config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormerWithHead):
+    """A SpiralFormer that scores every token as the first and as the last of an answer."""
+
+    base_model_prefix = "spiralformer"
+
+    def __init__(self, config: SpiralFormerConfig):
+        SpiralFormerWithHead.__init__(self, config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    get_input_embeddings = SpiralFormerWithHead.get_input_embeddings
+    set_input_embeddings = SpiralFormerWithHead.set_input_embeddings

@@ -4,7 +4,7 @@ import copy
 import shutil
 
 import pytest
-from exported import close, full, random_tokens, spiral, torch, transformers
+from exported import close, full, padded, random_tokens, spiral, torch, transformers
 
 pytestmark = pytest.mark.usefixtures("trusted_code")
 
@@ -23,7 +23,7 @@ def models(exports):
 
 @pytest.fixture(scope="module")
 def tokenizer(exports):
-    return transformers.AutoTokenizer.from_pretrained(exports / "looped")
+    return transformers.AutoTokenizer.from_pretrained(exports / "looped", trust_remote_code=True)
 
 
 # Arguments
@@ -148,7 +148,8 @@ def test_code_is_loaded_from_a_folder_of_any_name(place, exports, models, tmp_pa
     model = load(place if place == "." else folder)
     tokens = random_tokens(model, 1, 9)
     assert torch.equal(full(model, tokens), full(models["looped"], tokens))
-    assert transformers.AutoTokenizer.from_pretrained(place if place == "." else folder)("a")["input_ids"] == [97]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place if place == "." else folder, trust_remote_code=True)
+    assert tokenizer("a")["input_ids"] == [97]
 
 
 def test_the_base_model_is_loaded(exports, models):
@@ -160,6 +161,30 @@ def test_the_base_model_is_loaded(exports, models):
     want = models["looped"](tokens, output_hidden_states=True).hidden_states[-1]
     close(base(tokens).last_hidden_state, want, 1e-6)
     assert isinstance(base(tokens, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_other_heads(head, exports):
+    """Those of GPT-NeoX, of the same shapes; a row of padding and text gives what the text gives."""
+    shapes = {}
+    for name in ("looped", "vanilla"):
+        of = getattr(transformers, f"AutoModelFor{head}")
+        model = load(exports / name, of, num_labels=3, pad_token_id=256).eval()
+        tokens, mask = padded([random_tokens(model, 9), random_tokens(model, 5, seed=1)])
+        tokens = tokens.masked_fill(mask == 0, 256)
+        rows = model(tokens, attention_mask=mask)
+        alone = model(tokens[1:, 4:])
+        labels = {"SequenceClassification": (2,), "TokenClassification": (2, 9)}.get(head)
+        if labels:
+            loss = model(tokens, attention_mask=mask, labels=torch.ones(labels, dtype=torch.long)).loss
+        else:
+            ones = torch.ones(2, dtype=torch.long)
+            loss = model(tokens, attention_mask=mask, start_positions=ones * 4, end_positions=ones * 5).loss
+        loss.backward()
+        got, want = rows[0][1], alone[0][0]
+        close(got[-len(want) :], want, 1e-5)
+        shapes[name] = rows[0].shape
+    assert shapes["looped"] == shapes["vanilla"]
 
 
 def test_resized_saved_and_loaded_again(exports, tmp_path):

@@ -34,7 +34,7 @@ def get_config(argument=""):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Eight texts of unequal length, all tokens but the padding being labels."""
+    """Eight texts of unequal length; all tokens are labels but the first, which nothing real stands in front of."""
 
     def __init__(self):
         random = np.random.default_rng(0)
@@ -44,22 +44,27 @@ class Rows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        return {"input_ids": self.rows[i], "labels": self.rows[i], "attention_mask": [1] * len(self.rows[i])}
+        row = self.rows[i]
+        return {"input_ids": row, "labels": [-100, *row[1:]], "attention_mask": [1] * len(row)}
 
 
 def load(folder, **how):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **how)
 
 
-def trainer(model, folder, tmp_path, train_rows=None, **fields):
+def read_tokenizer(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def trainer(model, tokenizer, tmp_path, train_rows=None, **fields):
     """A Trainer that pads labels with -100, in as many steps as it is told, without reports."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     arguments = dict(report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1, logging_steps=1, save_strategy="no")
     return transformers.Trainer(
         model,
         transformers.TrainingArguments(str(tmp_path / "trainer"), **arguments | fields),
         train_dataset=Rows() if train_rows is None else train_rows,
         eval_dataset=Rows(),
+        processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     )
 
@@ -76,7 +81,7 @@ def test_evaluation(name, exports, tmp_path):
         losses = [model(torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in Rows().rows]
     labels = [len(row) - 1 for row in Rows().rows]
     fields = dict(per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=1, learning_rate=0)
-    run = trainer(model, exports / name, tmp_path, **fields)
+    run = trainer(model, read_tokenizer(exports / name), tmp_path, **fields)
     want = np.average(losses, weights=labels)
     assert run.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5)
     run.train()
@@ -91,7 +96,7 @@ def test_the_loss_is_that_of_the_batch_however_it_is_cut(name, exports, tmp_path
     losses, norms = [], []
     for size in (8, 2, 1):
         run = trainer(
-            load(exports / name), exports / name, tmp_path,
+            load(exports / name), read_tokenizer(exports / name), tmp_path,
             per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
         )  # fmt: skip
         run.train()
@@ -99,6 +104,34 @@ def test_the_loss_is_that_of_the_batch_however_it_is_cut(name, exports, tmp_path
         norms += logged(run, "grad_norm")
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
     np.testing.assert_allclose(norms, norms[0], rtol=1e-4)
+
+
+def test_padding_teaches_nothing(exports):
+    """Padding in front of a row, whose next token is a label, and behind it: the same gradient as without."""
+    row = torch.tensor(Rows().rows[3])
+    gradients = []
+    for before, behind in ((0, 0), (4, 0), (2, 3)):
+        model = load(exports / "looped").train()
+        pad = torch.nn.functional.pad
+        mask = pad(torch.ones_like(row), (before, behind))[None]
+        labels = pad(pad(row, (before, 0), value=-100), (0, behind), value=-100)[None]
+        tokens = pad(row, (before, behind), value=256)[None]
+        out = model(tokens, attention_mask=mask, labels=labels, num_items_in_batch=10)
+        constant = (before > 0) * np.log(272) / 10  # of what padding predicts, every token alike
+        gradients.append((out.loss - constant, *torch.autograd.grad(out.loss, [*model.parameters()])))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_smoothed_labels_are_those_of_the_next_token(name, exports, tmp_path):
+    run = trainer(load(exports / name), read_tokenizer(exports / name), tmp_path, label_smoothing_factor=0.1)
+    tokens = torch.tensor([Rows().rows[-1]])
+    with torch.no_grad():
+        loss = run.compute_loss(run.model, {"input_ids": tokens, "labels": tokens})
+        scores = run.model(tokens).logits[0, :-1].log_softmax(-1)
+    likely = scores.gather(1, tokens[0, 1:, None]).mean()
+    assert loss.item() == pytest.approx(-(0.9 * likely + 0.1 * scores.mean()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -112,7 +145,7 @@ def test_gradient_checkpointing(use_reentrant, exports):
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         hooks = [
-            layer.register_forward_hook(lambda *_: calls.append(on))  # noqa: B023
+            layer.register_forward_pre_hook(lambda *_: calls.append(on))  # noqa: B023
             for layer in [model.spiralformer.core[0].mlp, model.spiralformer.coda[0].mlp]
         ]
         model(tokens, labels=tokens).loss.backward()
@@ -142,7 +175,7 @@ def test_packed_texts_do_not_see_each_other(exports):
     batch = {key: torch.as_tensor(value) for key, value in batch.items()}
     for name in ("looped", "vanilla"):
         model = load(exports / name).train()
-        packed = model(**batch)
+        packed = model(**batch, use_cache=False)  # as Trainer sets it
         alone = [model(row[None], labels=row[None]) for row in rows]
         torch.testing.assert_close(packed.logits, torch.cat([out.logits for out in alone], 1), rtol=1e-4, atol=1e-5)
         want = np.average([out.loss.item() for out in alone], weights=[len(row) - 1 for row in rows])
@@ -165,18 +198,17 @@ def tuned(exports, tmp_path_factory):
             return folders[kind]
         name, _, resized = kind.partition(" ")
         folder = tmp_path_factory.mktemp("tuned")
-        model, tokenizer = load(exports / name), transformers.AutoTokenizer.from_pretrained(exports / name)
+        model, tokenizer = load(exports / name), read_tokenizer(exports / name)
         assert tokenizer.add_tokens([END], special_tokens=True) == 1
         if resized:
             model.resize_token_embeddings(300)
         rows = [dict(tokenizer(question + answer + END)) for question, answer in CHAT.items()]
         rows = [row | {"labels": row["input_ids"]} for row in rows]
         fields = dict(max_steps=1 if resized else 50, learning_rate=1e-2, per_device_train_batch_size=4)
-        run = trainer(model, exports / name, folder, rows, **fields)
+        run = trainer(model, tokenizer, folder, rows, **fields)
         run.train()
         folders[kind] = folder / "saved"
         run.save_model(str(folders[kind]))
-        tokenizer.save_pretrained(folders[kind])
         return folders[kind]
 
     return fine_tuned
@@ -186,15 +218,14 @@ def tuned(exports, tmp_path_factory):
 def test_a_token_that_a_fine_tune_adds_is_read_and_generated(name, tuned):
     """In a row of the vocabulary that stood for nothing; also after saving and loading, in a pipeline."""
     folder = tuned(name)
-    model, tokenizer = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder), read_tokenizer(folder)
     end = tokenizer.convert_tokens_to_ids(END)
     assert end == 257 < model.config.vocab_size
     assert tokenizer("a" + END)["input_ids"] == [97, end]
     prompts = tokenizer(list(CHAT), padding=True, return_tensors="pt")
     answers = model.generate(**prompts, max_new_tokens=9, do_sample=False, eos_token_id=end)
     answers = tokenizer.batch_decode(answers[:, prompts["input_ids"].shape[1] :])
-    assert [answer.removesuffix(tokenizer.pad_token * 8).partition(END)[0] for answer in answers] == [*CHAT.values()]
-    assert all(END in answer for answer in answers)
+    assert [answer.partition(END)[:2] for answer in answers] == [(answer, END) for answer in CHAT.values()]
     pipe = transformers.pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
     said = pipe("2+2=", max_new_tokens=9, do_sample=False, stop_strings=[END], tokenizer=tokenizer)
     assert said[0]["generated_text"] in ("2+2=4", "2+2=4" + END)

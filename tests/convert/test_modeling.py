@@ -20,14 +20,10 @@ from spiral_jax.convert.modeling_spiralformer import (
     SpiralFormerModel,
 )
 from spiral_jax.convert.tensors import params_from_tensors
+from spiral_jax.export import AUTO_MAP
 
 CODE = Path(importlib.util.find_spec("spiral_jax.convert").origin).parent
 FILES = ("configuration_spiralformer.py", "modeling_spiralformer.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_spiralformer.SpiralFormerConfig",
-    "AutoModel": "modeling_spiralformer.SpiralFormerModel",
-    "AutoModelForCausalLM": "modeling_spiralformer.SpiralFormerForCausalLM",
-}
 DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-9)}
 
 
