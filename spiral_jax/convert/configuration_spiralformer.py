@@ -42,6 +42,9 @@ class SpiralFormerConfig(PretrainedConfig):
       max_position_embeddings: length the model was trained at; nothing in the model depends on it.
       hidden_act: `gelu`, the exact one; nothing else is supported.
       use_cache: whether `forward` returns a cache unless told otherwise.
+      bos_token_id: the separator of texts.
+      eos_token_id: the same.
+      pad_token_id: what a classifier of texts passes over at their end.
     """
 
     model_type = "spiralformer"
@@ -70,6 +73,9 @@ class SpiralFormerConfig(PretrainedConfig):
         max_position_embeddings=4096,
         hidden_act="gelu",
         use_cache=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -94,6 +100,9 @@ class SpiralFormerConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.hidden_act = hidden_act
         self.use_cache = use_cache
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
         self._check(tie_word_embeddings)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

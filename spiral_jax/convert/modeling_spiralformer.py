@@ -365,7 +365,7 @@ class SpiralFormerStep(nn.Module):
         z_BxRxD = (chunks.sum_BxD / total_BxR[..., None]).to(h_BxMxD.dtype)
         most = (h_BxMxD.shape[1] + offset) // G if tokens.is_start else int(count_B.max())
         if torch.compiler.is_exporting():
-            most = torch.sym_max(most, 1)  # one program for all lengths: a chunk that is still open reaches no token
+            most = torch.sym_max(most, 2)  # one program for all lengths: a chunk that is still open reaches no token
         return z_BxRxD[:, :most], first_B, count_B
 
     def up_scale(self, zhat_BxNxD: torch.Tensor, tokens: Span) -> torch.Tensor:

@@ -88,7 +88,7 @@ def test_a_call_takes_what_gpt_neox_takes(what, models):
         if keep is not None:
             want = want[keep] if keep.dtype == torch.bool else want[torch.tensor([[0], [1]]), keep]
         with torch.no_grad():
-            close(model(tokens, **TO_CALL[what]).logits, want, 1e-5)
+            close(model(tokens, **TO_CALL[what]).logits, want, 1e-4)
 
 
 def test_positions_refused():
@@ -182,7 +182,7 @@ def test_other_heads(head, exports):
             loss = model(tokens, attention_mask=mask, start_positions=ones * 4, end_positions=ones * 5).loss
         loss.backward()
         got, want = rows[0][1], alone[0][0]
-        close(got[-len(want) :], want, 1e-5)
+        close(got[-len(want) :], want, 1e-4)
         shapes[name] = rows[0].shape
     assert shapes["looped"] == shapes["vanilla"]
 
@@ -221,7 +221,8 @@ def test_a_pipeline(exports):
 # torch.export
 
 
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
 def test_torch_export(masked, models):
     """One program for all batches and lengths, shorter than a chunk too, as of GPT-NeoX; with padding in front."""
     model, sizes = models["looped"], {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}

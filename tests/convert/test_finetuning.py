@@ -5,20 +5,24 @@ Vanilla exports are transformers' own GPT-NeoX, which is what looped ones are co
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from exported import torch, transformers
+from safetensors.numpy import load_file
 from verbs import call
 
 import spiral_jax
 from spiral_jax import import_hf, train
+from spiral_jax.convert.tensors import tensors_from_params
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 pytestmark = pytest.mark.usefixtures("trusted_code")
 
 BOTH = pytest.mark.parametrize("name", ["looped", "vanilla"])
+LOOPED_FIRST = pytest.mark.parametrize("name", ["looped", pytest.param("vanilla", marks=pytest.mark.slow)])
 END = "<|im_end|>"
-CHAT = {"2+2=": "4", "hello=": "bye", "what is a spiral? ": "a loop", "z": "zzz"}
+CHAT = {"2+2=": "4", "hello=": "bye", "what is a spiral? ": "a loop", "name? ": "zoe"}
 CONFIG = """
 from spiral_jax.run.config import default_config
 
@@ -73,7 +77,7 @@ def logged(trainer, field):
     return [row[field] for row in trainer.state.log_history if field in row]
 
 
-@BOTH
+@LOOPED_FIRST
 def test_evaluation(name, exports, tmp_path):
     """Alone, between steps and as predictions: the mean over all labels of what each text gives by itself."""
     model = load(exports / name).eval()
@@ -90,7 +94,7 @@ def test_evaluation(name, exports, tmp_path):
     assert predicted.predictions.shape == (8, 31, 272) and predicted.label_ids.shape == (8, 31)
 
 
-@BOTH
+@LOOPED_FIRST
 def test_the_loss_is_that_of_the_batch_however_it_is_cut(name, exports, tmp_path):
     """Rows of unequal length: the mean over the labels of all of them, and the same gradient."""
     losses, norms = [], []
@@ -123,7 +127,7 @@ def test_padding_teaches_nothing(exports):
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@LOOPED_FIRST
 def test_smoothed_labels_are_those_of_the_next_token(name, exports, tmp_path):
     run = trainer(load(exports / name), read_tokenizer(exports / name), tmp_path, label_smoothing_factor=0.1)
     tokens = torch.tensor([Rows().rows[-1]])
@@ -232,36 +236,35 @@ def test_a_token_that_a_fine_tune_adds_is_read_and_generated(name, tuned):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "looped resized",
-        pytest.param("looped", marks=pytest.mark.slow),
-        pytest.param("vanilla", marks=pytest.mark.slow),
-        pytest.param("vanilla resized", marks=pytest.mark.slow),
-    ],
+    "kind", ["looped", "looped resized", "vanilla", pytest.param("vanilla resized", marks=pytest.mark.slow)]
 )
-def test_what_the_trainer_saved_is_read_in_jax(kind, tuned, forward, tmp_path):
-    """By `load` and `import_hf`, with the tokens that were added; the same logits."""
+def test_what_the_trainer_saved_is_read_in_jax(kind, tuned, tmp_path):
+    """By `load` and `import_hf`, tensor by tensor, with the rows that were added."""
     folder = tuned(kind)
-    tokens_BxL = np.array([Rows().rows[-1]] * 2, np.int32)
-    with torch.no_grad():
-        want = load(folder)(torch.tensor(tokens_BxL, dtype=torch.long)).logits.numpy()
-    assert want.shape[-1] == (300 if "resized" in kind else 272)
     model, params = spiral_jax.load(folder)
-    np.testing.assert_allclose(forward(model.config, params, tokens_BxL), want, rtol=0, atol=2e-4)
+    assert model.config.vocab_size == (300 if "resized" in kind else 272)
+    theirs, ours = load_file(folder / "model.safetensors"), tensors_from_params(model.config, params)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_max_ulp(tensor, theirs[name], maxulp=int(name.endswith("embed_in.weight")))
     assert call(import_hf, f"--input={folder}", f"--workdir={tmp_path}/run") == (0, "")
     again, imported = spiral_jax.load(tmp_path / "run")
     assert again.config == model.config
-    np.testing.assert_array_equal(imported["head"]["kernel"], params["head"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, imported, params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["looped", "looped resized", "vanilla resized"])
-def test_training_goes_on_in_jax(kind, tuned, tmp_path):
+def test_training_goes_on_in_jax(kind, tuned, forward, tmp_path):
+    """From the same logits."""
+    tokens_BxL = np.array([Rows().rows[-1]] * 2, np.int32)
+    with torch.no_grad():
+        want = load(tuned(kind))(torch.tensor(tokens_BxL, dtype=torch.long)).logits.numpy()
+    model, params = spiral_jax.load(tuned(kind))
+    np.testing.assert_allclose(forward(model.config, params, tokens_BxL), want, rtol=0, atol=2e-4)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{question}{answer}\n" for question, answer in CHAT.items()) * 90, encoding="utf-8")
-    model = spiral_jax.load(tuned(kind))[0].config
-    fields = {field: getattr(model, field) for field in model.__dataclass_fields__}
+    fields = {field: getattr(model.config, field) for field in model.config.__dataclass_fields__}
     (tmp_path / "config.py").write_text(CONFIG.format(model=repr(fields), text=text), encoding="utf-8")
     arguments = f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"
     assert call(import_hf, f"--input={tuned(kind)}", *arguments) == (0, "")
