@@ -100,11 +100,9 @@ class SpiralFormerConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.hidden_act = hidden_act
         self.use_cache = use_cache
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.pad_token_id = pad_token_id
         self._check(tie_word_embeddings)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        tokens = dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
 
     def _check(self, tie_word_embeddings):
         """Refuses what this code would compute otherwise than the config says."""
