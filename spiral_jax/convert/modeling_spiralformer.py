@@ -394,13 +394,15 @@ class SpiralFormerMemoryRouter(nn.Module):
         self.write = starting(WideLinear(D, S), init_std=math.sqrt(2 / (S * D)))
         self.read = starting(WideLinear(D, S), init_std=math.sqrt(2 / (S * D)))
 
-    def forward(self, state_BxMxD: torch.Tensor, new_BxMxD: torch.Tensor, written: list) -> torch.Tensor:
-        """Writes `new`, then reads. Slots are kept as the list of writes (values [B, M, D], shares [B, M, S])."""
-        written.append((new_BxMxD, self.write(state_BxMxD).softmax(-1)))
+    def forward(self, state_BxMxD: torch.Tensor, new_BxMxD: torch.Tensor, written: list) -> tuple[torch.Tensor, list]:
+        """Writes `new`, then reads: what was read, and the writes (values [B, M, D], shares [B, M, S]) with this one.
+
+        The list is a new one: hooks of `accelerate` hand on copies, and what is appended to a copy is lost.
+        """
+        written = [*written, (new_BxMxD, self.write(state_BxMxD).softmax(-1))]
         read_BxMxS = self.read(state_BxMxD).softmax(-1)
-        return sum(
-            (read_BxMxS * share_BxMxS).sum(-1, keepdim=True) * value_BxMxD for value_BxMxD, share_BxMxS in written
-        ).to(state_BxMxD.dtype)
+        mixed = sum((read_BxMxS * share_BxMxS).sum(-1, keepdim=True) * value for value, share_BxMxS in written)
+        return mixed.to(state_BxMxD.dtype), written
 
 
 def hidden_std(config: SpiralFormerConfig) -> float:
@@ -572,12 +574,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             # The first slot starts as the embeddings, the others empty.
             first_S = torch.arange(self.config.memory_slots, device=emb_BxMxD.device) == 0
             written.append((emb_BxMxD, first_S.to(wide(emb_BxMxD.dtype))))
-            h_BxMxD = self.memory[0](h_BxMxD, h_BxMxD, written)
+            h_BxMxD, written = self.memory[0](h_BxMxD, h_BxMxD, written)
         states = [emb_BxMxD, h_BxMxD]
         for step in cast("Iterable[SpiralFormerStep]", self.steps):
             e_BxMxD = self._update(step, step.core_input(h_BxMxD, emb_BxMxD), tokens, cache, keep)
             if topology == "mesh":
-                h_BxMxD = self.memory[step.t + 1](h_BxMxD, e_BxMxD, written)
+                h_BxMxD, written = self.memory[step.t + 1](h_BxMxD, e_BxMxD, written)
             else:
                 h_BxMxD = step.next_state(e_BxMxD, h_BxMxD, start_BxMxD, emb_BxMxD)
             states.append(h_BxMxD)

@@ -160,7 +160,7 @@ def test_bfloat16_operators_round_once():
                 tokens = Span(model.config, i == 0, torch.tensor([i * size]), torch.tensor([size]), part)
                 chunks.append(model.steps[0].down_scale(part, tokens, cache)[0])
             tokens = Span(model.config, True, torch.tensor([0]), torch.tensor([45]), h)
-            routed = model.memory[1](h, h.flip(1), [(h.roll(1, 1), torch.full((5,), 0.25, dtype=dtype))])
+            routed = model.memory[1](h, h.flip(1), [(h.roll(1, 1), torch.full((5,), 0.25, dtype=dtype))])[0]
             results[dtype] = [torch.cat(chunks, 1), model.steps[0].up_scale(h[:, :6], tokens), routed]
         for got, exact in zip(results[torch.bfloat16], results[torch.float64], strict=True):
             assert got.dtype == torch.bfloat16
