@@ -363,10 +363,9 @@ class SpiralFormerStep(nn.Module):
         # The largest score weighs 1, so a chunk with members has a total of 1 or more.
         total_BxR = chunks.total_B.clamp_min(1.0) if self.scorer is not None else torch.full_like(chunks.total_B, G)
         z_BxRxD = (chunks.sum_BxD / total_BxR[..., None]).to(h_BxMxD.dtype)
-        most = (h_BxMxD.shape[1] + offset) // G if tokens.is_start else int(count_B.max())
-        if torch.compiler.is_exporting():
-            most = torch.sym_max(most, 2)  # one program for all lengths: a chunk that is still open reaches no token
-        return z_BxRxD[:, :most], first_B, count_B
+        if not torch.compiler.is_exporting():  # which keeps one program for all lengths: open chunks reach no token
+            z_BxRxD = z_BxRxD[:, : (h_BxMxD.shape[1] + offset) // G if tokens.is_start else int(count_B.max())]
+        return z_BxRxD, first_B, count_B
 
     def up_scale(self, zhat_BxNxD: torch.Tensor, tokens: Span) -> torch.Tensor:
         """e(t) of the new tokens: token i reads its share of the chunk that token i - shift belongs to, [B, M, D]."""
@@ -634,6 +633,19 @@ def row_starts(attention_mask: torch.Tensor | None, emb_BxMxD: torch.Tensor, cac
     return start_B
 
 
+def labels_of_tokens(labels_BxM: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The labels without those that padding would be scored on, and the share that is left, on the labels' device.
+
+    A row's first token is such a label wherever padding is in front of it, and `Trainer` counts it among
+    `num_items_in_batch`: by the share, the loss does not depend on what a row is padded with.
+    """
+    padding_BxM = ~attention_mask[:, -labels_BxM.shape[1] :].to(labels_BxM.device, torch.bool)
+    kept_BxM = labels_BxM.clone()
+    kept_BxM[:, 1:] = kept_BxM[:, 1:].masked_fill(padding_BxM[:, :-1], -100)
+    count, before = ((labels[:, 1:] != -100).sum().clamp_min(1) for labels in (kept_BxM, labels_BxM))
+    return kept_BxM, count / before
+
+
 def packed_texts(position_ids: torch.Tensor | None, emb_BxMxD: torch.Tensor):
     """Where the tokens of packed texts go: (text, place) [B, M] each, or None where every row is one text."""
     if position_ids is None or torch.compiler.is_exporting():
@@ -711,7 +723,7 @@ class SpiralFormerForCausalLM(SpiralFormerWithHead, GenerationMixin):
         """Logits [B, M, V], at least float32, and with labels the loss.
 
         Args:
-          labels: [B, M], -100 where there is none. Position i is scored on label i + 1.
+          labels: [B, M], -100 where there is none. Position i is scored on label i + 1, unless it is padding.
           logits_to_keep: only the last so many positions, or these, [K] or [B, K]; or where True, [B, M], of all rows
             in one; 0 for all.
           input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache, output_hidden_states,
@@ -743,6 +755,10 @@ class SpiralFormerForCausalLM(SpiralFormerWithHead, GenerationMixin):
         if labels is not None:
             if kwargs.get("shift_labels") is None and logits_BxMxV.shape[:-1] != labels.shape:
                 raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits_BxMxV.shape)}")
+            if kwargs.get("shift_labels") is None and attention_mask is not None:
+                labels, share = labels_of_tokens(labels, attention_mask)
+                if kwargs.get("num_items_in_batch") is not None:
+                    kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
             loss = self.loss_function(logits=logits_BxMxV, labels=labels, vocab_size=logits_BxMxV.shape[-1], **kwargs)
         kept: dict[str, Any] = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
         result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, **kept)

@@ -38,9 +38,10 @@ def get_config(argument=""):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Eight texts of unequal length; all tokens are labels but the first, which nothing real stands in front of."""
+    """Eight texts of unequal length; all tokens are labels, the first only if told so: nothing real is before it."""
 
-    def __init__(self):
+    def __init__(self, first=False):
+        self.first = first
         random = np.random.default_rng(0)
         self.rows = [random.integers(0, 256, 3 + 4 * i).tolist() for i in range(8)]
 
@@ -49,7 +50,11 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
-        return {"input_ids": row, "labels": [-100, *row[1:]], "attention_mask": [1] * len(row)}
+        return {
+            "input_ids": row,
+            "labels": [row[0] if self.first else -100, *row[1:]],
+            "attention_mask": [1] * len(row),
+        }
 
 
 def load(folder, **how):
@@ -110,8 +115,20 @@ def test_the_loss_is_that_of_the_batch_however_it_is_cut(name, exports, tmp_path
     np.testing.assert_allclose(norms, norms[0], rtol=1e-4)
 
 
+@LOOPED_FIRST
+def test_first_tokens_behind_padding_are_no_labels(name, exports, tmp_path):
+    """Which Trainer counts: all rows padded in one batch, or one by one without, are the same; nearly so in vanilla."""
+    losses = []
+    for size in (8, 1):
+        fields = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        run = trainer(load(exports / name), read_tokenizer(exports / name), tmp_path, Rows(first=True), **fields)
+        run.train()
+        losses += logged(run, "loss")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if name == "looped" else 1e-2)
+
+
 def test_padding_teaches_nothing(exports):
-    """Padding in front of a row, whose next token is a label, and behind it: the same gradient as without."""
+    """Padding in front of a row, whose next token is a label, and behind it: the same loss and gradient as without."""
     row = torch.tensor(Rows().rows[3])
     gradients = []
     for before, behind in ((0, 0), (4, 0), (2, 3)):
@@ -120,9 +137,10 @@ def test_padding_teaches_nothing(exports):
         mask = pad(torch.ones_like(row), (before, behind))[None]
         labels = pad(pad(row, (before, 0), value=-100), (0, behind), value=-100)[None]
         tokens = pad(row, (before, behind), value=256)[None]
-        out = model(tokens, attention_mask=mask, labels=labels, num_items_in_batch=10)
-        constant = (before > 0) * np.log(272) / 10  # of what padding predicts, every token alike
-        gradients.append((out.loss - constant, *torch.autograd.grad(out.loss, [*model.parameters()])))
+        counted = (labels[:, 1:] != -100).sum()  # as Trainer counts them
+        assert counted == len(row) - (before == 0)
+        out = model(tokens, attention_mask=mask, labels=labels, num_items_in_batch=counted)
+        gradients.append((out.loss, *torch.autograd.grad(out.loss, [*model.parameters()])))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-5)
 
