@@ -753,9 +753,10 @@ class SpiralFormerForCausalLM(SpiralFormerWithHead, GenerationMixin):
         logits_BxMxV = self.embed_out(h_BxMxD)
         loss = None
         if labels is not None:
-            if kwargs.get("shift_labels") is None and logits_BxMxV.shape[:-1] != labels.shape:
+            is_unshifted = kwargs.get("shift_labels") is None
+            if is_unshifted and logits_BxMxV.shape[:-1] != labels.shape:
                 raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits_BxMxV.shape)}")
-            if kwargs.get("shift_labels") is None and attention_mask is not None:
+            if is_unshifted and attention_mask is not None:
                 labels, share = labels_of_tokens(labels, attention_mask)
                 if kwargs.get("num_items_in_batch") is not None:
                     kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
