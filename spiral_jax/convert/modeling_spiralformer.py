@@ -506,20 +506,19 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_attentions:
             logger.warning_once("output_attentions: attention does not keep its weights here; none are returned")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        every = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         use_cache = self._uses_cache(use_cache, cache)
         emb_BxMxD = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
         if cache is None and attention_mask is None and (packed := packed_texts(position_ids, emb_BxMxD)):
-            states, use_cache = self._packed(emb_BxMxD, packed, output_hidden_states), False
+            states, use_cache = self._packed(emb_BxMxD, packed, every), False
         else:
             check_positions(position_ids, attention_mask, emb_BxMxD)
             cache = SpiralFormerCache() if cache is None else cache
-            states = self._aligned(emb_BxMxD, attention_mask, cache, use_cache, output_hidden_states)
+            states = self._aligned(emb_BxMxD, attention_mask, cache, use_cache, every)
         kept: dict[str, Any] = {CACHE: cache if use_cache else None}
         outputs = BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=tuple(states) if every else None,
             attentions=() if output_attentions else None,
             **kept,
         )
@@ -624,10 +623,11 @@ def row_starts(attention_mask: torch.Tensor | None, emb_BxMxD: torch.Tensor, cac
     if attention_mask.shape != (B, columns):
         raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must cover all tokens: {[B, columns]}")
     mask_BxC = attention_mask.to("cpu", torch.bool)
-    rises_B = mask_BxC[:, 0] + (mask_BxC[:, 1:] & ~mask_BxC[:, :-1]).sum(1)
-    if not torch.compiler.is_exporting() and (rises_B > 1).any():
-        raise ValueError("attention_mask has zeros between ones; padding must be in front of a row or behind it")
-    start_B = torch.where(rises_B > 0, mask_BxC.long().argmax(1), columns)
+    if not torch.compiler.is_exporting():
+        rises_B = mask_BxC[:, 0] + (mask_BxC[:, 1:] & ~mask_BxC[:, :-1]).sum(1)
+        if (rises_B > 1).any():
+            raise ValueError("attention_mask has zeros between ones; padding must be in front of a row or behind it")
+    start_B = torch.where(mask_BxC.any(1), mask_BxC.long().argmax(1), columns)
     if cache.seen and not torch.equal(start_B.clamp_max(cache.seen), before_B):
         raise ValueError("attention_mask has other padding in front of a row than in the calls before")
     return start_B
@@ -677,7 +677,7 @@ class SpiralFormerWithHead(SpiralFormerPreTrainedModel):
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = cast("int", config.num_labels)
         self.spiralformer = SpiralFormerModel(config)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -753,14 +753,16 @@ class SpiralFormerForCausalLM(SpiralFormerWithHead, GenerationMixin):
         logits_BxMxV = self.embed_out(h_BxMxD)
         loss = None
         if labels is not None:
+            scored_BxM: torch.Tensor = labels
             is_unshifted = kwargs.get("shift_labels") is None
             if is_unshifted and logits_BxMxV.shape[:-1] != labels.shape:
                 raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits_BxMxV.shape)}")
             if is_unshifted and attention_mask is not None:
-                labels, share = labels_of_tokens(labels, attention_mask)
+                scored_BxM, share = labels_of_tokens(labels, attention_mask)
                 if kwargs.get("num_items_in_batch") is not None:
                     kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
-            loss = self.loss_function(logits=logits_BxMxV, labels=labels, vocab_size=logits_BxMxV.shape[-1], **kwargs)
+            V = logits_BxMxV.shape[-1]
+            loss = self.loss_function(logits=logits_BxMxV, labels=scored_BxM, vocab_size=V, **kwargs)
         kept: dict[str, Any] = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
         result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, **kept)
         return result if return_dict or (return_dict is None and self.config.return_dict) else result.to_tuple()
@@ -788,7 +790,7 @@ class SpiralFormerForSequenceClassification(GenericForSequenceClassification, Sp
 
     def __init__(self, config: SpiralFormerConfig):
         SpiralFormerWithHead.__init__(self, config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -800,7 +802,7 @@ class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFo
     def __init__(self, config: SpiralFormerConfig):
         SpiralFormerWithHead.__init__(self, config)
         self.dropout = nn.Dropout(0.1)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 

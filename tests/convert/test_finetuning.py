@@ -275,17 +275,17 @@ def test_what_the_trainer_saved_is_read_in_jax(kind, tuned, tmp_path):
 @pytest.mark.parametrize("kind", ["looped", "looped resized", "vanilla resized"])
 def test_training_goes_on_in_jax(kind, tuned, forward, tmp_path):
     """From the same logits."""
-    tokens_BxL = np.array([Rows().rows[-1]] * 2, np.int32)
+    folder, tokens_BxL = tuned(kind), np.array([Rows().rows[-1]] * 2, np.int32)
     with torch.no_grad():
-        want = load(tuned(kind))(torch.tensor(tokens_BxL, dtype=torch.long)).logits.numpy()
-    model, params = spiral_jax.load(tuned(kind))
+        want = load(folder)(torch.tensor(tokens_BxL, dtype=torch.long)).logits.numpy()
+    model, params = spiral_jax.load(folder)
     np.testing.assert_allclose(forward(model.config, params, tokens_BxL), want, rtol=0, atol=2e-4)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{question}{answer}\n" for question, answer in CHAT.items()) * 90, encoding="utf-8")
     fields = {field: getattr(model.config, field) for field in model.config.__dataclass_fields__}
     (tmp_path / "config.py").write_text(CONFIG.format(model=repr(fields), text=text), encoding="utf-8")
     arguments = f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"
-    assert call(import_hf, f"--input={tuned(kind)}", *arguments) == (0, "")
+    assert call(import_hf, f"--input={folder}", *arguments) == (0, "")
     assert call(train, *arguments) == (0, "")
     rows = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(row)["loss"] for row in rows]
