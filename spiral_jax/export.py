@@ -9,7 +9,6 @@ no plain GPT-NeoX, and a model card. Exporting the same checkpoint again writes 
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -39,7 +38,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 CODE = ("configuration_spiralformer.py", "modeling_spiralformer.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_spiralformer.SpiralFormerConfig",
-    "AutoModelForCausalLM": "modeling_spiralformer.SpiralFormerForCausalLM",
+    "AutoModel": "modeling_spiralformer.SpiralFormerModel",
+    **{
+        f"AutoModelFor{head}": f"modeling_spiralformer.SpiralFormerFor{head}"
+        for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    },
 }
 # Says that a folder is an export, which another one may replace, and which run it is of.
 MANIFEST = "export.json"
@@ -100,15 +103,13 @@ def _export(saved: SavedRun, output: epath.Path, dtype: str, max_shard_bytes: in
     model_config = config_to_huggingface(config.model, length)
     if not is_vanilla(config.model):
         model_config["auto_map"] = AUTO_MAP
-    generation_config: dict[str, Any] = special | {"pad_token_id": separator}
-    if padding := list(range(tokenizer.vocab_size, config.model.vocab_size)):
-        generation_config["suppress_tokens"] = padding  # rows of the head that stand for no token
     with whole_folder(output) as folder:
         _, params = read_model_of(saved)
         tensors = tensors_from_params(config.model, params, jax.numpy.dtype(dtype))
         write_weights(folder, tensors, max_shard_bytes)
         write_json(folder / CONFIG, model_config | special | {"torch_dtype": dtype})
-        write_json(folder / "generation_config.json", generation_config)
+        # Nothing is suppressed: tokens that a fine-tune adds take the rows of the head that stand for none yet.
+        write_json(folder / "generation_config.json", special | {"pad_token_id": separator})
         write_tokenizer(folder, tokenizer, length)
         if not is_vanilla(config.model):
             for name in CODE:

@@ -58,8 +58,33 @@ python -m spiral_jax.import_hf --input=FOLDER --workdir=RUN
 ```
 
 The tokenizer puts no separator before a text. Training documents are each followed by one, and `evaluate` scores a
-text as what follows a separator, id {tokenizer.separator_id}.
+text as what follows a separator, id {tokenizer.separator_id}. A text that spells the separator encodes to it; with
+`tokenizer(text, split_special_tokens=True)` it encodes as in training, to ordinary tokens.
+
+## Fine-tuning it
+
+- **Length.** Training windows were of {t.sequence_length:,} tokens, and `tokenizer.model_max_length` says so:
+  `truncation=True` cuts there. Nothing in the model forbids more, but it has not learned it.
+- **The end of a text.** Nothing is added: `text + tokenizer.eos_token` ends a text as in training.
+- **Padding and labels.** `pad_token` is the separator, `{separator}`, too; batches are padded on the left. A collator
+  that takes the labels of padding tokens out, such as `DataCollatorForLanguageModeling`, also takes out every end of a
+  text, and the model does not learn to stop. Let `DataCollatorForSeq2Seq` pad `labels`, with -100, or add a padding
+  token: `tokenizer.add_special_tokens({{"pad_token": "<|pad|>"}})`.
+- **Tokens of your own.** {rows} Ids that stand for no token come up in generation until training has learned that they
+  never do; `generate(suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)))` keeps them out.
+- **Packing.** Texts in one row whose `position_ids` start again, without a mask, as `DataCollatorWithFlattening` makes
+  them, do not see each other in training.
+- **Back in JAX.** What `Trainer` or `save_pretrained` writes, with the tokenizer beside it, loads as above, also with a
+  vocabulary of another size.
 """
+_ROWS = (
+    "The vocabulary has {free} rows more than the tokenizer has ids ({ids:,}): `tokenizer.add_tokens([...], "
+    "special_tokens=True)` takes them in order; for more, `model.resize_token_embeddings(len(tokenizer))`."
+)
+_NO_ROWS = (
+    "Every row of the vocabulary is taken: after `tokenizer.add_tokens([...], special_tokens=True)`, "
+    "`model.resize_token_embeddings(len(tokenizer))`."
+)
 _VANILLA = "It is a plain GPT-NeoX: `transformers` needs no other code for it."
 _SPIRAL = "Its code for `transformers` is in `modeling_spiralformer.py`, beside this file."
 
@@ -87,11 +112,14 @@ def model_card(
     """
     rows = [row for row in rows if row["step"] <= step]
     vanilla = is_vanilla(config.model)
+    free = config.model.vocab_size - tokenizer.vocab_size
     return _TEXT.format(
         m=config.model,
         vocab=config.model.vocab_size,
         t=config.train,
         tokenizer=tokenizer,
+        separator=tokenizer.decode([tokenizer.separator_id]),
+        rows=_ROWS.format(free=free, ids=tokenizer.vocab_size) if free > 0 else _NO_ROWS,
         kind=_VANILLA if vanilla else _SPIRAL,
         dtype=dtype,
         step=step,

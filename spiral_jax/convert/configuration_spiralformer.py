@@ -42,10 +42,14 @@ class SpiralFormerConfig(PretrainedConfig):
       max_position_embeddings: length the model was trained at; nothing in the model depends on it.
       hidden_act: `gelu`, the exact one; nothing else is supported.
       use_cache: whether `forward` returns a cache unless told otherwise.
+      bos_token_id: the separator of texts.
+      eos_token_id: the same.
+      pad_token_id: what a classifier of texts passes over at their end.
     """
 
     model_type = "spiralformer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # The cache, as versions of `transformers` before 5.24 and since call it. `Trainer` appends to this list's copy.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -69,6 +73,9 @@ class SpiralFormerConfig(PretrainedConfig):
         max_position_embeddings=4096,
         hidden_act="gelu",
         use_cache=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -94,7 +101,8 @@ class SpiralFormerConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.use_cache = use_cache
         self._check(tie_word_embeddings)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        tokens = dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
 
     def _check(self, tie_word_embeddings):
         """Refuses what this code would compute otherwise than the config says."""

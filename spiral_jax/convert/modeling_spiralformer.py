@@ -23,11 +23,22 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from .configuration_spiralformer import Level, SpiralFormerConfig
 
+logger = logging.get_logger(__name__)
 M = TypeVar("M", bound=nn.Module)
+# What the outputs of this version of `transformers` call the cache.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -35,12 +46,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def wide_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """`linear(x)` computed and returned in at least float32, also under autocast."""
-    dtype = wide(x.dtype)
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+class WideLinear(nn.Linear):
+    """A Linear computed and returned in at least float32, also under autocast.
+
+    It is called like any other: hooks (offloading) and what replaces or wraps Linears (LoRA) work on it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = wide(x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 def starting(module: M, **how: float) -> M:
@@ -62,6 +78,7 @@ class Span:
     stand-ins: causality hides them from the real entries, and whatever comes next takes their places in the cache.
 
     Attributes:
+      is_start: whether this is the first call, so that `first_B` is 0 whatever the values: `torch.export` knows none.
       first_B: entries that each row had before, on the CPU.
       count_B: real entries among the M, on the CPU.
       length: entries of the longest row, stand-ins included: N.
@@ -69,13 +86,14 @@ class Span:
       mask_Bx1xMxN: which entries each sees; None where that is plain causal attention among the new ones.
     """
 
-    def __init__(self, config: SpiralFormerConfig, first_B: torch.Tensor, count_B: torch.Tensor, like_BxMxD):
+    def __init__(self, config: SpiralFormerConfig, is_start: bool, first_B, count_B: torch.Tensor, like_BxMxD):
         M, device, dtype = like_BxMxD.shape[1], like_BxMxD.device, wide(like_BxMxD.dtype)
-        self.first_B, self.count_B = first_B, count_B
-        self.length = int(first_B.max()) + M
+        self.is_start, self.first_B, self.count_B = is_start, first_B, count_B
+        most = 0 if is_start else int(first_B.max())
+        self.length = most + M
         self.index_BxM = (first_B[:, None] + torch.arange(M)).to(device)
         self.mask_Bx1xMxN = None
-        if first_B.any():
+        if most:
             self.mask_Bx1xMxN = (torch.arange(self.length, device=device) <= self.index_BxM[:, :, None])[:, None]
         power = torch.arange(0, config.rotary_dims, 2, device=device, dtype=dtype) / max(config.rotary_dims, 1)
         angle_BxMx1xJ = self.index_BxM[:, :, None, None].to(dtype) * config.rotary_emb_base**-power
@@ -165,7 +183,7 @@ class SpiralFormerCache(Cache):
     def put(self, name: str, new_BxMx: torch.Tensor, span: Span) -> torch.Tensor:
         """Stores the entries of a span; returns the whole buffer, [B, N, ...]."""
         old = self.buffers.get(name)
-        if old is not None or span.first_B.any():
+        if old is not None or span.length > new_BxMx.shape[1]:
             old = new_BxMx[:, :0] if old is None else old
             grown = new_BxMx.new_zeros(new_BxMx.shape[0], max(span.length - old.shape[1], 0), *new_BxMx.shape[2:])
             rows_Bx1 = torch.arange(new_BxMx.shape[0], device=new_BxMx.device)[:, None]
@@ -281,7 +299,7 @@ class SpiralFormerMLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x_BxMxD)))
 
 
-class SpiralFormerLayer(nn.Module):
+class SpiralFormerLayer(GradientCheckpointingLayer):
     """Parallel residual: x + Attn(LN1(x)) + MLP(LN2(x))."""
 
     def __init__(self, config: SpiralFormerConfig):
@@ -306,12 +324,12 @@ class SpiralFormerStep(nn.Module):
         self.scale = {"sqrt": math.sqrt(G), "linear": float(G), "none": 1.0}[config.update_scale]
         self.scorer = self.allocator = None
         if G > 1 and config.pooling == "self_aggregation":
-            self.scorer = starting(nn.Linear(D, 1, bias=False), init_std=0)
+            self.scorer = starting(WideLinear(D, 1, bias=False), init_std=0)
         if G > 1 and config.allocation == "learned":
-            self.allocator = starting(nn.Linear(D, G), init_std=0)
+            self.allocator = starting(WideLinear(D, G), init_std=0)
         self.topology = config.topology
         if self.topology == "gated":
-            self.gate = starting(nn.Linear(D, 1), init_std=0)
+            self.gate = starting(WideLinear(D, 1), init_std=0)
         if self.topology == "injection":
             self.inject = starting(nn.Linear(2 * D, D), init_pass=True)
 
@@ -324,7 +342,7 @@ class SpiralFormerStep(nn.Module):
     def next_state(self, e_BxMxD: torch.Tensor, h_BxMxD: torch.Tensor, start_BxMxD, emb_BxMxD) -> torch.Tensor:
         """h(t+1) of the topologies without a memory."""
         if self.topology == "gated":
-            a_BxMx1 = wide_linear(self.gate, h_BxMxD).sigmoid()
+            a_BxMx1 = self.gate(h_BxMxD).sigmoid()
             return (a_BxMx1 * e_BxMxD + (1 - a_BxMx1) * h_BxMxD).to(e_BxMxD.dtype)
         added = {"residual": h_BxMxD, "anchor": start_BxMxD, "anchor_star": emb_BxMxD}.get(self.topology)
         return e_BxMxD if added is None else e_BxMxD + added
@@ -338,14 +356,16 @@ class SpiralFormerStep(nn.Module):
         if self.scorer is None:
             score_BxM = torch.zeros_like(h_BxMxD[..., 0], dtype=wide(h_BxMxD.dtype))
         else:
-            score_BxM = wide_linear(self.scorer, h_BxMxD)[..., 0]
+            score_BxM = self.scorer(h_BxMxD)[..., 0]
         chunks = cache.fold(self.t, self.level, tokens, score_BxM, h_BxMxD)
         first_B = (tokens.first_B + offset) // G
         count_B = (tokens.first_B + tokens.count_B + offset) // G - first_B
         # The largest score weighs 1, so a chunk with members has a total of 1 or more.
         total_BxR = chunks.total_B.clamp_min(1.0) if self.scorer is not None else torch.full_like(chunks.total_B, G)
         z_BxRxD = (chunks.sum_BxD / total_BxR[..., None]).to(h_BxMxD.dtype)
-        return z_BxRxD[:, : int(count_B.max())], first_B, count_B
+        if not torch.compiler.is_exporting():  # which keeps one program for all lengths: open chunks reach no token
+            z_BxRxD = z_BxRxD[:, : (h_BxMxD.shape[1] + offset) // G if tokens.is_start else int(count_B.max())]
+        return z_BxRxD, first_B, count_B
 
     def up_scale(self, zhat_BxNxD: torch.Tensor, tokens: Span) -> torch.Tensor:
         """e(t) of the new tokens: token i reads its share of the chunk that token i - shift belongs to, [B, M, D]."""
@@ -357,7 +377,7 @@ class SpiralFormerStep(nn.Module):
         if self.allocator is None:
             share_BxM = torch.full_like(source_BxM, 1 / G, dtype=wide(zhat_BxMxD.dtype))
         else:
-            share_BxMxG = wide_linear(self.allocator, zhat_BxMxD).softmax(-1)
+            share_BxMxG = self.allocator(zhat_BxMxD).softmax(-1)
             share_BxM = share_BxMxG.gather(2, place_BxM[:, :, None])[..., 0]
         factor_BxM = self.scale * share_BxM * (source_BxM >= 0)
         return (factor_BxM[:, :, None] * zhat_BxMxD.to(factor_BxM.dtype)).to(zhat_BxMxD.dtype)
@@ -370,16 +390,18 @@ class SpiralFormerMemoryRouter(nn.Module):
         super().__init__()
         S, D = config.memory_slots, config.hidden_size
         # Random, not zero: slots with equal routers would never part.
-        self.write = starting(nn.Linear(D, S), init_std=math.sqrt(2 / (S * D)))
-        self.read = starting(nn.Linear(D, S), init_std=math.sqrt(2 / (S * D)))
+        self.write = starting(WideLinear(D, S), init_std=math.sqrt(2 / (S * D)))
+        self.read = starting(WideLinear(D, S), init_std=math.sqrt(2 / (S * D)))
 
-    def forward(self, state_BxMxD: torch.Tensor, new_BxMxD: torch.Tensor, written: list) -> torch.Tensor:
-        """Writes `new`, then reads. Slots are kept as the list of writes (values [B, M, D], shares [B, M, S])."""
-        written.append((new_BxMxD, wide_linear(self.write, state_BxMxD).softmax(-1)))
-        read_BxMxS = wide_linear(self.read, state_BxMxD).softmax(-1)
-        return sum(
-            (read_BxMxS * share_BxMxS).sum(-1, keepdim=True) * value_BxMxD for value_BxMxD, share_BxMxS in written
-        ).to(state_BxMxD.dtype)
+    def forward(self, state_BxMxD: torch.Tensor, new_BxMxD: torch.Tensor, written: list) -> tuple[torch.Tensor, list]:
+        """Writes `new`, then reads: what was read, and the writes (values [B, M, D], shares [B, M, S]) with this one.
+
+        The list is a new one: hooks of `accelerate` hand on copies, and what is appended to a copy is lost.
+        """
+        written = [*written, (new_BxMxD, self.write(state_BxMxD).softmax(-1))]
+        read_BxMxS = self.read(state_BxMxD).softmax(-1)
+        mixed = sum((read_BxMxS * share_BxMxS).sum(-1, keepdim=True) * value for value, share_BxMxS in written)
+        return mixed.to(state_BxMxD.dtype), written
 
 
 def hidden_std(config: SpiralFormerConfig) -> float:
@@ -398,6 +420,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     config_class = SpiralFormerConfig
     base_model_prefix = "spiralformer"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["SpiralFormerLayer"]  # noqa: RUF012 (what `transformers` wants)
     _supports_sdpa = True
 
@@ -430,6 +453,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if config.topology == "mesh":
             self.memory = nn.ModuleList(SpiralFormerMemoryRouter(config) for _ in range(T + 1))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False  # set by `transformers`, here and in the layers
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -442,55 +466,102 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SpiralFormerCache | None = None,
+        position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: SpiralFormerCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: SpiralFormerCache | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """The states before the head.
 
         Args:
           input_ids: [B, M] new tokens.
           attention_mask: [B, tokens so far + M], 0 where a token is padding. Padding may be in front of a row and
-            behind it, not between tokens. What comes out at padding means nothing.
-          past_key_values: cache of the calls before.
+            behind it, not between tokens. What comes out at padding means nothing; it is 0 in front of a row.
+          position_ids: [B, M] or [1, M]. They rise by one along a row, from anywhere; or, without a mask and a cache,
+            they start again wherever another text begins that is packed into the row and sees nothing before it.
           inputs_embeds: [B, M, D] in place of input_ids, rows of `embed_in`.
+          past_key_values: cache of the calls before.
           use_cache: whether to return a cache; by default as the config says, never in training. One given is used.
           output_hidden_states: whether to return the T + 3 states (embeddings, h(0), ..., h(T), output), [B, M, D].
-          return_dict: False for a tuple.
+          output_attentions: no weights are returned: the attention used never has them, as `transformers`' `sdpa`.
+          return_dict: False for a tuple; by default as the config says.
           cache: another name of past_key_values, since transformers 5.24.
+          is_causal: nothing but True is possible.
+          **kwargs: what libraries hand to every model; without a meaning here.
         """
-        past_key_values = cache if past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if past_key_values is not None and not isinstance(past_key_values, SpiralFormerCache):
-            raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model needs SpiralFormerCache()"
-            )
-        if past_key_values is not None or use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        if cache is not None and not isinstance(cache, SpiralFormerCache):
+            raise TypeError(f"past_key_values is a {type(cache).__name__}; this model needs SpiralFormerCache()")
+        if is_causal is False:
+            raise ValueError("is_causal is False; a SpiralFormer is causal in itself: chunks are read when they close")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            logger.warning_once("output_attentions: attention does not keep its weights here; none are returned")
+        every = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        use_cache = self._uses_cache(use_cache, cache)
         emb_BxMxD = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
+        if cache is None and attention_mask is None and (packed := packed_texts(position_ids, emb_BxMxD)):
+            states, use_cache = self._packed(emb_BxMxD, packed, every), False
+        else:
+            check_positions(position_ids, attention_mask, emb_BxMxD)
+            cache = SpiralFormerCache() if cache is None else cache
+            states = self._aligned(emb_BxMxD, attention_mask, cache, use_cache, every)
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        outputs = BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            hidden_states=tuple(states) if every else None,
+            attentions=() if output_attentions else None,
+            **kept,
+        )
+        return outputs if return_dict or (return_dict is None and self.config.return_dict) else outputs.to_tuple()
+
+    def _uses_cache(self, use_cache: bool | None, cache: SpiralFormerCache | None) -> bool:
+        """Whether this call fills a cache: one that is given, or as asked for, or as the config says."""
+        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is not None and checkpoints:
+            raise ValueError("past_key_values with gradient checkpointing; allowed: one of them, or torch.no_grad()")
+        if use_cache and checkpoints:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is returned")
+            return False
+        if use_cache is None:  # `torch.export` could not return ours
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+        return use_cache or cache is not None
+
+    def _aligned(self, emb_BxMxD, attention_mask, cache: SpiralFormerCache, keep: bool, every: bool):
+        """The states (`every`, or the last), computed with padding in front of a row's new tokens moved behind them."""
         M = emb_BxMxD.shape[1]
-        cache = past_key_values if past_key_values is not None else SpiralFormerCache()
         start_B = row_starts(attention_mask, emb_BxMxD, cache)
         first_B = (cache.seen - start_B).clamp_min(0)
         count_B = (cache.seen + M - start_B).clamp_min(0) - first_B
-
-        front_B, column_M = M - count_B, torch.arange(M)  # padding in front of each row's new tokens goes behind them
-        if front_B.any():
+        front_B, column_M = M - count_B, torch.arange(M)
+        is_moved = attention_mask is not None if torch.compiler.is_exporting() else bool(front_B.any())
+        if is_moved:
             emb_BxMxD = take(emb_BxMxD, (column_M + front_B[:, None]).clamp_max(M - 1).to(emb_BxMxD.device))
-        states = self._run(emb_BxMxD, Span(self.config, first_B, count_B, emb_BxMxD), cache, keep=use_cache)
-        if front_B.any():
-            back_BxM = (column_M - front_B[:, None]).clamp_min(0).to(emb_BxMxD.device)
-            states = [take(h_BxMxD, back_BxM) for h_BxMxD in (states if output_hidden_states else states[-1:])]
+        span = Span(self.config, cache.seen == 0, first_B, count_B, emb_BxMxD)
+        states = self._run(emb_BxMxD, span, cache, keep)[0 if every else -1 :]
+        if is_moved:
+            back_BxM = (column_M - front_B[:, None]).to(emb_BxMxD.device)
+            # Zeros at padding: a label there, the first token of a row, teaches nothing.
+            states = [take(h_BxMxD, back_BxM.clamp_min(0)) * (back_BxM >= 0)[:, :, None] for h_BxMxD in states]
         cache.advance(M, start_B)
-        kept: dict[str, Any] = {"past_key_values": cache if use_cache else None}  # declared by some versions only
-        outputs = BaseModelOutputWithPast(
-            last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None, **kept
-        )
-        return outputs if return_dict or return_dict is None else outputs.to_tuple()
+        return states
+
+    def _packed(self, emb_BxMxD: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor], every: bool):
+        """The states of packed texts, each computed in a row of its own."""
+        text_BxM, place_BxM = packed
+        rows, L = int(text_BxM.max()) + 1, int(place_BxM.max()) + 1
+        texts_RxLxD = emb_BxMxD.new_zeros(rows, L, emb_BxMxD.shape[2]).index_put(packed, emb_BxMxD)
+        states = self._aligned(texts_RxLxD, None, SpiralFormerCache(), False, every)
+        return [h_RxLxD[text_BxM, place_BxM] for h_RxLxD in states]
 
     def _run(self, emb_BxMxD: torch.Tensor, tokens: Span, cache: SpiralFormerCache, keep: bool) -> list[torch.Tensor]:
         """The states (embeddings, h(0), ..., h(T), output) of aligned rows; `keep` stores keys and values."""
@@ -501,12 +572,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             # The first slot starts as the embeddings, the others empty.
             first_S = torch.arange(self.config.memory_slots, device=emb_BxMxD.device) == 0
             written.append((emb_BxMxD, first_S.to(wide(emb_BxMxD.dtype))))
-            h_BxMxD = self.memory[0](h_BxMxD, h_BxMxD, written)
+            h_BxMxD, written = self.memory[0](h_BxMxD, h_BxMxD, written)
         states = [emb_BxMxD, h_BxMxD]
         for step in cast("Iterable[SpiralFormerStep]", self.steps):
             e_BxMxD = self._update(step, step.core_input(h_BxMxD, emb_BxMxD), tokens, cache, keep)
             if topology == "mesh":
-                h_BxMxD = self.memory[step.t + 1](h_BxMxD, e_BxMxD, written)
+                h_BxMxD, written = self.memory[step.t + 1](h_BxMxD, e_BxMxD, written)
             else:
                 h_BxMxD = step.next_state(e_BxMxD, h_BxMxD, start_BxMxD, emb_BxMxD)
             states.append(h_BxMxD)
@@ -530,8 +601,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             return self._layers(core, h_BxMxD, tokens, kept, f"core.{t}")
         z_BxNxD, first_B, count_B = step.down_scale(h_BxMxD, tokens, cache)
         zhat_BxNxD = cache.buffers.get(f"core.{t}.zhat")
-        if z_BxNxD.shape[1]:
-            chunks = Span(self.config, first_B, count_B, z_BxNxD)
+        if torch.compiler.is_exporting() or z_BxNxD.shape[1]:
+            chunks = Span(self.config, tokens.is_start, first_B, count_B, z_BxNxD)
             zhat_BxNxD = self._layers(core, z_BxNxD, chunks, kept, f"core.{t}")
             if keep:
                 zhat_BxNxD = cache.put(f"core.{t}.zhat", zhat_BxNxD, chunks)
@@ -539,7 +610,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
     def _layers(self, layers, x_BxMxD: torch.Tensor, span: Span, cache: SpiralFormerCache | None, name: str):
         for i, layer in enumerate(layers):
-            x_BxMxD = layer(x_BxMxD, span, cache, f"{name}.{i}")
+            x_BxMxD = layer(x_BxMxD, span, cache=cache, name=f"{name}.{i}")
         return x_BxMxD
 
 
@@ -552,23 +623,62 @@ def row_starts(attention_mask: torch.Tensor | None, emb_BxMxD: torch.Tensor, cac
     if attention_mask.shape != (B, columns):
         raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must cover all tokens: {[B, columns]}")
     mask_BxC = attention_mask.to("cpu", torch.bool)
-    rises_B = mask_BxC[:, 0] + (mask_BxC[:, 1:] & ~mask_BxC[:, :-1]).sum(1)
-    if (rises_B > 1).any():
-        raise ValueError("attention_mask has zeros between ones; padding must be in front of a row or behind it")
-    start_B = torch.where(rises_B > 0, mask_BxC.long().argmax(1), columns)
+    if not torch.compiler.is_exporting():
+        rises_B = mask_BxC[:, 0] + (mask_BxC[:, 1:] & ~mask_BxC[:, :-1]).sum(1)
+        if (rises_B > 1).any():
+            raise ValueError("attention_mask has zeros between ones; padding must be in front of a row or behind it")
+    start_B = torch.where(mask_BxC.any(1), mask_BxC.long().argmax(1), columns)
     if cache.seen and not torch.equal(start_B.clamp_max(cache.seen), before_B):
         raise ValueError("attention_mask has other padding in front of a row than in the calls before")
     return start_B
 
 
-class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
-    """A SpiralFormer and its head."""
+def labels_of_tokens(labels_BxM: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The labels without those that padding would be scored on, and the share that is left, on the labels' device.
+
+    A row's first token is such a label wherever padding is in front of it, and `Trainer` counts it among
+    `num_items_in_batch`: by the share, the loss does not depend on what a row is padded with.
+    """
+    padding_BxM = ~attention_mask[:, -labels_BxM.shape[1] :].to(labels_BxM.device, torch.bool)
+    kept_BxM = labels_BxM.clone()
+    kept_BxM[:, 1:] = kept_BxM[:, 1:].masked_fill(padding_BxM[:, :-1], -100)
+    count, before = ((labels[:, 1:] != -100).sum().clamp_min(1) for labels in (kept_BxM, labels_BxM))
+    return kept_BxM, count / before
+
+
+def packed_texts(position_ids: torch.Tensor | None, emb_BxMxD: torch.Tensor):
+    """Where the tokens of packed texts go: (text, place) [B, M] each, or None where every row is one text."""
+    if position_ids is None or torch.compiler.is_exporting():
+        return None
+    is_first_BxM = position_ids.diff(prepend=position_ids[..., :1], dim=-1) != 1
+    is_first_BxM = is_first_BxM.to(emb_BxMxD.device).expand(emb_BxMxD.shape[:2])
+    if not is_first_BxM[:, 1:].any():
+        return None
+    column_BxM = torch.arange(emb_BxMxD.shape[1], device=emb_BxMxD.device).expand_as(is_first_BxM)
+    text_BxM = is_first_BxM.flatten().cumsum(0).view_as(is_first_BxM) - 1
+    return text_BxM, column_BxM - (column_BxM * is_first_BxM).cummax(1).values
+
+
+def check_positions(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, emb_BxMxD: torch.Tensor):
+    """Refuses positions that would be computed otherwise than asked for."""
+    M = emb_BxMxD.shape[1]
+    if position_ids is None or M == 1 or torch.compiler.is_exporting():
+        return
+    is_wrong_BxM = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:  # whatever stands at padding
+        mask_BxM = attention_mask[:, -M:].to(is_wrong_BxM.device, torch.bool)
+        is_wrong_BxM = is_wrong_BxM & mask_BxM[:, 1:] & mask_BxM[:, :-1]
+    if is_wrong_BxM.any():
+        raise ValueError("position_ids do not rise by one; packed texts need a call without mask and cache")
+
+
+class SpiralFormerWithHead(SpiralFormerPreTrainedModel):
+    """What the models with a head have in common."""
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__(config)
+        self.num_labels = cast("int", config.num_labels)
         self.spiralformer = SpiralFormerModel(config)
-        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.spiralformer.embed_in
@@ -576,58 +686,135 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module):
         self.spiralformer.embed_in = value
 
+
+class SpiralFormerForCausalLM(SpiralFormerWithHead, GenerationMixin):
+    """A SpiralFormer and its head."""
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__(config)
+        # Only of classes named here does `Trainer` shift the labels that it smooths; others would learn to copy.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config.model_type, "SpiralFormerForCausalLM")
+        self.embed_out: nn.Linear = WideLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def get_output_embeddings(self) -> nn.Module:
         return self.embed_out
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = WideLinear  # `resize_token_embeddings` makes a plain one
         self.embed_out = new_embeddings
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SpiralFormerCache | None = None,
+        position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: SpiralFormerCache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: SpiralFormerCache | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, M, V], at least float32, and with labels the loss.
 
         Args:
-          labels: [B, M], -100 where there is none. Position i is scored on label i + 1.
-          logits_to_keep: only the last so many positions, or these; 0 for all.
-          input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, return_dict,
-            cache: as in `SpiralFormerModel.forward`.
+          labels: [B, M], -100 where there is none. Position i is scored on label i + 1, unless it is padding.
+          logits_to_keep: only the last so many positions, or these, [K] or [B, K]; or where True, [B, M], of all rows
+            in one; 0 for all.
+          input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache, output_hidden_states,
+            return_dict, cache: as in `SpiralFormerModel.forward`.
+          **kwargs: others of it, and those of `transformers`' loss: `num_items_in_batch`, `shift_labels`.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         outputs = self.spiralformer(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, cache=cache
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache=cache,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BxMxV = wide_linear(self.embed_out, outputs.last_hidden_state[:, keep])
+        h_BxMxD = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            h_BxMxD = h_BxMxD[:, -logits_to_keep:]
+        elif logits_to_keep.ndim == 1:
+            h_BxMxD = h_BxMxD[:, logits_to_keep]
+        else:
+            is_mask = logits_to_keep.dtype == torch.bool
+            h_BxMxD = h_BxMxD[logits_to_keep] if is_mask else take(h_BxMxD, logits_to_keep)
+        logits_BxMxV = self.embed_out(h_BxMxD)
         loss = None
         if labels is not None:
-            if logits_BxMxV.shape[:2] != labels.shape:
+            scored_BxM: torch.Tensor = labels
+            is_unshifted = kwargs.get("shift_labels") is None
+            if is_unshifted and logits_BxMxV.shape[:-1] != labels.shape:
                 raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits_BxMxV.shape)}")
-            loss = F.cross_entropy(logits_BxMxV[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits_BxMxV.device))
-        kept = {"past_key_values": outputs.past_key_values}
-        result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, hidden_states=outputs.hidden_states, **kept)
+            if is_unshifted and attention_mask is not None:
+                scored_BxM, share = labels_of_tokens(labels, attention_mask)
+                if kwargs.get("num_items_in_batch") is not None:
+                    kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
+            V = logits_BxMxV.shape[-1]
+            loss = self.loss_function(logits=logits_BxMxV, labels=scored_BxM, vocab_size=V, **kwargs)
+        kept: dict[str, Any] = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits_BxMxV, **kept)
         return result if return_dict or (return_dict is None and self.config.return_dict) else result.to_tuple()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         """`generate` begins with a cache of ours; `transformers` would make one of keys and values alone."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r}: this model has its own")
-        name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-        if (cache := model_kwargs.get(name)) is not None:
+        if (cache := model_kwargs.get(CACHE)) is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            cache = model_kwargs[name] = SpiralFormerCache()
+            cache = model_kwargs[CACHE] = SpiralFormerCache()
         speculative = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         if isinstance(cache, SpiralFormerCache) and speculative:
             cache.activate_past_recording()
+
+
+# `forward` of the heads below is that of `transformers`, whose own `__init__` would look for a model of its own.
+
+
+class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerWithHead):
+    """A SpiralFormer that scores a text by the state of its last token."""
+
+    base_model_prefix = "spiralformer"
+
+    def __init__(self, config: SpiralFormerConfig):
+        SpiralFormerWithHead.__init__(self, config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFormerWithHead):
+    """A SpiralFormer that scores every token."""
+
+    base_model_prefix = "spiralformer"
+
+    def __init__(self, config: SpiralFormerConfig):
+        SpiralFormerWithHead.__init__(self, config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormerWithHead):
+    """A SpiralFormer that scores every token as the first and as the last of an answer."""
+
+    base_model_prefix = "spiralformer"
+
+    def __init__(self, config: SpiralFormerConfig):
+        SpiralFormerWithHead.__init__(self, config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    get_input_embeddings = SpiralFormerWithHead.get_input_embeddings
+    set_input_embeddings = SpiralFormerWithHead.set_input_embeddings

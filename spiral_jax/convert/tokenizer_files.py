@@ -13,8 +13,9 @@ from spiral_jax.data.tokenizers import ByteTokenizer, Tokenizer
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json and what `load_tokenizer` reads.
 
-    `transformers` then gives every text the ids that training saw, also one with the separator's spelling in it, and
-    adds nothing: `split_special_tokens` is our tokenizers' rule that no text encodes to the separator.
+    `transformers` then gives every text the ids that training saw and adds nothing. As with all its tokenizers, special
+    tokens that are spelled in a text are read as such, the separator and those that a fine-tune adds; with
+    `split_special_tokens=True` they are text, which is our tokenizers' rule for the separator.
 
     Args:
       folder: where to; it exists.
@@ -35,7 +36,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "padding_side": "left",
         "add_bos_token": False,
         "add_eos_token": False,
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }

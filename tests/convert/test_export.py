@@ -184,7 +184,7 @@ def test_a_spiral_brings_its_code(runs, tmp_path, auto, forward):
     model, logits = auto(tmp_path / "out", tokens_BxL, trust_remote_code=True)
     assert type(model).__name__ == "SpiralFormerForCausalLM"
     np.testing.assert_allclose(logits, ours(runs / "spiral", forward, tokens_BxL), rtol=0, atol=1e-5)
-    assert model.generation_config.suppress_tokens == list(range(3, 19))
+    assert model.generation_config.suppress_tokens is None  # a fine-tune may have use for any of the 19
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 0
 
 
@@ -229,7 +229,10 @@ def test_bytes_as_a_tokenizer_json():
 
 
 def test_transformers_gives_our_ids(tmp_path):
-    """Of every tokenizer: nothing is added, and the separator's spelling in a text is text."""
+    """Of every tokenizer: nothing is added, and the separator's spelling in a text is text where that is asked for.
+
+    Without that it is the separator, and a token that is added is that token, as with transformers' own tokenizers.
+    """
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     bpe = train_bpe([HARD * 2], 300)
     bpe.save(tmp_path)
@@ -250,7 +253,12 @@ def test_transformers_gives_our_ids(tmp_path):
         write_tokenizer(folder, tokenizer, max_length=9999)
         (folder / "config.json").write_text('{"model_type": "gpt_neox"}')
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert theirs(HARD)["input_ids"] == tokenizer.encode(HARD).tolist(), name
+        assert theirs(HARD, split_special_tokens=True)["input_ids"] == tokenizer.encode(HARD).tolist(), name
+        plain_text = HARD.replace("<|endoftext|>", "<|endoftext|")
+        assert theirs(plain_text)["input_ids"] == tokenizer.encode(plain_text).tolist(), name
+        added = theirs.add_tokens(["<|im_end|>"], special_tokens=True) and len(theirs) - 1
+        a, b = tokenizer.encode("a").tolist(), tokenizer.encode("b").tolist()
+        assert theirs("a<|endoftext|>b<|im_end|>b")["input_ids"] == [*a, tokenizer.separator_id, *b, added, *b]
         assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (tokenizer.separator_id,) * 3
         assert theirs(["", "longer"], padding=True).attention_mask[0][0] == 0 and theirs.padding_side == "left"
         assert theirs.decode(tokenizer.encode(HARD)) == HARD
@@ -272,9 +280,15 @@ def test_the_card_says_what_the_model_is():
         "1+1x{1/4,1}+1", f"{SPIRAL.total_parameters:,}", f"{SPIRAL.non_embedding_parameters:,}", "20 of 90 steps",
         "640 tokens", "3.0000 (step 20)", "3.5000 (step 10)", "`abc`", "trust_remote_code", "bfloat16",
         "jax 0.10.2; git commit unknown",
+        # What a fine-tuner must know: length, padding and labels, and below, added tokens.
+        "windows were of 8 tokens", "`pad_token` is the separator, `<|endoftext|>`", "DataCollatorForSeq2Seq",
     ):  # fmt: skip
         assert said in card, said
     assert "2.0000" not in card
+    assert "Every row of the vocabulary is taken" in card
+    config = dataclasses.replace(config, model=dataclasses.replace(SPIRAL, vocab_size=272))
+    card = model_card(config, 20, rows=[], start=None, fingerprints=[], tokenizer=ByteTokenizer(), dtype="float32")
+    assert "has 15 rows more than the tokenizer has ids (257)" in card
 
 
 def test_a_tensor_larger_than_a_shard_has_a_file_to_itself(tmp_path):

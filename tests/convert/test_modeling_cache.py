@@ -30,7 +30,7 @@ def test_the_core_runs_once_per_chunk(golden_model):
         model = golden_model(name)
         runs = collections.defaultdict(list)
         hook = model.spiralformer.core[0].register_forward_pre_hook(
-            lambda _, args, runs=runs: runs[args[3]].append(args[0].shape[1])
+            lambda _, args, kwargs, runs=runs: runs[kwargs["name"]].append(args[0].shape[1]), with_kwargs=True
         )
         try:
             tokens = random_tokens(model, 1, 41)
