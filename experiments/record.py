@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
 MOST_BYTES, MOST_ROWS, MOST_DOCUMENTS = 100_000, 200, 4_000
 
-Stage = Literal["gate", "tune", "seed"]
+Stage = Literal["tune", "seed"]
 Status = Literal["finished", "diverged", "failed"]
 Entry = str | int | float | bool
 
@@ -34,11 +34,14 @@ class Code:
 
     Attributes:
       commit: of git, 40 digits; empty outside a checkout.
-      changes: hash of what differed from the commit in files that a run may import; empty where nothing did.
+      changes: hash of `git diff HEAD`; empty where nothing differed.
+      package: hash of the files of the package that training and evaluation import: equal in runs of the same code,
+        whatever else was committed between them.
     """
 
     commit: str
     changes: str
+    package: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +97,13 @@ class Record:
       arm: which of the things that are compared.
       factors: what the arm stands for, for axes of plots and columns of tables, as {"size": "410m", "ratio": 0.5}.
       seed: of parameters and data order; runs of one seed read the same batches.
-      stage: a cheap check before dear runs, a trial of a learning rate, or a run whose result counts.
+      stage: "tune", a trial of a learning rate, or "seed", a run whose result counts.
       learning_rate: the peak.
       status: how it ended; `reason` says why where it is not "finished", in a line.
       command: that makes it.
       code, data: what it was made of; `data` has a hash by name, as {"train": ..., "validation": ...}.
-      config_hash: of all fields that shape a run, but for seed, learning rate and the fields that arms of this study
-        differ in: equal in runs that may be compared.
+      config_hash: of all fields that shape a run but seed, learning rate, steps and the model: equal in runs that may
+        be compared (`design.comparable_hash`).
       config: dotted fields that differ from their defaults.
       machine, versions: it ran on, and with.
       parameters, flops, seconds: counts and times.

@@ -1,0 +1,57 @@
+"""Loss against training FLOPs: families at several sizes, each with several budgets.
+
+Runs of one budget are iso-FLOP, vanilla and Spiral-L of one size are iso-parameter. Each budget is a run of its own,
+as the learning rate falls to the end of it. `full` has the papers' sizes, `small` widths of 64 and 96 on quickstart's
+text, a quarter of an hour on two cores.
+"""
+
+from experiments import pile, quickstart
+from experiments.design import Arm, Contrast, Edition, Study
+from experiments.matching import steps_for_flops
+from spiral_jax.run.config import RunConfig
+
+FULL = dict(sizes=("160m", "410m"), families=("vanilla", "mesh", "spiral_l"), budgets=(1e19, 2e19, 4e19, 8e19))
+SMALL = dict(sizes=("d64", "d96"), families=("vanilla", "spiral_l"), budgets=(1e12, 2e12, 4e12))
+
+
+def get_study(edition: Edition) -> Study:
+    """The study."""
+    extent = FULL if edition == "full" else SMALL
+    arms = []
+    for budget in extent["budgets"]:
+        for size in extent["sizes"]:
+            for family in extent["families"]:
+                values = pile.get_config(f"{size},{family}") if edition == "full" else small(size, family)
+                values.train.steps = steps_for_flops(RunConfig.from_dict(values.to_dict()), budget)
+                name = f"{size}-{family}-{budget:.0e}".replace("+", "")
+                arms.append(Arm(name, values, {"size": size, "family": family, "budget": budget}))
+    pairs = [
+        Contrast(f"{size}-spiral_l-{budget:.0e}".replace("+", ""), f"{size}-vanilla-{budget:.0e}".replace("+", ""),
+                 matched="flops")
+        for budget in extent["budgets"] for size in extent["sizes"]
+    ]  # fmt: skip
+    return Study(
+        name="scaling",
+        edition=edition,
+        question="With as many parameters and training FLOPs, is Spiral-L better than a vanilla model at the largest budget?",
+        arms=tuple(arms),
+        primary=pairs[-1],
+        others=tuple(pairs[:-1]),
+        seeds=(0,) if edition == "full" else (1,),
+        slices=("v5p:4x4x4",) if edition == "full" else ("v5e:1x1",),
+    )
+
+
+def small(size: str, family: str):
+    """A narrow model with quickstart's recipe."""
+    values = quickstart.get_config()
+    values.model.d_model = int(size.removeprefix("d"))
+    if family == "vanilla":
+        values.model.prelude_layers, values.model.core_layers, values.model.coda_layers = 4, 0, 0
+        values.model.chunks, values.model.topology = (), "base"
+    else:
+        values.model.chunks = (16, 8, 4, 2)
+    values.summary.sample_tokens, values.summary.plot = 0, False
+    values.evaluation.every_steps, values.evaluation.batches = 0, 1
+    values.checkpoint.keep = 1
+    return values
