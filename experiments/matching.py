@@ -7,7 +7,6 @@ from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.on_paper import estimate
 from spiral_jax.roofline.points import chip_hours, read_points
-from spiral_jax.run.config import RunConfig
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.costs import flops
 

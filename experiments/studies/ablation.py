@@ -47,7 +47,4 @@ def small():
     values = quickstart.get_config()
     values.model.d_model = 64
     values.train.steps = 60
-    values.summary.sample_tokens, values.summary.plot = 0, False
-    values.evaluation.every_steps, values.evaluation.batches = 0, 1
-    values.checkpoint.keep = 1
     return values

@@ -30,10 +30,6 @@ def small() -> Study:
     """Quickstart's text and recipe."""
     values = quickstart.get_config()
     values.train.steps = 1200
-    values.summary.sample_tokens, values.summary.plot = 0, False
-    # The runner scores the whole validation text itself.
-    values.evaluation.every_steps, values.evaluation.batches = 0, 1
-    values.checkpoint.keep = 1
     arms = []
     for family, (layers, chunks) in SMALL.items():
         own = values.copy_and_resolve_references()
@@ -43,7 +39,7 @@ def small() -> Study:
     return Study(
         name="main_table",
         edition="small",
-        question="Is Spiral-L better than a vanilla model of as many parameters, when both have their best learning rate?",
+        question="Is Spiral-L better than a vanilla model of as many parameters, each at its best learning rate?",
         arms=tuple(arms),
         primary=Contrast("spiral_l", "vanilla"),
         others=(Contrast("mesh", "vanilla"), Contrast("spiral_b", "vanilla"), Contrast("spiral_b", "mesh"),

@@ -31,7 +31,7 @@ def get_study(edition: Edition) -> Study:
     return Study(
         name="recurrence_ratio",
         edition=edition,
-        question="With as many training FLOPs, is a model with a third of its layers in the loop better than one without?",
+        question="With as many training FLOPs, is it better to have a third of the layers in the loop than none?",
         arms=tuple(arms),
         primary=Contrast(largest[third], largest[0], matched="flops"),
         others=tuple(Contrast(largest[third], name, matched="flops") for name in largest[1:] if name != largest[third]),
@@ -45,7 +45,4 @@ def small():
     values = quickstart.get_config()
     values.model.d_model = 96
     values.model.chunks = (16, 8, 4, 2)
-    values.summary.sample_tokens, values.summary.plot = 0, False
-    values.evaluation.every_steps, values.evaluation.batches = 0, 1
-    values.checkpoint.keep = 1
     return values

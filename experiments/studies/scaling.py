@@ -33,7 +33,7 @@ def get_study(edition: Edition) -> Study:
     return Study(
         name="scaling",
         edition=edition,
-        question="With as many parameters and training FLOPs, is Spiral-L better than a vanilla model at the largest budget?",
+        question="With as many parameters and training FLOPs, is Spiral-L better than a vanilla model?",
         arms=tuple(arms),
         primary=pairs[-1],
         others=tuple(pairs[:-1]),
@@ -51,7 +51,4 @@ def small(size: str, family: str):
         values.model.chunks, values.model.topology = (), "base"
     else:
         values.model.chunks = (16, 8, 4, 2)
-    values.summary.sample_tokens, values.summary.plot = 0, False
-    values.evaluation.every_steps, values.evaluation.batches = 0, 1
-    values.checkpoint.keep = 1
     return values
