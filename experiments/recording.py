@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.child import ROOT
 from experiments.design import Run, Study, comparable_hash, run_config, shaping
 from experiments.matching import predicted_seconds, tokens, train_flops
 from experiments.record import MOST_DOCUMENTS, Code, Evaluation, Flops, Parameters, Record, Seconds, Status, thinned
@@ -23,11 +24,12 @@ from spiral_jax.run.metrics import read_rows, rows_of
 from spiral_jax.run.provenance import last_start
 from spiral_jax.run.reading import reading
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("spiral_jax/train.py", "spiral_jax/evaluate.py")
 
 
-def record_of(study: Study, run: Run, code: Code, command: str, status: Status, reason: str, workdir: Path) -> Record:
+def record_of(
+    study: Study, run: Run, code: Code, command: str, status: Status, reason: str, workdir: epath.Path, folder: Path
+) -> Record:
     """The record, as far as the run came.
 
     Args:
@@ -37,16 +39,17 @@ def record_of(study: Study, run: Run, code: Code, command: str, status: Status, 
       command: that makes it.
       status: how it ended.
       reason: why, in a line; empty if it finished.
-      workdir: of the run, with `documents.json` beside it, and `by_depth.json` if the study has one.
+      workdir: of the run.
+      folder: with `documents.json`, and `by_depth.json` if the study has one.
 
     Raises:
       SpiralError: it finished, but something is missing or damaged.
     """
     config = run_config(run)
-    rows = read_rows(rows_of(epath.Path(workdir)))
+    rows = read_rows(rows_of(workdir))
     losses = [(row["step"], row["tokens"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
     times = [row["step_time"] for row in rows[1:] if isinstance(row.get("step_time"), int | float)]
-    start = last_start(epath.Path(workdir) / "environment.json") or {"packages": {}, "devices": ""}
+    start = last_start(workdir / "environment.json") or {"packages": {}, "devices": ""}
     finished = status == "finished"
     return Record(
         study=study.name, edition=study.edition, run=run.name, arm=run.arm.name, factors=dict(run.arm.factors),
@@ -65,8 +68,8 @@ def record_of(study: Study, run: Run, code: Code, command: str, status: Status, 
             {slice: predicted_seconds(config, slice) for slice in study.slices},
         ),
         curve=thinned(losses),
-        evaluation={"validation": evaluation_of(workdir.parent / "documents.json")} if finished else {},
-        by_depth=depths_of(workdir.parent / "by_depth.json") if finished and study.by_depth else {},
+        evaluation={"validation": evaluation_of(folder / "documents.json")} if finished else {},
+        by_depth=depths_of(folder / "by_depth.json") if finished and study.by_depth else {},
     )  # fmt: skip
 
 
@@ -91,19 +94,18 @@ def depths_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return {task: {depth: (int(n[0]), int(n[1])) for depth, n in depths.items()} for task, depths in found.items()}
 
 
-def data_hashes(workdir: Path) -> dict[str, str]:
+def data_hashes(workdir: epath.Path) -> dict[str, str]:
     """Of the training tokens, and of those of the validation text if there is one.
 
     Raises:
       SpiralError: there is no checkpoint, or it is damaged.
     """
-    place = epath.Path(workdir)
-    with reading(place) as saved:
+    with reading(workdir) as saved:
         training = saved.meta["data"]["fingerprints"]
     both = hashlib.sha256(json.dumps(training).encode()).hexdigest() if len(training) > 1 else training[0]
     hashes = {"train": both[:16]}
-    if json.loads((place / "data.json").read_text())["validation"]:
-        hashes["validation"] = validation_store_of(place).fingerprint[:16]
+    if read_json_object(workdir / "data.json")["validation"]:
+        hashes["validation"] = validation_store_of(workdir).fingerprint[:16]
     return hashes
 
 

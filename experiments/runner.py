@@ -20,20 +20,21 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from etils import epath
 
 from experiments import record as records_
+from experiments.child import ROOT, ChildFailed, Killed, Stopped, run_module
 from experiments.design import Run, Study, difference, is_over, run_config, shaping, validation_nats
+from experiments.elsewhere import check_trained, job_name
 from experiments.matching import train_flops
 from experiments.record import Record, Status
-from experiments.recording import ROOT, check_comparable, code_of_tree, record_of
+from experiments.recording import check_comparable, code_of_tree, record_of
 from spiral_jax.corpus.prepare import prepare_folder
+from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json, write_json
 from spiral_jax.data.store import MANIFEST
 from spiral_jax.errors import SpiralError, shown
@@ -54,26 +55,6 @@ _TAIL_BYTES = 8192
 Say = Callable[[str], None]
 
 
-class Killed(Exception):
-    """A child that something outside ended, and that may go on."""
-
-
-class ChildFailed(Exception):
-    """A child that ended otherwise than with status 0; with its last words."""
-
-    def __init__(self, status: int, words: str):
-        super().__init__(words)
-        self.status = status
-
-
-class Stopped(Exception):
-    """The runner was asked to stop."""
-
-    def __init__(self, number: int):
-        super().__init__(f"signal {number}")
-        self.number = number
-
-
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Where a study's edition lies.
@@ -82,17 +63,28 @@ class Places:
       work: folder of what is needed while it runs.
       records: folder of its records.
       study: as the command line names it.
+      bucket: where `launch` has trained the runs, which are then only scored and recorded; empty to train them here.
     """
 
     work: Path
     records: Path
     study: str
+    bucket: str = ""
 
 
 class Runner:
     """One call of `run`."""
 
-    def __init__(self, study: Study, places: Places, say: Say = print, commit: bool = False):
+    def __init__(
+        self,
+        study: Study,
+        places: Places,
+        say: Say = print,
+        commit: bool = False,
+        overrides: Sequence[str] = (),
+        train: str = "spiral_jax.train",
+        evaluate: str = "spiral_jax.evaluate",
+    ):
         """Nothing is started or written yet.
 
         Args:
@@ -100,9 +92,12 @@ class Runner:
           places: where.
           say: takes lines.
           commit: whether each record is committed to git as soon as it is written.
+          overrides: flags that say where the data is and how runs run, as `--config.mesh.data=2`.
+          train: module that trains.
+          evaluate: module that scores what was trained, with `--documents=`.
         """
         self.study, self.places, self._say, self._commit = study, places, say, commit
-        self._child: subprocess.Popen[bytes] | None = None
+        self._overrides, self._train, self._evaluate = tuple(overrides), train, evaluate
         self._stop = 0
 
     def run(self, names: Sequence[str]) -> int:
@@ -134,7 +129,7 @@ class Runner:
                 progress.skip(flops[name] / 1e12)
                 continue
             run = self._find(name, list(done.values()))
-            held = self._held(name, done)
+            held = self.held(name, done)
             if held or run.learning_rate is None:
                 left[name] = held or f"the trials of {run.arm.name} have no result"
                 self._say(f"{name}: not started, as {left[name]}")
@@ -167,30 +162,25 @@ class Runner:
         status: Status = "finished"
         reason = ""
         try:
-            arguments = self._arguments(run)
-            for attempt in (1, 2):
-                try:
-                    self._wait_for(folder, ["spiral_jax.train", *arguments, f"--workdir={workdir}"], advance)
-                    break
-                except Killed:
-                    if attempt == 2:
-                        raise
-                    self._say(f"{run.name}: was killed, and goes on")
-            files = {"spiral_jax.evaluate": "documents", self.study.by_depth: "by_depth"}
-            for module, name in files.items():
-                if module:
-                    output = f"--{'documents' if name == 'documents' else 'output'}={folder / name}.json"
-                    self._wait_for(folder, [module, f"--workdir={workdir}", output], advance)
+            if self.places.bucket:
+                check_trained(run, workdir)
+            else:
+                self._train_to_the_end(run, folder, advance)
+            documents = f"--documents={folder / 'documents.json'}"
+            self._wait_for(folder, [self._evaluate, f"--workdir={workdir}", documents], advance)
+            if self.study.by_depth:
+                output = f"--output={folder / 'by_depth.json'}"
+                self._wait_for(folder, [self.study.by_depth, f"--workdir={workdir}", output], advance)
         except ChildFailed as failure:
             status = "diverged" if failure.status == DIVERGED else "failed"
             reason = str(failure)
         try:
-            record = record_of(self.study, run, code, self.command(run), status, reason, workdir)
+            record = record_of(self.study, run, code, self.command(run), status, reason, workdir, folder)
             check_comparable(record, [other for other in others if other.run != run.name])
         except SpiralError as error:
             if status != "finished":
                 raise
-            record = record_of(self.study, run, code, self.command(run), "failed", str(error), workdir)
+            record = record_of(self.study, run, code, self.command(run), "failed", str(error), workdir, folder)
         path = records_.write(record, self.places.records)
         progress.advance(max(0.0, base + work - progress.done))
         if self._commit:
@@ -198,6 +188,15 @@ class Runner:
         if is_over(record) and run.name not in self.study.kept:
             shutil.rmtree(folder)
         return record
+
+    def _train_to_the_end(self, run: Run, folder: Path, advance: Callable[[], None]) -> None:
+        """Goes on once if something kills it, as what takes the memory may be gone by then."""
+        arguments = [self._train, *self._arguments(run), f"--workdir={self._workdir(run)}"]
+        try:
+            self._wait_for(folder, arguments, advance)
+        except Killed:
+            self._say(f"{run.name}: was killed, and goes on")
+            self._wait_for(folder, arguments, advance)
 
     def records(self) -> dict[str, Record]:
         """Those that are there, by run.
@@ -229,7 +228,7 @@ class Runner:
         steps = steps_done(self._workdir(run))
         return f"step {steps} of {run.arm.config.train.steps}" if steps else "not begun"
 
-    def _held(self, name: str, done: dict[str, Record]) -> str:
+    def held(self, name: str, done: dict[str, Record]) -> str:
         """Why a run may not start yet: a gate that it is not part of."""
         if name in [gate.run for gate in self.study.gates]:
             return ""
@@ -248,13 +247,16 @@ class Runner:
     def _folder(self, run: Run) -> Path:
         return self.places.work / run.name
 
-    def _workdir(self, run: Run) -> Path:
-        return self._folder(run) / "run"
+    def _workdir(self, run: Run) -> epath.Path:
+        if self.places.bucket:
+            return epath.Path(f"{self.places.bucket}/{job_name(self.study, run)}/run")
+        return epath.Path(self._folder(run) / "run")
 
     def _arguments(self, run: Run) -> list[str]:
         """Of `train`, without --workdir."""
         store = self._store(run.arm.config)
-        return [*self.configured(run), *HERE, *([f"--config.data.stores=({str(store)!r},)"] if store else [])]
+        stores = [f"--config.data.stores=({str(store)!r},)"] if store else []
+        return [*self.configured(run), *HERE, *stores, *self._overrides]
 
     def _store(self, config: RunConfig) -> Path | None:
         """The stores made of a configuration's text, once for all runs; None where it names stores itself."""
@@ -268,46 +270,14 @@ class Runner:
         return folder
 
     def _wait_for(self, folder: Path, arguments: list[str], advance: Callable[[], None]) -> None:
-        """Runs `python -m ARGUMENTS` to its end.
+        """Runs a module to its end; raises as `run_module`, or Stopped."""
 
-        Raises:
-          ChildFailed: it failed.
-          Killed: something ended it.
-          Stopped: this process was asked to stop; the child has saved what it had.
-        """
-        with (folder / "log").open("ab") as log:
-            start = log.tell()
-            environment = {"JAX_COMPILATION_CACHE_DIR": str(self.places.work / "compiled")} | os.environ
-            self._child = subprocess.Popen(
-                [sys.executable, "-u", "-m", "experiments.child", str(os.getpid()), *arguments], cwd=ROOT,
-                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        try:
-            while (status := self._wait(1.0)) is None:
-                self._check_stop()
-                advance()
-        except BaseException:
-            self._child.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(60)
-            raise
-        finally:
-            if self._child.poll() is None:
-                self._child.kill()
-                self._child.wait()
-        self._check_stop()
-        if status == OK:
-            return
-        words = last_words(folder / "log", start)
-        if status < 0 or status in (SAVED, 43) or status > 128:
-            raise Killed(f"its process ended with status {status} ({words})")
-        raise ChildFailed(status, words)
+        def look() -> None:
+            self._check_stop()
+            advance()
 
-    def _wait(self, seconds: float) -> int | None:
-        assert self._child is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._child.wait(seconds)
-        return None
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(self.places.work / "compiled")} | os.environ
+        run_module(arguments, folder / "log", environment, look)
 
     def _check_stop(self) -> None:
         if self._stop:
@@ -359,10 +329,10 @@ class Runner:
                 signal.signal(number, handler)
 
 
-def steps_done(workdir: Path) -> int:
-    """By the last row of a run."""
-    rows = rows_of(epath.Path(workdir))
-    if not rows.exists():
+def steps_done(workdir: epath.Path) -> int:
+    """By the last row of a run on this machine."""
+    rows = rows_of(workdir)
+    if is_bucket(rows) or not rows.exists():
         return 0
     with open(rows, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -377,15 +347,6 @@ def outcome(record: Record) -> str:
     if record.status != "finished":
         return f"{record.status} ({shown(record.reason)})"
     return f"{validation_nats(record):.4f} nats, {record.seconds.train:,.0f} s of training"
-
-
-def last_words(log: Path, start: int = 0) -> str:
-    """The line in which a child said what was wrong, or its last one."""
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(("error: ", "diverged: "))]
-    return (said or lines or ["it said nothing"])[-1][:400]
 
 
 def commit(path: Path, message: str) -> None:

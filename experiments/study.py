@@ -12,15 +12,16 @@ A study is a file in experiments/studies/ (docs/studies.md).
 import argparse
 import fnmatch
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import matching
+from experiments.child import Stopped
 from experiments.design import Run, Study, is_over, load
+from experiments.elsewhere import check_overrides, job_name
 from experiments.record import RESULTS, folder_of
-from experiments.runner import OK, Places, Runner, Stopped, outcome
+from experiments.runner import OK, Places, Runner, outcome
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import parse_slice
 from spiral_jax.progress import duration
@@ -58,10 +59,12 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("--slice", default="", help="plan, launch: TPU slice, as v5p:4x4x4; default: the study's")
     parser.add_argument("--work", default="runs/studies", help="run: folder of what is needed until records are there")
     parser.add_argument("--results", default=str(RESULTS), help="folder of records and reports")
+    parser.add_argument("--bucket", default="", help="run: score and record what launch trained there; launch: where")
     parser.add_argument("--commit", action="store_true", help="run: commit each record to git as soon as it is written")
     values, rest = parser.parse_known_args(arguments)
-    if rest and values.verb != "launch":
-        raise SpiralError(f"{rest[0]} is no flag of {values.verb}; allowed: those that --help lists")
+    strange = [flag for flag in rest if values.verb != "launch" and not is_override(flag, values.verb)]
+    if strange:
+        raise SpiralError(f"{strange[0]} is no flag of {values.verb}; allowed: those that --help lists")
     study = load(values.study, values.edition)
     if values.slice:
         parse_slice(values.slice, "--slice")
@@ -69,13 +72,15 @@ def _main(arguments: list[str]) -> int:
         Path(values.work).resolve() / study.name / study.edition,
         folder_of(study.name, study.edition, Path(values.results).resolve()),
         values.study,
+        values.bucket.rstrip("/"),
     )
-    runner = Runner(study, places, lambda line: print(line, flush=True), values.commit)
+    runner = Runner(study, places, lambda line: print(line, flush=True), values.commit, rest)
     names = selected(study, values.only)
     match values.verb:
         case "plan":
             return plan(study, names, values.slice or study.slices[0])
         case "run":
+            check_overrides(study, rest)
             for line in matching.check(study):
                 print(line, flush=True)
             return runner.run(names)
@@ -86,6 +91,10 @@ def _main(arguments: list[str]) -> int:
     from experiments import report
 
     return report.main(study, places.records)
+
+
+def is_override(flag: str, verb: str) -> bool:
+    return verb == "run" and flag.startswith("--config.")
 
 
 def selected(study: Study, only: str) -> list[str]:
@@ -167,7 +176,7 @@ def launch(study: Study, runner: Runner, names: Sequence[str], slice: str, flags
       runner: of it.
       names: of runs.
       slice: to run on.
-      flags: of `tpu.launch babysit`, as --zone, --bucket, --max_chip_hours, and `--config.FIELD=VALUE` for all runs.
+      flags: of `tpu.launch babysit`, as --zone and --max_chip_hours, and `--config.FIELD=VALUE` for all runs.
 
     Raises:
       SpiralError: a flag that is not allowed, or runs whose learning rate is not known.
@@ -175,13 +184,16 @@ def launch(study: Study, runner: Runner, names: Sequence[str], slice: str, flags
     from tpu import several
 
     matching.check(study)
+    check_overrides(study, [flag for flag in flags if flag.startswith("--config.")])
+    require(bool(runner.places.bucket), "--bucket", runner.places.bucket, "gs://BUCKET or gs://BUCKET/PREFIX")
     done = runner.records()
     jobs = []
     for run in study.runs(done.values()):
         if run.name not in names or (run.name in done and is_over(done[run.name])):
             continue
-        if run.learning_rate is None:
-            print(f"{run.name}: not launched, as the trials of {run.arm.name} have no result")
+        held = runner.held(run.name, done)
+        if held or run.learning_rate is None:
+            print(f"{run.name}: not launched, as {held or f'the trials of {run.arm.name} have no result'}")
             continue
         jobs.append({"name": job_name(study, run), "flags": [f"--accelerator={slice}", *runner.configured(run)]})
     if not jobs:
@@ -191,14 +203,7 @@ def launch(study: Study, runner: Runner, names: Sequence[str], slice: str, flags
     path = runner.places.work / "jobs.json"
     path.write_text(json.dumps(jobs, indent=2) + "\n", encoding="utf-8")
     print(f"{len(jobs)} runs in {path}", flush=True)
-    return several.main([f"--jobs={path}", *flags])
-
-
-def job_name(study: Study, run: Run) -> str:
-    """A run's name as Google Cloud takes names: 28 lower-case letters, digits and dashes, a letter first."""
-    name = re.sub(r"[^a-z0-9]+", "-", f"{study.name[:1]}-{run.name}").strip("-")
-    require(len(name) <= 28, "a job's name", name, "at most 28 characters")
-    return name
+    return several.main([f"--jobs={path}", f"--bucket={runner.places.bucket}", *flags])
 
 
 if __name__ == "__main__":

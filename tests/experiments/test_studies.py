@@ -1,0 +1,112 @@
+"""Every study builds: configurations, shapes, matched arms; the full ones have the papers' numbers."""
+
+import csv
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import matching, study
+from experiments.design import STUDIES, Arm, Contrast, Study, load
+from experiments.elsewhere import job_name
+from spiral_jax.errors import SpiralError
+from spiral_jax.model.config import ModelConfig
+from spiral_jax.model.spiralformer import abstract_params
+
+NAMES = sorted(path.stem for path in STUDIES.glob("*.py"))
+PAPER = Path(study.__file__).parent / "paper"
+read = functools.cache(load)
+
+
+@functools.cache
+def counted(model: ModelConfig) -> int:
+    """Parameters by shapes alone."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("edition", ["small", "full"])
+def test_every_run_builds(name, edition):
+    found = read(name, edition)
+    assert matching.check(found)
+    for run in found.runs():
+        assert counted(run.arm.config.model) == run.arm.config.model.total_parameters
+    names = [run.name for run in found.runs()]
+    assert len(set(names)) == len(names)
+    for slice in found.slices:
+        assert matching.predicted_seconds(found.arms[0].config, slice) > 0
+    jobs = [job_name(found, run) for run in found.runs()]
+    assert len(set(jobs)) == len(jobs)
+
+
+def test_the_main_table_has_the_papers_numbers():
+    found = read("main_table", "full")
+    rows = list(csv.DictReader((PAPER / "main_table.csv").open()))
+    assert len(rows) == len(found.runs()) == 22
+    for row, run in zip(rows, found.runs(), strict=True):
+        model = run.arm.config.model
+        assert run.arm.name == f"{row['size']}-{row['family']}" and model.notation == row["layers"]
+        assert f"{model.non_embedding_parameters / 1e6:.1f}" == row["non_embedding_millions"]
+        assert model.prefill_flops(4096) / 1e12 == pytest.approx(float(row["prefill_teraflop"]), rel=0.012)
+
+
+def test_plan_prints_a_row_a_run_and_sums(capsys):
+    assert study.main(["plan", "main_table", "--edition=full"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = read("main_table", "full")
+    rows = [line.split() for line in lines if line.startswith(tuple(run.name for run in found.runs()))]
+    assert len(rows) == 22
+    hours = [int(row[-1].replace(",", "")) for row in rows]
+    (total,) = (line.split() for line in lines if line.startswith("all "))
+    assert int(total[-1].replace(",", "")) == pytest.approx(sum(hours), abs=12) and min(hours) > 100
+
+
+def test_budgets_are_spent():
+    """Of studies that are matched in FLOPs: what a run takes is its budget, to half a step."""
+    for name in ("recurrence_ratio", "scaling"):
+        for edition in ("small", "full"):
+            for arm in read(name, edition).arms:
+                config = arm.config
+                step = matching.train_flops(config) / config.train.steps
+                assert abs(matching.train_flops(config) - arm.factors["budget"]) <= step / 2
+
+
+def test_seconds_are_matched_on_a_slice():
+    base = read("main_table", "full")
+    vanilla, spiral = (base.arm(f"160m-{family}") for family in ("vanilla", "spiral_l"))
+    wanted = matching.predicted_seconds(vanilla.config, "v5e:4x4")
+    values = spiral.values.copy_and_resolve_references()
+    values.train.steps = matching.steps_for_seconds(spiral.config, "v5e:4x4", wanted)
+    assert values.train.steps > vanilla.config.train.steps  # Spiral-L's steps are the shorter ones
+    contrast = Contrast("longer", "160m-vanilla", matched="seconds", slice="v5e:4x4")
+    found = Study("s", "full", "?", (vanilla, Arm("longer", values)), contrast)
+    assert "predicted seconds on v5e:4x4" in matching.check(found)[0]
+    with pytest.raises(SpiralError, match=r"differ by -\d+\.\d+%; allowed: up to 1\.00%"):
+        matching.check(dataclasses.replace(found, arms=(vanilla, dataclasses.replace(spiral, name="longer"))))
+
+
+def test_arms_that_do_not_match_are_refused():
+    base = read("main_table", "full")
+    unfair = dataclasses.replace(base, primary=Contrast("410m-spiral_b", "410m-vanilla"))
+    with pytest.raises(
+        SpiralError, match=r"^410m-spiral_b against 410m-vanilla: non-embedding parameters .* differ by"
+    ):
+        matching.check(unfair)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["plan", "nothing"], "the study is 'nothing'; allowed: ablation, "),
+    (["plan", "ablation", "--edition=huge"], "--edition is 'huge'; allowed: small, full"),
+    (["plan", "ablation", "--only=main-seed9"], "--only is 'main-seed9'; allowed: names of runs, as main-seed1, "),
+    (["plan", "ablation", "--onyl=x"], "--onyl=x is no flag of plan"),
+    (["plan", "ablation", "--slice=v9:1"], "--slice is 'v9:1'; allowed: "),
+    (["plain", "ablation"], "argument VERB: invalid choice: 'plain'"),
+    (["run", "main_table", "--edition=full"], "data.stores is (); allowed: --config.data.stores="),
+    (["run", "ablation", "--config.model.d_model=8"], "--config.model.d_model changes what comes of the runs"),
+])  # fmt: skip
+def test_mistakes_are_one_line(capsys, arguments, expected):
+    assert study.main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {expected}") and errors.count("\n") == 1
