@@ -6,9 +6,7 @@ from experiments.design import Contrast, Study
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.on_paper import estimate
-from spiral_jax.roofline.points import chip_hours, read_points
 from spiral_jax.training.config import StepConfig
-from spiral_jax.training.costs import flops
 
 UNITS = {"parameters": "non-embedding parameters", "flops": "training FLOPs", "seconds": "predicted seconds"}
 
@@ -41,8 +39,8 @@ def steps_for_seconds(config: StepConfig, slice: str, seconds: float) -> int:
 def predicted_seconds(config: StepConfig, slice: str) -> float | None:
     """Of all steps of a run on a TPU slice; None where its batch or model does not divide over it.
 
-    From the point of `tpu/predictions` that was compiled for this model on this slice where there is one, otherwise
-    by closed forms, which are within 5 % of those points.
+    By closed forms, so that all arms stand on one footing; they are within 5 % of the compiled points of
+    `tpu/predictions` (`tests/roofline/test_on_paper.py`).
 
     Raises:
       SpiralError: no such slice.
@@ -99,13 +97,9 @@ def _needed_step_seconds(config: StepConfig, slice: str) -> float:
 
 @functools.cache
 def _step_seconds(config: StepConfig, slice: str) -> float | None:
-    chips, model = parse_slice(slice), config.model
+    chips = parse_slice(slice)
     try:
         config.check_mesh(chips.devices)
     except SpiralError:
         return None
-    key = (model.notation, model.topology, model.total_parameters)
-    for point in read_points():
-        if str(point.slice) == slice and point.is_of(*key):
-            return chip_hours(flops(config).causal, point.mfu, chips) * 3600 / chips.chips
     return estimate(config, chips).step_seconds

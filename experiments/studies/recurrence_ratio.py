@@ -25,13 +25,13 @@ def get_study(edition: Edition) -> Study:
             values.model.prelude_layers, values.model.core_layers, values.model.coda_layers = outside, loop, outside
             values.train.steps = steps_for_flops(RunConfig.from_dict(values.to_dict()), budget)
             ratio = round(loop / extent["layers"], 4)
-            arms.append(Arm(f"{budget:.0e}-loop{loop}".replace("+", ""), values, {"ratio": ratio, "budget": budget}))
+            arms.append(Arm(f"{budget:g}-loop{loop}".replace("+", ""), values, {"ratio": ratio, "budget": budget}))
     third = len(extent["loops"]) // 3  # the ratio that is nearest to the paper's best
     largest = [arm.name for arm in arms[-len(extent["loops"]) :]]
     return Study(
         name="recurrence_ratio",
         edition=edition,
-        question="With as many training FLOPs, is it better to have a third of the layers in the loop than none?",
+        question="With as many training FLOPs, is it better to have about a third of the layers in the loop than none?",
         arms=tuple(arms),
         primary=Contrast(largest[third], largest[0], matched="flops"),
         others=tuple(Contrast(largest[third], name, matched="flops") for name in largest[1:] if name != largest[third]),
@@ -41,7 +41,7 @@ def get_study(edition: Edition) -> Study:
 
 
 def small():
-    """A narrow model with quickstart's recipe, at the learning rate that its trials found best."""
+    """A narrow model with quickstart's recipe and learning rate."""
     values = quickstart.get_config()
     values.model.d_model = 96
     values.model.chunks = (16, 8, 4, 2)

@@ -23,13 +23,13 @@ def get_study(edition: Edition) -> Study:
             for family in extent["families"]:
                 values = pile.get_config(f"{size},{family}") if edition == "full" else small(size, family)
                 values.train.steps = steps_for_flops(RunConfig.from_dict(values.to_dict()), budget)
-                name = f"{size}-{family}-{budget:.0e}".replace("+", "")
+                name = name_of(size, family, budget)
                 arms.append(Arm(name, values, {"size": size, "family": family, "budget": budget}))
     pairs = [
-        Contrast(f"{size}-spiral_l-{budget:.0e}".replace("+", ""), f"{size}-vanilla-{budget:.0e}".replace("+", ""),
-                 matched="flops")
-        for budget in extent["budgets"] for size in extent["sizes"]
-    ]  # fmt: skip
+        Contrast(name_of(size, "spiral_l", budget), name_of(size, "vanilla", budget), matched="flops")
+        for budget in extent["budgets"]
+        for size in extent["sizes"]
+    ]
     return Study(
         name="scaling",
         edition=edition,
@@ -40,6 +40,11 @@ def get_study(edition: Edition) -> Study:
         seeds=(0,) if edition == "full" else (1,),
         slices=("v5p:4x4x4",) if edition == "full" else ("v5e:1x1",),
     )
+
+
+def name_of(size: str, family: str, budget: float) -> str:
+    """Of an arm."""
+    return f"{size}-{family}-{budget:g}".replace("+", "")
 
 
 def small(size: str, family: str):

@@ -77,7 +77,7 @@ def scoring_batches(
 
 
 class WindowScorer:
-    """Weighted nats of the positions of a batch of windows, its parameters gathered as in training: what fits there fits here."""
+    """Weighted nats of the positions of windows, parameters gathered as in training: what fits there fits here."""
 
     def __init__(self, config: StepConfig, placed: PlacedModel, *, ahead: bool = False):
         """Builds the step.
