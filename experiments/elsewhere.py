@@ -12,8 +12,13 @@ from spiral_jax.run.config import MUTABLE
 from spiral_jax.run.reading import reading
 
 
-def check_overrides(study: Study, overrides: Sequence[str]) -> None:
+def check_overrides(study: Study, overrides: Sequence[str], trains: bool) -> None:
     """Whether flags change nothing of what comes of the runs, and say where the data is if the study does not.
+
+    Args:
+      study: whose runs they are for.
+      overrides: `--config.FIELD=VALUE`.
+      trains: whether data is needed.
 
     Raises:
       SpiralError: one does, or no data is named.
@@ -25,7 +30,9 @@ def check_overrides(study: Study, overrides: Sequence[str]) -> None:
                               f"say where data is and how runs run")  # fmt: skip
     data = study.arms[0].config.data
     named = data.stores or data.paths or any(flag.startswith("--config.data.") for flag in overrides)
-    require(bool(named), "data.stores", data.stores, "--config.data.stores=..., as the study names no data")
+    require(
+        bool(named) or not trains, "data.stores", data.stores, "--config.data.stores=..., as the study names no data"
+    )
 
 
 def check_trained(run: Run, workdir: epath.Path) -> None:

@@ -17,6 +17,7 @@ from experiments.child import ROOT
 from experiments.design import Run, Study, comparable_hash, run_config, shaping
 from experiments.matching import predicted_seconds, tokens, train_flops
 from experiments.record import MOST_DOCUMENTS, Code, Evaluation, Flops, Parameters, Record, Seconds, Status, thinned
+from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json_object
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run.directory import validation_store_of
@@ -57,7 +58,7 @@ def record_of(
         status=status, reason=reason, command=command, code=code,
         data=data_hashes(workdir) if finished else {},
         config_hash=comparable_hash(config), config=shaping(config),
-        machine=f"{processor()}, {os.cpu_count()} cores; {start['devices'] or 'no device'}",
+        machine=("" if is_bucket(workdir) else f"{processor()}, {os.cpu_count()} cores; ") + (start["devices"] or "?"),
         versions={name: version for name, version in start["packages"].items() if version}
         | {"python": platform.python_version()},
         parameters=Parameters(config.model.non_embedding_parameters, config.model.total_parameters),

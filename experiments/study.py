@@ -80,7 +80,7 @@ def _main(arguments: list[str]) -> int:
         case "plan":
             return plan(study, names, values.slice or study.slices[0])
         case "run":
-            check_overrides(study, rest)
+            check_overrides(study, rest, trains=not places.bucket)
             for line in matching.check(study):
                 print(line, flush=True)
             return runner.run(names)
@@ -184,7 +184,7 @@ def launch(study: Study, runner: Runner, names: Sequence[str], slice: str, flags
     from tpu import several
 
     matching.check(study)
-    check_overrides(study, [flag for flag in flags if flag.startswith("--config.")])
+    check_overrides(study, [flag for flag in flags if flag.startswith("--config.")], trains=True)
     require(bool(runner.places.bucket), "--bucket", runner.places.bucket, "gs://BUCKET or gs://BUCKET/PREFIX")
     done = runner.records()
     jobs = []

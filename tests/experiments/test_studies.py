@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import functools
+import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from experiments.elsewhere import job_name
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import abstract_params
+from tpu.several import read_entries
 
 NAMES = sorted(path.stem for path in STUDIES.glob("*.py"))
 PAPER = Path(study.__file__).parent / "paper"
@@ -94,6 +97,36 @@ def test_arms_that_do_not_match_are_refused():
         SpiralError, match=r"^410m-spiral_b against 410m-vanilla: non-embedding parameters .* differ by"
     ):
         matching.check(unfair)
+
+
+def test_the_pages_example_is_a_study(tmp_path):
+    page = (PAPER.parents[1] / "docs" / "studies.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    found = load(str(tmp_path / "mine.py"), "small")
+    assert "predicted seconds on v5e:1x1" in matching.check(found)[0]
+    assert [run.name for run in found.runs()][0] == "residual-lr0.004" and len(found.runs()) == 12
+    for name in NAMES:
+        assert f"| `{name}` |" in page
+
+
+def test_launch_hands_over_what_no_gate_holds_back(tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr("tpu.several.main", lambda arguments: given.extend(arguments) or 0)
+    flags = ["launch", "main_table", "--edition=full", f"--work={tmp_path}", f"--results={tmp_path}/results",
+             "--bucket=gs://mine/", "--zone=us-east5-a"]  # fmt: skip
+    assert study.main([*flags, "--config.data.stores=('gs://mine/pile',)"]) == 0
+    jobs = json.loads((tmp_path / "main_table" / "full" / "jobs.json").read_text())
+    assert jobs == [{"name": "m-160m-vanilla-seed0", "flags": [
+        "--accelerator=v5p:4x4x4", "--config=experiments/arm.py:main_table,full,160m-vanilla", "--config.seed=0",
+        "--config.optimizer.peak_learning_rate=0.0006"]}]  # fmt: skip
+    path = tmp_path / "main_table" / "full" / "jobs.json"
+    assert given == [f"--jobs={path}", "--bucket=gs://mine", "--zone=us-east5-a",
+                     "--config.data.stores=('gs://mine/pile',)"]  # fmt: skip
+    assert "160m-mesh-seed0: not launched, as the gate 160m-vanilla-seed0 has no record" in capsys.readouterr().out
+    assert study.main(flags) == 2 and "data.stores is ()" in capsys.readouterr().err
+    entries = read_entries(str(path), ["--zone=us-east5-a", "--bucket=gs://mine"])  # as the launcher takes them
+    assert entries[0].job.config == "experiments/arm.py:main_table,full,160m-vanilla"
 
 
 @pytest.mark.parametrize("arguments, expected", [
