@@ -105,7 +105,7 @@ def test_the_pages_example_is_a_study(tmp_path):
     (tmp_path / "mine.py").write_text(code)
     found = load(str(tmp_path / "mine.py"), "small")
     assert "predicted seconds on v5e:1x1" in matching.check(found)[0]
-    assert [run.name for run in found.runs()][0] == "residual-lr0.004" and len(found.runs()) == 12
+    assert found.runs()[0].name == "residual-lr0.004" and len(found.runs()) == 12
     for name in NAMES:
         assert f"| `{name}` |" in page
 
