@@ -137,8 +137,6 @@ class Study:
       gates: what has to look right first.
       slices: TPU slices that seconds are predicted for; the first is that of `plan` and `launch`.
       kept: names of runs whose directories stay after their records are written, as for probes.
-      by_depth: module to run after training, with `--workdir=` and `--output=`, which writes `Record.by_depth`; empty
-        for none.
     """
 
     name: str
@@ -153,7 +151,6 @@ class Study:
     gates: tuple[Gate, ...] = ()
     slices: tuple[str, ...] = ("v5e:4x4",)
     kept: tuple[str, ...] = ()
-    by_depth: str = ""
 
     def __post_init__(self):
         names = [arm.name for arm in self.arms]

@@ -7,6 +7,7 @@ from etils import epath
 
 from experiments.child import Killed
 from experiments.design import PLACES, Run, Study
+from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run.config import MUTABLE
 from spiral_jax.run.reading import reading
@@ -28,11 +29,8 @@ def check_overrides(study: Study, overrides: Sequence[str], trains: bool) -> Non
         if not field.startswith((*PLACES, *MUTABLE)):
             raise SpiralError(f"--config.{field} changes what comes of the runs; allowed: another study, or flags that "
                               f"say where data is and how runs run")  # fmt: skip
-    data = study.arms[0].config.data
-    named = data.stores or data.paths or any(flag.startswith("--config.data.") for flag in overrides)
-    require(
-        bool(named) or not trains, "data.stores", data.stores, "--config.data.stores=..., as the study names no data"
-    )
+    named = study.arms[0].config.data != DataConfig() or any(flag.startswith("--config.data.") for flag in overrides)
+    require(named or not trains, "data.stores", (), "--config.data.stores=..., as the study names no data")
 
 
 def check_trained(run: Run, workdir: epath.Path) -> None:

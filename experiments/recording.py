@@ -7,9 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -41,7 +39,7 @@ def record_of(
       status: how it ended.
       reason: why, in a line; empty if it finished.
       workdir: of the run.
-      folder: with `documents.json`, and `by_depth.json` if the study has one.
+      folder: with `documents.json`.
 
     Raises:
       SpiralError: it finished, but something is missing or damaged.
@@ -70,7 +68,7 @@ def record_of(
         ),
         curve=thinned(losses),
         evaluation={"validation": evaluation_of(folder / "documents.json")} if finished else {},
-        by_depth=depths_of(folder / "by_depth.json") if finished and study.by_depth else {},
+        by_depth=depths_of(folder / "documents.json") if finished else {},
     )  # fmt: skip
 
 
@@ -90,9 +88,11 @@ def evaluation_of(path: Path) -> Evaluation:
 
 
 def depths_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """What the module `Study.by_depth` wrote: {task: {depth: [correct, count]}}."""
-    found: Mapping[str, Mapping[str, Any]] = read_json_object(path)
-    return {task: {depth: (int(n[0]), int(n[1])) for depth, n in depths.items()} for task, depths in found.items()}
+    """Right answers and all, by group, where `evaluate --documents` counted them: {task: {group: (right, all)}}."""
+    found = read_json_object(path)
+    if "by_group" not in found:
+        return {}
+    return {found["input"]: {group: (int(n[0]), int(n[1])) for group, n in found["by_group"].items()}}
 
 
 def data_hashes(workdir: epath.Path) -> dict[str, str]:

@@ -168,9 +168,6 @@ class Runner:
                 self._train_to_the_end(run, folder, advance)
             documents = f"--documents={folder / 'documents.json'}"
             self._wait_for(folder, [self._evaluate, f"--workdir={workdir}", documents], advance)
-            if self.study.by_depth:
-                output = f"--output={folder / 'by_depth.json'}"
-                self._wait_for(folder, [self.study.by_depth, f"--workdir={workdir}", output], advance)
         except ChildFailed as failure:
             status = "diverged" if failure.status == DIVERGED else "failed"
             reason = str(failure)
