@@ -47,7 +47,7 @@ OK, FAILED, SAVED, DIVERGED = 0, 1, 42, 44
 HERE = (
     "--config.evaluation.every_steps=0",
     "--config.evaluation.batches=1",
-    "--config.checkpoint.keep=1",
+    "--config.checkpoint.keep=2",
     "--config.summary.sample_tokens=0",
     "--config.summary.plot=False",
 )
@@ -222,6 +222,8 @@ class Runner:
 
     def begun(self, run: Run) -> str:
         """How far a run without a record is."""
+        if self.places.bucket:
+            return "no record"
         steps = steps_done(self._workdir(run))
         return f"step {steps} of {run.arm.config.train.steps}" if steps else "not begun"
 
@@ -327,11 +329,11 @@ class Runner:
 
 
 def steps_done(workdir: epath.Path) -> int:
-    """By the last row of a run on this machine."""
+    """By the last row of a run; 0 for one on a bucket."""
     rows = rows_of(workdir)
     if is_bucket(rows) or not rows.exists():
         return 0
-    with open(rows, "rb") as file:
+    with rows.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         whole = file.read().split(b"\n")[1:-1]  # the first may lack its beginning, the last its end
     with contextlib.suppress(ValueError, KeyError, TypeError):
