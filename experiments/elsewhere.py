@@ -1,5 +1,6 @@
 """Runs that `launch` hands to TPU slices: what may be said about them, their names, and whether they have ended."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -44,7 +45,6 @@ def check_trained(run: Run, workdir: epath.Path) -> None:
 
 
 def job_name(study: Study, run: Run) -> str:
-    """A run's name as Google Cloud takes names: 28 lower-case letters, digits and dashes, a letter first."""
+    """A run's name as Google Cloud takes names: at most 28 lower-case letters, digits and dashes, a letter first."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{study.name[:1]}-{run.name}").strip("-")
-    require(len(name) <= 28, "a job's name", name, "at most 28 characters")
-    return name
+    return name if len(name) <= 28 else f"{name[:21]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

@@ -5,6 +5,7 @@ import functools
 from experiments.design import Contrast, Study
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import parse_slice
+from spiral_jax.kernels.splash import LANES
 from spiral_jax.roofline.on_paper import estimate
 from spiral_jax.training.config import StepConfig
 
@@ -37,7 +38,7 @@ def steps_for_seconds(config: StepConfig, slice: str, seconds: float) -> int:
 
 
 def predicted_seconds(config: StepConfig, slice: str) -> float | None:
-    """Of all steps of a run on a TPU slice; None where its batch or model does not divide over it.
+    """Of all steps of a run on a TPU slice; None where its batch, model or length does not divide over it.
 
     By closed forms, so that all arms stand on one footing; they are within 5 % of the compiled points of
     `tpu/predictions` (`tests/roofline/test_on_paper.py`).
@@ -98,6 +99,8 @@ def _needed_step_seconds(config: StepConfig, slice: str) -> float:
 @functools.cache
 def _step_seconds(config: StepConfig, slice: str) -> float | None:
     chips = parse_slice(slice)
+    if config.train.sequence_length % LANES:
+        return None
     try:
         config.check_mesh(chips.devices)
     except SpiralError:

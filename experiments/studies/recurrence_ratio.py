@@ -10,7 +10,7 @@ from experiments.matching import steps_for_flops
 from spiral_jax.run.config import RunConfig
 
 FULL = dict(layers=24, loops=(0, 4, 8, 12, 16, 20), budgets=(8e19, 16e19))
-SMALL = dict(layers=8, loops=(0, 2, 4, 6), budgets=(4e12, 8e12))
+SMALL = dict(layers=8, loops=(0, 2, 4, 6), budgets=(6e12, 1.2e13))
 
 
 def get_study(edition: Edition) -> Study:

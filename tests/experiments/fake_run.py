@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS, TOKENS = 10, 32  # of tiny.py, whose configuration takes seconds to import
+STEPS, TOKENS = 10, 256  # of tiny.py, whose configuration takes seconds to import
 flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
 workdir = Path(flags["workdir"])
 

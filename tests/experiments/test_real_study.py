@@ -30,7 +30,7 @@ def get_study(edition):
         values.model.prelude_layers, values.model.core_layers, values.model.coda_layers = 1, int(bool(chunks)), 0
         values.model.chunks, values.model.topology = chunks, "mesh" if chunks else "base"
         values.model.dtype = "float32"
-        values.train.steps, values.train.batch_size, values.train.sequence_length = 60, 2, 32
+        values.train.steps, values.train.batch_size, values.train.sequence_length = 60, 2, 128
         values.optimizer.peak_learning_rate = rate
         values.checkpoint.every_steps = 10
         values.data.paths, values.data.validation_fraction = ("TEXTS",), 0.3

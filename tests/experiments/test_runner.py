@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import recording
+from experiments import recording, study
 from experiments.design import Gate, load
 from experiments.record import folder_of, read, read_all, write
 from experiments.runner import Places, Runner
@@ -33,11 +33,11 @@ def _fake(monkeypatch):
 
 def runner_of(folder: Path, monkeypatch, arms: str = "plain,other", **changes):
     monkeypatch.setenv("TINY_ARMS", arms)
-    study = dataclasses.replace(load(TINY, "small"), **changes)
+    declared = dataclasses.replace(load(TINY, "small"), **changes)
     lines: list[str] = []
-    places = Places(folder / "work", folder_of(study.name, study.edition, folder / "results"), TINY)
-    runner = Runner(study, places, lines.append, train="fake_run", evaluate="fake_run")
-    return runner, lines, [run.name for run in study.runs()]
+    places = Places(folder / "work", folder_of(declared.name, declared.edition, folder / "results"), TINY)
+    runner = Runner(declared, places, lines.append, train="fake_run", evaluate="fake_run")
+    return runner, lines, [run.name for run in declared.runs()]
 
 
 def contents(folder: Path) -> dict[str, dict]:
@@ -59,13 +59,23 @@ def test_trials_decide_the_learning_rate_and_finished_runs_are_skipped(tmp_path,
     nats = 5 + 5 / 100 + 2 / 1000 - 1
     assert one.evaluation["validation"].nats == pytest.approx(nats + 1 / 40)
     assert one.evaluation["validation"].documents == pytest.approx((nats, nats + 1 / 30), abs=2e-3)
-    assert one.curve[-1] == (10, 320, round(nats, 5)) and one.tokens == 320
+    assert one.curve[-1] == (10, 2560, round(nats, 5)) and one.tokens == 2560
     assert one.seconds.train == 5.0 and one.seconds.predicted["v5e:1x1"] > 0
     assert "--only=plain-seed2" in one.command and one.code.package and one.config["model.d_model"] == 16
     assert not list((tmp_path / "work").glob("plain*"))
     stamps = {path: path.stat().st_mtime_ns for path in runner.places.records.iterdir()}
     assert runner.run(names) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in runner.places.records.iterdir()} == stamps
+
+
+def test_status_says_what_is_there(tmp_path, monkeypatch, capsys):
+    runner, _, names = runner_of(tmp_path, monkeypatch)
+    assert runner.run(names[:4]) == 0
+    assert study.status(runner.study, runner, names) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("plain-lr0.002  4.") and lines[4] == "plain-seed1    not begun"
+    assert lines[8] == "learning rate of plain: 0.004, at the edge of those tried"
+    assert lines[10] == "4 of 8 runs are over; 20s of training"
 
 
 def test_one_that_fails_and_one_that_diverges_stop_no_others(tmp_path, monkeypatch):

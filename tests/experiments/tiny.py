@@ -16,7 +16,7 @@ def get_study(edition):
         values.model.prelude_layers, values.model.core_layers, values.model.coda_layers = 1, 0, 0
         values.model.chunks, values.model.topology = (), "base"
         values.model.dtype = "float32"
-        values.train.steps, values.train.batch_size, values.train.sequence_length = 10, 2, 16
+        values.train.steps, values.train.batch_size, values.train.sequence_length = 10, 2, 128
         values.optimizer.peak_learning_rate = 0.003
         values.data.stores = ("nowhere",)
         arms.append(Arm(name, values))
