@@ -53,7 +53,8 @@ def command(tmp_path):
         folders = [f"--work={tmp_path / name / 'work'}", f"--results={tmp_path / name / 'results'}"]
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.study", "run", str(study), *folders], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
         )  # fmt: skip
 
     return start
