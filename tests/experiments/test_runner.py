@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from experiments import recording, study
+from experiments import runner as runner_module
 from experiments.design import Gate, load
-from experiments.record import folder_of, read, read_all, write
+from experiments.record import Code, folder_of, read, read_all, write
 from experiments.runner import Places, Runner
 from spiral_jax.errors import SpiralError
 
@@ -26,7 +27,8 @@ SAME = ("code", "machine", "versions", "seconds", "command")  # what two runs of
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch):
-    """Of checkpoints, which the children do not write."""
+    """Of checkpoints, which the children do not write, and of a second's work."""
+    monkeypatch.setattr(runner_module, "code_of_tree", lambda: Code("c", "", "p"))
     monkeypatch.setattr(recording, "data_hashes", lambda workdir: {"train": "a", "validation": "b"})
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]))
 
@@ -111,10 +113,12 @@ def test_a_run_that_is_killed_goes_on(tmp_path, monkeypatch):
 SCRIPT = """
 import sys
 from pathlib import Path
-from experiments import recording
-from experiments.design import load
+from experiments import recording, runner
 from experiments.child import Stopped
+from experiments.design import load
+from experiments.record import Code
 from experiments.runner import Places, Runner
+runner.code_of_tree = lambda: Code("c", "", "p")
 recording.data_hashes = lambda workdir: {"train": "a", "validation": "b"}
 study, folder = load(sys.argv[1], "small"), Path(sys.argv[2])
 places = Places(folder / "work", folder / "results/tiny/small/records", sys.argv[1])
@@ -125,7 +129,7 @@ except Stopped as stopped:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_runner_that_is_ended_takes_its_child_along_and_goes_on(tmp_path, monkeypatch, number):
     """Whatever ends it: the next one ends with what an uninterrupted one has."""
     monkeypatch.setenv("TINY_ARMS", "plain,waiting")
@@ -197,6 +201,15 @@ def test_two_runners_do_not_share_a_folder(tmp_path, monkeypatch):
     second, _, _ = runner_of(tmp_path, monkeypatch)
     with first._alone(), pytest.raises(SpiralError, match="in use by another runner"):
         second.run(names)
+
+
+def test_the_code_of_a_run():
+    """What training imports, and nothing else of the package."""
+    files = {path.relative_to(ROOT / "spiral_jax").as_posix() for path in recording.package_files()}
+    assert {"train.py", "evaluate.py", "model/spiralformer.py", "kernels/cpu.py", "__init__.py"} <= files
+    assert not files & {"export.py", "aot.py", "benchmarks/training.py", "roofline/hlo.py"}
+    code = recording.code_of_tree()
+    assert len(code.commit) == 40 and len(code.package) == 16
 
 
 def wait_until(found, seconds: float = 60):
