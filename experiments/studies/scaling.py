@@ -5,6 +5,8 @@ as the learning rate falls to the end of it. `full` has the papers' sizes, `smal
 text, a quarter of an hour on two cores.
 """
 
+from ml_collections import ConfigDict
+
 from experiments import pile, quickstart
 from experiments.design import Arm, Contrast, Edition, Study
 from experiments.matching import steps_for_flops
@@ -17,11 +19,12 @@ SMALL = dict(sizes=("d64", "d96"), families=("vanilla", "spiral_l"), budgets=(1e
 def get_study(edition: Edition) -> Study:
     """The study."""
     extent = FULL if edition == "full" else SMALL
+    text = quickstart.get_config() if edition == "small" else ConfigDict()
     arms = []
     for budget in extent["budgets"]:
         for size in extent["sizes"]:
             for family in extent["families"]:
-                values = pile.get_config(f"{size},{family}") if edition == "full" else small(size, family)
+                values = pile.get_config(f"{size},{family}") if edition == "full" else small(text, size, family)
                 values.train.steps = steps_for_flops(RunConfig.from_dict(values.to_dict()), budget)
                 name = name_of(size, family, budget)
                 arms.append(Arm(name, values, {"size": size, "family": family, "budget": budget}))
@@ -47,9 +50,9 @@ def name_of(size: str, family: str, budget: float) -> str:
     return f"{size}-{family}-{budget:g}".replace("+", "")
 
 
-def small(size: str, family: str):
-    """A narrow model with quickstart's recipe."""
-    values = quickstart.get_config()
+def small(text: ConfigDict, size: str, family: str) -> ConfigDict:
+    """A narrow model with quickstart's text and recipe."""
+    values = text.copy_and_resolve_references()
     values.model.d_model = int(size.removeprefix("d"))
     if family == "vanilla":
         values.model.prelude_layers, values.model.core_layers, values.model.coda_layers = 4, 0, 0

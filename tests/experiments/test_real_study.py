@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +53,7 @@ def command(tmp_path):
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.study", "run", str(study), *folders], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c")},
         )  # fmt: skip
 
     return start
@@ -83,8 +82,6 @@ def test_killed_half_way(tmp_path, command):
 
     # The runner is killed while the second run is at work.
     part = tmp_path / "part"
-    (part / "work" / "real" / "small").mkdir(parents=True)
-    shutil.copytree(tmp_path / "whole/work/real/small/compiled", part / "work/real/small/compiled")
     first = command("part")
     saved = part / "work/real/small/spiral-seed1/run/checkpoints"
     end = time.monotonic() + 300

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import matching, study
+from experiments import matching, quickstart, study
 from experiments.design import STUDIES, Arm, Contrast, Study, load
 from experiments.elsewhere import job_name
 from spiral_jax.errors import SpiralError
@@ -19,6 +19,7 @@ from spiral_jax.model.spiralformer import abstract_params
 from tpu.several import read_entries
 
 NAMES = sorted(path.stem for path in STUDIES.glob("*.py"))
+OTHERS = [name for name in NAMES if name != "main_table"]
 PAPER = Path(study.__file__).parent / "paper"
 read = functools.cache(load)
 
@@ -29,19 +30,32 @@ def counted(model: ModelConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_search():
+    """For the Python sources of the machine, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "python_sources", lambda: (("somewhere",), ()))
+        yield
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("edition", ["small", "full"])
-def test_every_run_builds(name, edition):
+def test_every_run_is_allowed_and_matched(name, edition):
     found = read(name, edition)
     assert matching.check(found)
-    for run in found.runs():
-        assert counted(run.arm.config.model) == run.arm.config.model.total_parameters
     names = [run.name for run in found.runs()]
-    assert len(set(names)) == len(names)
+    assert len(set(names)) == len(names) and all(run.arm.config for run in found.runs())
     for slice in found.slices:
         assert matching.predicted_seconds(found.arms[0].config, slice) > 0
     jobs = [job_name(found, run) for run in found.runs()]
-    assert len(set(jobs)) == len(jobs)
+    assert len(set(jobs)) == len(jobs) and max(map(len, jobs)) <= 28
+
+
+# Half a second a model: what is not the main table waits for `make test-slow`.
+@pytest.mark.parametrize("name", ["main_table", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_shapes_of_every_full_run_are_as_counted(name):
+    for run in read(name, "full").runs():
+        assert counted(run.arm.config.model) == run.arm.config.model.total_parameters
 
 
 def test_the_main_table_has_the_papers_numbers():
