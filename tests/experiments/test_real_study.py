@@ -49,11 +49,16 @@ def command(tmp_path):
     study.write_text(STUDY.replace("TEXTS", str(texts)))
 
     def start(name: str) -> subprocess.Popen[str]:
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        }
         folders = [f"--work={tmp_path / name / 'work'}", f"--results={tmp_path / name / 'results'}"]
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.study", "run", str(study), *folders], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c")},
+            env=os.environ | environment,
         )  # fmt: skip
 
     return start
