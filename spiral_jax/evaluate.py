@@ -29,6 +29,7 @@ from etils import epath
 
 from spiral_jax import command
 from spiral_jax.corpus.sources import find_sources, read_text
+from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import finite, write_json
 from spiral_jax.data.prepared import storage_of
 from spiral_jax.data.storage import is_url, writable_path
@@ -83,6 +84,8 @@ def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processe
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
     documents = writable_path("--documents", values.documents) if values.documents else None
+    there = documents is None or is_bucket(documents) or documents.parent.is_dir()
+    require(there, "--documents", values.documents, "a file in a folder that exists")
     taken: list[np.ndarray] = []
 
     placed = placed_model(config)
