@@ -157,8 +157,8 @@ def processor() -> str:
 
 
 def check_comparable(record: Record, others: list[Record]) -> None:
-    """Raises SpiralError if a run that finished read other data than those before it."""
-    for other in others:
+    """Raises SpiralError if a run that finished read other data than those before it that it may be compared with."""
+    for other in (other for other in others if other.config_hash == record.config_hash):
         for name, digest in record.data.items():
             was = other.data.get(name, digest)
             require(was == digest, f"{record.run}: its {name} data", digest, f"{was}, as of {other.run}")
