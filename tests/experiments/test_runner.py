@@ -185,6 +185,13 @@ def test_a_run_on_other_data_fails(tmp_path, monkeypatch):
     assert read(runner.places.records / "other-lr0.002.json").reason == expected
 
 
+def test_runs_on_different_tasks_may_read_different_data(record):
+    one, other = (dataclasses.replace(record, run=run, data={"train": run}) for run in "ab")
+    with pytest.raises(SpiralError, match="^a: its train data is 'a'; allowed: b, as of b$"):
+        recording.check_comparable(one, [other])
+    recording.check_comparable(one, [dataclasses.replace(other, config_hash="of another task")])
+
+
 def test_a_run_of_other_code_is_begun_anew(tmp_path, monkeypatch):
     runner, lines, names = runner_of(tmp_path, monkeypatch)
     folder = tmp_path / "work" / names[0]
