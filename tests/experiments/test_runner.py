@@ -187,7 +187,7 @@ def test_a_run_on_other_data_fails(tmp_path, monkeypatch):
 
 def test_runs_on_different_tasks_may_read_different_data(record):
     one, other = (dataclasses.replace(record, run=run, data={"train": run}) for run in "ab")
-    with pytest.raises(SpiralError, match="^a: its train data is 'a'; allowed: b, as of b$"):
+    with pytest.raises(SpiralError, match=r"^a: its train data is 'a'; allowed: b, as of b$"):
         recording.check_comparable(one, [other])
     recording.check_comparable(one, [dataclasses.replace(other, config_hash="of another task")])
 
