@@ -16,6 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+from absl import logging
+
 from experiments import matching
 from experiments.child import Stopped
 from experiments.design import Run, Study, is_over, load
@@ -36,6 +39,8 @@ VERBS = ("plan", "run", "launch", "status", "report")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status, as of every verb of the framework."""
+    jax.config.update("jax_platforms", "cpu")  # whatever computes is a child, and devices are theirs
+    logging.set_verbosity(logging.ERROR)  # of orbax, as in every verb
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
     except SpiralError as error:
