@@ -196,7 +196,7 @@ def test_what_a_run_leaves_behind(folder):
 
 
 def test_evaluate_agrees_with_the_run_and_scores_files(folder, capsys):
-    documents = folder / "documents.json"
+    documents = folder / "run" / "documents.json"
     assert call(evaluate, f"--workdir={folder}/run", "--json", f"--documents={documents}") == (0, "")
     report = json.loads(capsys.readouterr().out)
     found = json.loads(documents.read_text())
