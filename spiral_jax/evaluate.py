@@ -5,6 +5,7 @@ Without --tasks, every token of a text is predicted once, after a separator:
 python -m spiral_jax.evaluate --workdir=runs/quickstart                 on the run's own validation text
 python -m spiral_jax.evaluate --workdir=runs/quickstart --input=FILE    on a UTF-8 text file, or a token store
 python -m spiral_jax.evaluate --workdir=DIR --stride=64 --json          overlapping windows; JSON on stdout
+python -m spiral_jax.evaluate --workdir=DIR --documents=FILE.json       also nats and tokens of each document
 
 With --tasks (extra harness) the harness asks and this model answers. `paper` stands for the papers' nine tasks; data
 comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax/evaluation/tasks names:
@@ -22,19 +23,21 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 
 from spiral_jax import command
 from spiral_jax.corpus.sources import find_sources, read_text
-from spiral_jax.data.json_files import finite
+from spiral_jax.data.bucket import is_bucket
+from spiral_jax.data.json_files import finite, write_json
 from spiral_jax.data.prepared import storage_of
 from spiral_jax.data.storage import is_url, writable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.evaluation.perplexity import WindowScorer, score
+from spiral_jax.evaluation.perplexity import WindowScorer, nats_of_documents, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.kernels.choose import backend_for
 from spiral_jax.parallel.heap import keep_freed_memory
@@ -54,6 +57,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("stride", None, "advance of the windows; default: the sequence length", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "windows at a time; default: a micro-batch", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
+    flags.DEFINE_string("documents", "", "JSON file for nats and tokens of each document", flag_values=values)
     flags.DEFINE_list("tasks", [], "tasks of the LM Evaluation Harness, or paper", flag_values=values)
     flags.DEFINE_integer("num_fewshot", 0, "solved examples before each question of --tasks", flag_values=values)
     flags.DEFINE_integer("limit", 0, "documents of each of --tasks; 0 for all", flag_values=values)
@@ -79,6 +83,10 @@ def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processe
     config = on_these_devices(saved.config(processes), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
+    documents = writable_path("--documents", values.documents) if values.documents else None
+    there = documents is None or is_bucket(documents) or documents.parent.is_dir()
+    require(there, "--documents", values.documents, "a file in a folder that exists")
+    taken: list[np.ndarray] = []
 
     placed = placed_model(config)
     params = saved.restore(placed.abstract_params)
@@ -92,9 +100,14 @@ def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processe
         batch_size=config.train.batch_size,
         stride=values.stride,
         report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
+        take=taken.append if documents else lambda nats_N: None,
     )
     if not processes.is_main:
         return
+    if documents:
+        offsets_M = source.document_offsets_M if isinstance(source, TokenStore) else np.array([0, source.num_tokens])
+        nats_D, tokens_D = nats_of_documents(np.concatenate(taken), offsets_M)
+        write_json(documents, finite({"input": source.name, "nats": nats_D.tolist(), "tokens": tokens_D.tolist()}))
     report = {
         "input": source.name,
         "step": step,
@@ -149,7 +162,7 @@ def check_flags(values: flags.FlagValues) -> None:
     """Raises SpiralError where flags contradict each other or are out of range."""
     for name in ("num_fewshot", "limit"):
         require(getattr(values, name) >= 0, f"--{name}", getattr(values, name), "0 or more")
-    with_tasks, without_tasks = ("num_fewshot", "limit", "tasks_data", "output"), ("input", "stride")
+    with_tasks, without_tasks = ("num_fewshot", "limit", "tasks_data", "output"), ("input", "stride", "documents")
     for name in without_tasks if values.tasks else with_tasks:
         if values[name].value not in ("", 0, None):
             other = "without" if values.tasks else "with"

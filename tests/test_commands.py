@@ -196,8 +196,12 @@ def test_what_a_run_leaves_behind(folder):
 
 
 def test_evaluate_agrees_with_the_run_and_scores_files(folder, capsys):
-    assert call(evaluate, f"--workdir={folder}/run", "--json") == (0, "")
+    documents = folder / "run" / "documents.json"
+    assert call(evaluate, f"--workdir={folder}/run", "--json", f"--documents={documents}") == (0, "")
     report = json.loads(capsys.readouterr().out)
+    found = json.loads(documents.read_text())
+    assert sum(found["tokens"]) == report["tokens"] and len(found["nats"]) == len(found["tokens"])
+    assert sum(found["nats"]) / report["tokens"] == pytest.approx(report["loss"], rel=1e-12)
     last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert report["step"] == 4
     assert report["loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
@@ -218,6 +222,7 @@ def test_bad_evaluation_input(folder, tmp_path):
         ((f"--workdir={folder}/run", f"--input={folder}/*.*"), "matches 2 files"),
         ((f"--workdir={folder}/run", "--stride=17"), "--stride"),
         ((f"--workdir={folder}/run", "--batch_size=0"), "--batch_size"),
+        ((f"--workdir={folder}/run", "--documents=/no/file"), "--documents"),
     ):
         status, errors = call(evaluate, *arguments)
         assert status == 2 and named in errors and errors.count("\n") == 1, errors

@@ -77,7 +77,7 @@ def scoring_batches(
 
 
 class WindowScorer:
-    """Weighted nats of a batch of windows, its parameters gathered as in training: what fits there fits here."""
+    """Weighted nats of the positions of windows, parameters gathered as in training: what fits there fits here."""
 
     def __init__(self, config: StepConfig, placed: PlacedModel, *, ahead: bool = False):
         """Builds the step.
@@ -95,7 +95,7 @@ class WindowScorer:
 
         def nats(params, windows_BxW, weights_BxL):
             nats_BxL = window_nats(local, fsdp.gather_rest(params, specs), windows_BxW, train.loss_block)
-            return jnp.sum(nats_BxL * weights_BxL, axis=-1)
+            return nats_BxL * weights_BxL
 
         def eval_step(params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
             rows = PartitionSpec(fsdp.ROWS)
@@ -113,7 +113,7 @@ class WindowScorer:
         return self.step.lower(self._placed.abstract_params, windows_BxW, weights_BxL)
 
     def __call__(self, params: Any, windows_BxW: np.ndarray, weights_BxL: np.ndarray) -> jax.Array:
-        """nats_B, each row's sum of -log p times its weights."""
+        """nats_BxL, -log p of each position's target times its weight."""
         return self.step(params, self._placed.put(windows_BxW), self._placed.put(weights_BxL))
 
 
@@ -130,11 +130,12 @@ def score(
     max_batches: int = 0,
     report: Report = lambda line: None,
     check: Callable[[], None] = lambda: None,
+    take: Callable[[np.ndarray], None] = lambda nats_N: None,
 ) -> Score:
     """Scores a token stream.
 
     Args:
-      nats_of: (params, windows_BxW, weights_BxL) to weighted nats per row, as a `WindowScorer`.
+      nats_of: (params, windows_BxW, weights_BxL) to weighted nats_BxL, as a `WindowScorer`.
       params: the model's.
       source: the tokens.
       utf8_bytes: length of the text behind all of `source`.
@@ -147,6 +148,7 @@ def score(
         bytes per token.
       report: takes a line about the progress every few seconds.
       check: called before every batch; raises to leave the rest.
+      take: called with the nats of the next tokens of the stream, float64 [N], batch by batch.
 
     Raises:
       SpiralError: an empty stream, or a stride outside 1..L.
@@ -157,22 +159,42 @@ def score(
         raise SpiralError(f"{source.name}: no tokens to score")
     total = -(-num_scoring_windows(source.num_tokens, sequence_length, stride) // batch_size)
     total = min(total, max_batches) if max_batches else total
-    nats, tokens, pending = 0.0, 0, None
+    nats, tokens = 0.0, 0
+    pending: tuple[jax.Array, np.ndarray] | None = None
+
+    def read() -> float:
+        if pending is None:
+            return 0.0
+        result_BxL, weights_BxL = pending
+        nats_N = np.asarray(result_BxL).astype(np.float64)[weights_BxL > 0]
+        take(nats_N)
+        return float(nats_N.sum())
+
     progress = Progress("scoring", total, unit="batches", report=report, seconds=5)
     batches = scoring_batches(source, separator_id, sequence_length, stride, batch_size)
     for done, (windows_BxW, weights_BxL) in enumerate(batches):
         if done == total:
             break
         check()
-        result_B = nats_of(params, windows_BxW, weights_BxL)
+        result_BxL = nats_of(params, windows_BxW, weights_BxL)
         tokens += int(weights_BxL.sum())
         # Read the previous batch only now that the next one is on its way.
-        nats += _total(pending)
-        pending = result_B
+        nats += read()
+        pending = (result_BxL, weights_BxL)
         progress.advance(1)
-    nats += _total(pending)
+    nats += read()
     return Score(nats, tokens, utf8_bytes * (tokens / source.num_tokens))
 
 
-def _total(nats_B: jax.Array | None) -> float:
-    return 0.0 if nats_B is None else float(np.asarray(nats_B).astype(np.float64).sum())
+def nats_of_documents(nats_N: np.ndarray, document_offsets_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a store's nats, as `score` gives them to `take`, at its documents.
+
+    Args:
+      nats_N: of every token of the store.
+      document_offsets_M: where each document starts, and the end of the last one, as `TokenStore` has them.
+
+    Returns:
+      Total nats of each document, float64 [M - 1], and its tokens, its separator included, int64 [M - 1].
+    """
+    offsets_M = document_offsets_M.astype(np.int64)
+    return np.add.reduceat(nats_N, offsets_M[:-1]), np.diff(offsets_M)

@@ -119,7 +119,7 @@ class RunConfig(StepConfig):
         if step == 0:
             self._check_start(saved.model)
             return
-        before, now = _flatten(saved.to_dict()), _flatten(self.to_dict())
+        before, now = flatten(saved.to_dict()), flatten(self.to_dict())
         for field in sorted(before.keys() | now.keys()):
             was, given = before.get(field), now.get(field)
             if was == given or field.startswith(MUTABLE):
@@ -247,11 +247,12 @@ def _checked(hint, value, field: str):
     return value
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names, as command lines have them."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

@@ -11,7 +11,14 @@ import reference
 
 from spiral_jax.data.windows import TokensInMemory
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.perplexity import Score, WindowScorer, num_scoring_windows, score, scoring_batches
+from spiral_jax.evaluation.perplexity import (
+    Score,
+    WindowScorer,
+    nats_of_documents,
+    num_scoring_windows,
+    score,
+    scoring_batches,
+)
 from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -51,7 +58,7 @@ def eval_step(params, windows_BxW, weights_BxL):
     nats_BxL = np.array(
         [[nats_after(row[: i + 1], row[i + 1]) for i in range(len(row) - 1)] for row in windows_BxW.tolist()]
     )
-    return (nats_BxL * weights_BxL).sum(axis=-1)
+    return nats_BxL * weights_BxL
 
 
 def scored(source, L, stride=None, batch_size=3, **kwargs) -> Score:
@@ -101,6 +108,18 @@ def test_score_is_the_sum_over_tokens(N, L, stride):
         assert result.tokens == N
         assert result.nats == pytest.approx(expected, rel=1e-9)
         assert result.utf8_bytes == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("stride", [8, 3])
+def test_nats_come_token_by_token_and_are_cut_at_documents(stride):
+    source, taken = source_of(41), []
+    result = scored(source, 8, stride, take=taken.append)
+    nats_N = np.concatenate(taken)
+    expected = [nats_after(*pair) for pair in contexts(source, 8, stride)]
+    np.testing.assert_allclose(nats_N, expected, rtol=1e-12)
+    nats_D, tokens_D = nats_of_documents(nats_N, np.array([0, 1, 17, 41], np.uint64))
+    np.testing.assert_allclose(nats_D, [sum(expected[:1]), sum(expected[1:17]), sum(expected[17:])])
+    assert tokens_D.tolist() == [1, 16, 24] and nats_D.sum() == pytest.approx(result.nats)
 
 
 def test_formulas():
@@ -187,8 +206,8 @@ def test_rows_of_no_weight_do_not_count(real):
     rng = np.random.default_rng(2)
     windows_BxW = rng.integers(20, size=(4, 9)).astype(np.int32)
     weights_BxL = np.float32([[1] * 8, [1] * 3 + [0] * 5, [0] * 5 + [1] * 3, [0] * 8])
-    nats_B = np.asarray(nats_of(params, windows_BxW, weights_BxL))
+    nats_BxL = np.asarray(nats_of(params, windows_BxW, weights_BxL))
     other_BxW = windows_BxW.copy()
     other_BxW[1, 4:], other_BxW[3] = rng.integers(20, size=5), rng.integers(20, size=9)
-    np.testing.assert_array_equal(np.asarray(nats_of(params, other_BxW, weights_BxL)), nats_B)
-    assert nats_B[3] == 0
+    np.testing.assert_array_equal(np.asarray(nats_of(params, other_BxW, weights_BxL)), nats_BxL)
+    assert not nats_BxL[3].any()
