@@ -230,7 +230,7 @@ def fit_power_law(x: Sequence[float], loss: Sequence[float], *, with_floor: bool
 
 
 def pareto(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
-    """Places of the points that no other beats: none costs as little and loses less, or costs less and loses as little."""
+    """Places of the points that no other beats: none is as good in both, and better in one. In the order of cost."""
     front: list[int] = []
     for place in sorted(range(len(cost)), key=lambda i: (cost[i], loss[i])):
         if not front or loss[place] < loss[front[-1]]:

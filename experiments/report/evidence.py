@@ -119,24 +119,30 @@ def gather(study: Study, folder: Path) -> Evidence:
 
 
 def _same_origin(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """Records of the code and data that most have (of as many, the first by name), and a line for each other one."""
+    """Records of the code and data that most have (of as many, the first by name), and a line for each other one.
+
+    A run that did not finish has no hashes of its data, and is not asked for them.
+    """
     left_out = []
     for what, origin in (("code", _code), ("data", _data)):
-        ranked = collections.Counter(origin(one) for one in records).most_common(1)
-        for one in records:
-            if origin(one) != ranked[0][0]:
-                found = f"{origin(one)}, not {ranked[0][0]} as in {ranked[0][1]} others"
-                left_out.append(f"{one.run}: was run with other {what} ({found})")
-        records = [one for one in records if origin(one) == ranked[0][0]]
+        origins = [found for one in records if (found := origin(one))]
+        if not origins:
+            continue
+        usual, number = collections.Counter(origins).most_common(1)[0]
+        strangers = [one for one in records if origin(one) not in ("", usual)]
+        left_out += [
+            f"{one.run}: was run with other {what} ({origin(one)}, not {usual} as {number} others)" for one in strangers
+        ]
+        records = [one for one in records if one not in strangers]
     return records, left_out
 
 
 def _code(one: Record) -> str:
-    return one.code.package[:16]
+    return one.code.package
 
 
 def _data(one: Record) -> str:
-    return ", ".join(f"{name} {value[:16]}" for name, value in sorted(one.data.items()))
+    return ", ".join(f"{name} {value}" for name, value in sorted(one.data.items()))
 
 
 def _arm(study: Study, arm: design.Arm, records: list[Record]) -> Arm:

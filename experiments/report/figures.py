@@ -51,7 +51,7 @@ class Colours:
             from matplotlib import colormaps
 
             few = list(colormaps["viridis"](np.linspace(0, 0.95, len(names))))
-        self._of = dict(zip(names, few))
+        self._of = dict(zip(names, few, strict=False))
 
     def __getitem__(self, arm: Arm) -> Any:
         return self._of[series(arm)]
@@ -192,7 +192,9 @@ def loss_against_flops(evidence: Evidence, colours: Colours) -> Figure | str:
     for name in dict.fromkeys(map(series, arms)):
         mine = [arm for arm in arms if series(arm) == name]
         for arm in mine:
-            axes.plot([cost(arm, "")["flops"]] * len(arm.nats()), arm.nats(), "o", color=colours[arm], markersize=4, alpha=0.7)
+            axes.plot(
+                [cost(arm, "")["flops"]] * len(arm.nats()), arm.nats(), "o", color=colours[arm], markersize=4, alpha=0.7
+            )
         law = _law(*frontier(mine, "flops", ""))
         label = name
         if isinstance(law, PowerLaw):
@@ -206,7 +208,7 @@ def loss_against_flops(evidence: Evidence, colours: Colours) -> Figure | str:
     axes.set(xlabel="training FLOPs", ylabel=NATS, title="Loss against training FLOPs")
     _finish(axes)
     fitted = (
-        f"Lines are power laws through the best size of each budget, bands and intervals are at 95 % ({'; '.join(notes)})."
+        f"Lines are power laws through the best size of each budget, bands are at 95 % ({'; '.join(notes)})."
         if notes
         else "No power law: no family has three budgets."
     )
@@ -238,7 +240,9 @@ def pareto_fronts(evidence: Evidence, colours: Colours) -> Figure | str:
         axes = canvas.add_subplot(1, len(known), place + 1)
         costs = [cost(arm, on_slice)[of] for arm in arms]
         front = pareto(costs, losses)
-        axes.plot([costs[i] for i in front], [losses[i] for i in front], color="gray", linewidth=1, drawstyle="steps-post")
+        axes.plot(
+            [costs[i] for i in front], [losses[i] for i in front], color="gray", linewidth=1, drawstyle="steps-post"
+        )
         for arm, x, loss in zip(arms, costs, losses, strict=True):
             axes.plot([x], [loss], "o", color=colours[arm])
             if len(arms) <= 8:

@@ -213,7 +213,7 @@ def _on_the_curve(arm: Arm, family: list[Arm], of: Cost, on_slice: str) -> OnThe
 
 
 def frontier(family: list[Arm], of: Cost, on_slice: str) -> tuple[list[float], list[float]]:
-    """What a power law of a family is fitted to: for each budget (of one that has none, its FLOPs) the best of its arms.
+    """What a family's power law is fitted to: for each budget, or number of FLOPs, the best of its arms.
 
     Args:
       family: arms of several sizes and budgets, with or without runs.

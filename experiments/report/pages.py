@@ -9,11 +9,13 @@ import re
 from experiments.report.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table, cells
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 caption { text-align: left; font-weight: 600; padding: 0.3rem 0; white-space: nowrap; }
-th, td { border: 1px solid #d5d5d5; padding: 0.25rem 0.5rem; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }
+th, td { border: 1px solid #d5d5d5; padding: 0.25rem 0.5rem; text-align: right; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; }
 th { background: #f3f3f3; vertical-align: bottom; } th:first-child, td:first-child, td.text { text-align: left; }
 td.text { min-width: 6rem; overflow-wrap: anywhere; } td.missing { color: #a33; font-style: italic; }
 figure { margin: 1rem 0 2rem; } img { max-width: 100%; height: auto; }
@@ -41,11 +43,10 @@ def _markdown(block: Block) -> str:
         case Figure():
             return f"![{block.title}]({block.name}.png)\n\n{block.title}. {block.note}".rstrip()
         case Table():
-            lines = [f"**{block.title}** ([CSV]({block.name}.csv))", ""]
-            lines.append(_row([column.title for column in block.columns]))
-            lines.append(_row(["---"] * len(block.columns)))
-            lines += [_row(cells(block, row)) for row in block.rows]
-            return "\n".join([*lines, "", block.note]).rstrip()
+            heads = [_row([column.title for column in block.columns]), _row(["---"] * len(block.columns))]
+            rows = [_row(cells(block, row)) for row in block.rows]
+            parts = [f"**{block.title}** ([CSV]({block.name}.csv))", "", *heads, *rows, "", block.note]
+            return "\n".join(parts).rstrip()
 
 
 def _row(texts: list[str]) -> str:

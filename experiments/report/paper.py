@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.record import Entry
@@ -23,14 +24,14 @@ def ablation() -> dict[Entry, PaperRow]:
     return {row["change"]: row for row in _rows("ablation")}
 
 
-def row_of(factors: dict[str, Entry]) -> PaperRow:
+def row_of(factors: Mapping[str, Entry]) -> PaperRow:
     """The paper's row that an arm is; empty where it is none."""
     if "change" in factors:
         return ablation().get(factors["change"], {})
     return main_table().get((factors.get("size", ""), factors.get("family", "")), {})
 
 
-def differences(ours: dict[str, Entry], theirs: dict[str, Entry]) -> dict[str, float]:
+def differences(ours: Mapping[str, Entry], theirs: Mapping[str, Entry]) -> dict[str, float]:
     """By size, how much less the paper's first model loses on the Pile than its second, in nats per token.
 
     Args:
@@ -38,21 +39,16 @@ def differences(ours: dict[str, Entry], theirs: dict[str, Entry]) -> dict[str, f
       theirs: of the second.
     """
     if "change" in ours:
-        rows = ablation()
-        pair = rows.get(ours["change"]), rows.get(theirs.get("change", ""))
-        return {"410m": _nats(*pair)} if pair[0] and pair[1] else {}
-    table, sizes = main_table(), []
-    for size, _ in table:
-        if size not in sizes:
-            sizes.append(size)
-    pairs = {size: [table.get((size, factors.get("family", ""))) for factors in (ours, theirs)] for size in sizes}
-    found = {str(size): _nats(*pair) for size, pair in pairs.items() if all(pair)}
-    size = str(ours.get("size", ""))
-    return {size: found[size]} if size in found else found
+        return _nats({"410m": row_of(ours)}, {"410m": row_of(theirs)})
+    sizes = list(dict.fromkeys(str(size) for size, _ in main_table()))
+    own = str(ours.get("size", ""))
+    return _nats(*({size: row_of({**factors, "size": size}) for size in ([own] if own in sizes else sizes)}
+                   for factors in (ours, theirs)))  # fmt: skip
 
 
-def _nats(ours: PaperRow, theirs: PaperRow) -> float:
-    return math.log(float(ours["pile"]) / float(theirs["pile"]))
+def _nats(ours: dict[str, PaperRow], theirs: dict[str, PaperRow]) -> dict[str, float]:
+    return {size: math.log(float(row["pile"]) / float(theirs[size]["pile"])) for size, row in ours.items()
+            if row and theirs[size]}  # fmt: skip
 
 
 def _rows(name: str) -> list[PaperRow]:

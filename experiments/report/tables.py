@@ -38,9 +38,9 @@ def main_table(evidence: Evidence) -> Table:
             row["learning_rate"] = f"{arm.any_run().learning_rate:g}{' (edge)' if arm.edge else ''}"
         losses = arm.nats()
         if losses:
-            row["nats"] = statistics.fmean(losses)
-            row["perplexity"] = math.exp(row["nats"])
-            row["spread"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
+            nats = statistics.fmean(losses)
+            spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
+            row |= {"nats": nats, "perplexity": math.exp(nats), "spread": spread}
         row |= _beside_the_paper(arm, theirs)
         row["command"] = _commands(arm, evidence)
         rows.append(row)
@@ -65,11 +65,13 @@ def main_table(evidence: Evidence) -> Table:
                 Column(f"{name}_difference", "difference", f"+{form}"),
             ]
     note = (
-        "Loss on held-out text, mean over seeds and over all tokens; s is the standard deviation over seeds. `(edge)`: the "
-        "learning rate is the lowest or highest that was tried."
+        "Loss on held-out text, mean over seeds and over all tokens; s is the standard deviation over seeds. `(edge)`: "
+        "the learning rate is the lowest or highest that was tried."
     )
     if not any(key.endswith("_paper") for key in given):
-        note += " None of these models is a row of the paper's table; its differences stand beside ours with the contrasts."
+        note += (
+            " None of these models is a row of the paper's table; its differences stand beside ours with the contrasts."
+        )
     return Table("main_table", "Table 1: all arms", note, tuple(columns), tuple(rows))
 
 
@@ -151,7 +153,9 @@ def contrasts(found: list[Finding], evidence: Evidence) -> Table:
         row |= {f"seed_{seed}": nats for seed, nats in finding.of_seeds.items()}
         sizes = _papers_differences(finding, evidence)
         row["paper"] = _range(list(sizes.values())) if sizes else "-"
-        row["command"] = "; ".join(_commands(evidence.arms[name], evidence) for name in (contrast.arm, contrast.against))
+        row["command"] = "; ".join(
+            _commands(evidence.arms[name], evidence) for name in (contrast.arm, contrast.against)
+        )
         rows.append(row)
     columns = (
         Column("arm", "arm"),
@@ -169,10 +173,10 @@ def contrasts(found: list[Finding], evidence: Evidence) -> Table:
         Column("remarks", "remarks"),
     )
     note = (
-        "Difference in nats per token: negative where `arm` is better. The interval is a paired t interval over seeds of "
-        "per-document differences; `error from documents` is the standard error that the choice of documents adds within one "
-        "seed. `x`: how much of it `arm` took, `against` being 1. The paper's differences are logarithms of ratios of its "
-        "Pile perplexities, over its four sizes where ours is none of them."
+        "Difference in nats per token: negative where `arm` is better. The interval is a paired t interval over seeds "
+        "of per-document differences; `error from documents` is the standard error that the choice of documents adds "
+        "within one seed. `x`: how much of it `arm` took, `against` being 1. The paper's differences are logarithms of "
+        "ratios of its Pile perplexities, over its four sizes where ours is none of them."
     )
     return Table("contrasts", "Contrasts", note, columns, tuple(rows))
 
@@ -208,12 +212,16 @@ def matchings(found: list[Finding], evidence: Evidence) -> Table:
         for of in MATCHINGS:
             row[of] = _gain(gain(of, pair, evidence), of)
         rows.append(row)
-    columns = (Column("arm", "arm"), Column("against", "against"), *(Column(of, f"equal {COSTS[of]}") for of in MATCHINGS))
+    columns = (
+        Column("arm", "arm"),
+        Column("against", "against"),
+        *(Column(of, f"equal {COSTS[of]}") for of in MATCHINGS),
+    )
     note = (
-        "Difference in nats per token at equal cost, negative where `arm` is better, with its interval. `at least`: no pair is "
-        "equal in this, but the better arm took less of it, and more training would not have made it worse. `by the curve`: "
-        "against a power law through the other family's runs, with the law's 95 % band. Predicted seconds are those of "
-        f"{evidence.study.slices[0]}, by roofline; measured ones those of the machine named below."
+        "Difference in nats per token at equal cost, negative where `arm` is better, with its interval. `at least`: no "
+        "pair is equal in this, but the better arm took less of it, and more training would not have made it worse. "
+        "`by the curve`: against a power law through the other family's runs, with the law's 95 % band. Predicted "
+        f"seconds are those of {evidence.study.slices[0]}, by roofline; measured ones those of the machine named above."
     )
     return Table("matchings", "Gain at equal parameters, compute and seconds", note, columns, tuple(rows))
 
@@ -267,7 +275,9 @@ def ablation(found: list[Finding], evidence: Evidence) -> Table:
         Column("paper", "paper, Pile perplexity", ".2f"),
         Column("paper_difference", "paper's difference, nats", "+.4f"),
     )
-    note = "Positive: the change makes it worse. The paper's differences are logarithms of ratios of perplexities at 410M."
+    note = (
+        "Positive: the change makes it worse. The paper's differences are logarithms of ratios of perplexities at 410M."
+    )
     return Table("ablation", "Table 2: one thing changed", note, columns, tuple(rows))
 
 
@@ -286,8 +296,8 @@ def learning_rates(evidence: Evidence) -> Table:
         rows.append(row)
     rates = [Column(f"{rate:g}", f"{rate:g}", ".4f") for rate in evidence.study.learning_rates]
     note = (
-        f"Nats per token at seed {evidence.study.tuning_seed}, which is none of the seeds that count; every arm has the same "
-        "trials. A best one at the edge of the grid is said here and in the remarks of its contrasts."
+        f"Nats per token at seed {evidence.study.tuning_seed}, which is none of the seeds that count; every arm has "
+        "the same trials. A best one at the edge of the grid is said here and in the remarks of its contrasts."
     )
     columns = (Column("arm", "arm"), *rates, Column("chosen", "chosen"), Column("edge", "at the edge of the grid"))
     return Table("learning_rates", "Trials of learning rates", note, columns, tuple(rows))
@@ -305,7 +315,7 @@ def depths(evidence: Evidence) -> Table:
             rows.append(row)
     names = sorted({key for row in rows for key in row} - {"arm", "task", "seeds"}, key=_number)
     columns = [Column(name, name, ".1f") for name in names if not name.endswith("_spread")]
-    note = "Correct answers in per cent by depth, mean over seeds; the CSV file has the standard deviations over seeds, too."
+    note = "Correct answers in per cent by depth, mean over seeds; the CSV file also has the standard deviations."
     fixed = (Column("arm", "arm"), Column("task", "task"), Column("seeds", "seeds"))
     return Table("by_depth", "Accuracy by depth", note, (*fixed, *columns), tuple(rows))
 

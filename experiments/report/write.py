@@ -1,9 +1,12 @@
-"""Writes the report of a study's edition from its records: Markdown, CSV, pictures, and one HTML page with all of it."""
+"""Writes the report of a study's edition from its records: Markdown, CSV, pictures, and all of it as one HTML page.
+
+Study and records -> `evidence` (what counts) -> `findings` (contrasts, intervals, labels) -> `tables` and `figures` ->
+a document -> `pages` (Markdown, HTML, CSV). docs/reports.md says what stands in it and by which rules.
+"""
 
 from pathlib import Path
 
 from experiments.design import Study
-from experiments.record import RESULTS, folder_of
 from experiments.report import tables
 from experiments.report.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table
 from experiments.report.evidence import TEXT, Evidence, gather
@@ -17,12 +20,14 @@ from spiral_jax.errors import require
 MOST_BYTES = 1_000_000
 
 
-def write_report(study: Study, results: Path = RESULTS) -> Path:
-    """Writes RESULTS/STUDY/EDITION/report/, in place of an earlier one; the same records give the same bytes.
+def write_report(study: Study, records: Path) -> Path:
+    """Writes a folder `report` beside the one of the records, in place of an earlier one.
+
+    The same records give the same bytes.
 
     Args:
-      study: an edition of a study. Its records may be none, some or all.
-      results: where results of studies lie.
+      study: an edition of a study.
+      records: folder of its records, of which there may be none, some or all.
 
     Returns:
       The HTML page, `index.html`; beside it lie `README.md`, a CSV file for each table and a PNG file for each figure.
@@ -30,7 +35,7 @@ def write_report(study: Study, results: Path = RESULTS) -> Path:
     Raises:
       SpiralError: matplotlib is not installed, or something cannot be written.
     """
-    document = make_document(gather(study, folder_of(study.name, study.edition, results)))
+    document = make_document(gather(study, records))
     contents = {"README.md": markdown(document).encode("utf-8"), "index.html": page(document).encode("utf-8")}
     for block in document.blocks:
         if isinstance(block, Table):
@@ -39,7 +44,7 @@ def write_report(study: Study, results: Path = RESULTS) -> Path:
             contents[f"{block.name}.png"] = block.png
     for name, content in contents.items():
         require(len(content) < MOST_BYTES, name, f"{len(content)} bytes", f"under {MOST_BYTES}")
-    folder = results / study.name / study.edition / "report"
+    folder = records.parent / "report"
     with atomic.whole_folder(folder) as partial:
         for name, content in contents.items():
             (partial / name).write_bytes(content)
@@ -54,8 +59,8 @@ def make_document(evidence: Evidence) -> Document:
 
     def section(title: str, *parts: Block | str) -> list[Block]:
         """Of blocks and names of figures those that there are; nothing if there is none."""
-        there = [drawn.get(part, part) for part in parts]
-        blocks: list[Block] = [part for part in there if not isinstance(part, str)]
+        there = [drawn.get(part) if isinstance(part, str) else part for part in parts]
+        blocks = [part for part in there if part is not None]
         return [Heading(title), *blocks] if blocks else []
 
     factors = {name for arm in evidence.arms.values() for name in arm.factors}
@@ -82,7 +87,9 @@ def claim(finding: Finding) -> str:
     pair = f"`{contrast.arm}` against `{contrast.against}` at equal {tables.matched(finding)}"
     if not isinstance(interval, Interval):
         return f"{pair}: missing, {interval.why}."
-    seeds = "1 seed" if interval.seeds == 1 else f"{interval.seeds} seeds, 95 % {tables.ends(interval.low, interval.high)}"
+    seeds = (
+        "1 seed" if interval.seeds == 1 else f"{interval.seeds} seeds, 95 % {tables.ends(interval.low, interval.high)}"
+    )
     says = f"{pair}: {interval.mean:+.4f} nats per token ({seeds}): {finding.label}"
     if finding.label != "not resolved":
         says += f"; `{contrast.arm}` is {'better' if interval.mean < 0 else 'worse'}"
@@ -96,18 +103,17 @@ def _summary(found: list[Finding], evidence: Evidence) -> list[Block]:
     machines = sorted({one.machine for one in evidence.records.values()})
     commits = sorted({one.code.commit[:12] for one in evidence.records.values()} - {""})
     lines = [
-        f"Runs: {done} of {len(names)} finished; seeds {', '.join(map(str, study.seeds))}, the same data order in every arm.",
+        f"Runs: {done} of {len(names)} finished. Seeds: {', '.join(map(str, study.seeds))}, each with one data order.",
         f"Machine: {'; '.join(machines) or 'none yet'}.",
-        f"Code: {f'commits {commits[0]} to {commits[-1]} by name' if len(commits) > 1 else ''.join(commits) or 'no commit'}, "
-        f"the same package in all runs that count.",
+        f"Code: commit {', '.join(commits) or 'unknown'}; what runs import was the same in all that count.",
         f"This page: `{_command(study)}`; every run's command stands at the end, and in each CSV file.",
     ]
     if study.exploratory:
         lines.append("The study is exploratory as a whole: nothing in it is more than something to test.")
     rules = (
         "Labels. `replicated`: the study's primary contrast, declared before its runs, at least "
-        f"{SEEDS_TO_REPLICATE} paired seeds, interval without 0. `exploratory`: without 0, but not that. `not resolved`: the "
-        "interval holds 0, or there is one seed. A label does not say which side is better."
+        f"{SEEDS_TO_REPLICATE} paired seeds, interval without 0. `exploratory`: without 0, but not that. "
+        "`not resolved`: the interval holds 0, or there is one seed. A label does not say which side is better."
     )
     return [
         Paragraph(study.question),
@@ -138,8 +144,9 @@ def _what_is_not_there(found: list[Finding], without: list[str], evidence: Evide
         for run in study.runs()
         if run.name not in evidence.records
     ]
+    grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     edges = [
-        f"`{arm.name}`: the best learning rate is the {arm.edge} of {', '.join(f'{rate:g}' for rate in study.learning_rates)}"
+        f"`{arm.name}`: the best learning rate is the {arm.edge} of {grid}"
         for arm in evidence.arms.values()
         if arm.edge
     ]
@@ -157,7 +164,10 @@ def _what_is_not_there(found: list[Finding], without: list[str], evidence: Evide
         Heading("Left out: damaged records, and those of other code, data or configuration"),
         Bullets(evidence.left_out, "None."),
         Heading("Uneven"),
-        Bullets((*edges, *evidence.remarks), "Nothing: no learning rate at the edge of its grid, one machine, one set of versions."),
+        Bullets(
+            (*edges, *evidence.remarks),
+            "Nothing: no learning rate at the edge of its grid, one machine, one set of versions.",
+        ),
         Heading("Gates"),
         Bullets(tuple(gates), "None were declared."),
         Heading("Figures without numbers"),
