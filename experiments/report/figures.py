@@ -247,9 +247,12 @@ def pareto_fronts(evidence: Evidence, colours: Colours) -> Figure | str:
             axes.plot([x], [loss], "o", color=colours[arm])
             if len(arms) <= 8:
                 axes.annotate(arm.name, (x, loss), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        if max(costs) > 8 * min(costs):
+            axes.set_xscale("log")
+        else:
+            axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
         axes.margins(x=0.25, y=0.12)
         axes.set(xlabel=titles[of], ylabel=NATS if place == 0 else "")
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if len(arms) > 8 and place == len(known) - 1:
@@ -329,7 +332,8 @@ def accuracy_by_depth(evidence: Evidence, colours: Colours) -> Figure | str:
             if shares:
                 means = [100 * statistics.fmean(of_seeds) for of_seeds in shares.values()]
                 spread = [100 * statistics.stdev(one) if len(one) > 1 else 0 for one in shares.values()]
-                axes.errorbar(list(shares), means, spread, fmt="o-", capsize=3, color=colours[arm], label=arm.name)
+                depths = [float(depth) if depth.isdigit() else depth for depth in shares]
+                axes.errorbar(depths, means, spread, fmt="o-", capsize=3, color=colours[arm], label=arm.name)
         axes.set(xlabel="depth", ylabel="correct answers, per cent" if place == 0 else "", title=task)
         _finish(axes)
     note = "Means over seeds; bars are standard deviations over seeds."

@@ -189,7 +189,9 @@ def gain(of: Cost, pair: list[Finding], evidence: Evidence) -> Gain:
         return Missing("no contrast matched in this")
     ours, theirs = evidence.arms[pair[0].contrast.arm], evidence.arms[pair[0].contrast.against]
     family = [arm for arm in evidence.arms.values() if arm.family == theirs.family]
-    return _on_the_curve(ours, family, of, evidence.study.slices[0])
+    found = _on_the_curve(ours, family, of, evidence.study.slices[0])
+    ratio = pair[0].ratios[of]
+    return Missing(f"{ratio:.2f} x; {found.why}") if isinstance(found, Missing) and ratio == ratio else found
 
 
 def _is_bound(finding: Finding, of: Cost) -> bool:
@@ -200,13 +202,13 @@ def _is_bound(finding: Finding, of: Cost) -> bool:
 def _on_the_curve(arm: Arm, family: list[Arm], of: Cost, on_slice: str) -> OnTheCurve | Missing:
     points, here = frontier(family, of, on_slice), cost(arm, on_slice)[of]
     if not arm.nats() or math.isnan(here):
-        return Missing(f"no {COSTS[of]} of {arm.name}")
+        return Missing(f"nothing says the {COSTS[of]} of {arm.name}" if arm.runs else f"no finished run of {arm.name}")
     try:
         law = fit_power_law(*points)
     except SpiralError:
-        return Missing(f"no pair at equal {COSTS[of]}, and fewer than 3 of the other family to draw a curve through")
+        return Missing("no pair, and no curve through 3 budgets")
     if not min(points[0]) / 2 <= here <= max(points[0]) * 2:
-        return Missing(f"its {COSTS[of]} lie outside those of the other family")
+        return Missing("no pair, and outside the other family's budgets")
     (middle,), ((low,), (high,)) = law.at(np.array([here])), law.band(np.array([here]))
     nats = statistics.fmean(arm.nats())
     return OnTheCurve(nats - float(middle), nats - float(high), nats - float(low), law.points)

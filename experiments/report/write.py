@@ -93,7 +93,7 @@ def claim(finding: Finding) -> str:
     says = f"{pair}: {interval.mean:+.4f} nats per token ({seeds}): {finding.label}"
     if finding.label != "not resolved":
         says += f"; `{contrast.arm}` is {'better' if interval.mean < 0 else 'worse'}"
-    return f"{says}. {'; '.join(finding.remarks)}{'.' if finding.remarks else ''}".rstrip()
+    return f"{says}.{' But: ' if finding.remarks else ''}{'; '.join(finding.remarks)}{'.' if finding.remarks else ''}"
 
 
 def _summary(found: list[Finding], evidence: Evidence) -> list[Block]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import noise, record_of, write_records
+from study_records import noise, record_of, write_records
 
 from experiments import design, record
 from experiments.design import Arm, Contrast, Gate, Run, Study
