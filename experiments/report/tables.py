@@ -27,12 +27,13 @@ def _commands(arm: Arm, evidence: Evidence) -> str:
     return "; ".join(command_of(name, evidence) for name in names)
 
 
-def main_table(evidence: Evidence) -> Table:
+def main_table(found: list[Finding], evidence: Evidence) -> Table:
     """Table 1: every arm, with the paper's numbers beside ours and the differences."""
-    rows = []
+    rows, of_pair = [], pairs(found, evidence)
     for arm in evidence.arms.values():
         row: dict[str, Cell] = {"arm": arm.name, "seeds": f"{len(arm.runs)} of {len(arm.seeds)}"}
-        theirs = paper.row_of(arm.factors)
+        # Absolute numbers are of the paper's models alone; of others only differences can stand beside its own.
+        theirs = paper.row_of(arm.factors) if evidence.study.edition == "full" else {}
         if arm.runs:
             row |= _counts(arm.any_run())
             row["learning_rate"] = f"{arm.any_run().learning_rate:g}{' (edge)' if arm.edge else ''}"
@@ -41,6 +42,13 @@ def main_table(evidence: Evidence) -> Table:
             nats = statistics.fmean(losses)
             spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
             row |= {"nats": nats, "perplexity": math.exp(nats), "spread": spread}
+        finding = next((finding for finding in found if finding.contrast.arm == arm.name), None)
+        row |= {"against": finding.contrast.against} | _difference(finding) if finding else {"against": "-"}
+        if finding:
+            pair = next(pair for pair in of_pair.values() if finding in pair)
+            row |= {f"equal_{of}": _gain(gain(of, pair, evidence), of) for of in MATCHINGS}
+        else:
+            row |= {"mean": "-", "interval": "-", "label": "-"}
         row |= _beside_the_paper(arm, theirs)
         row["command"] = _commands(arm, evidence)
         rows.append(row)
@@ -55,6 +63,10 @@ def main_table(evidence: Evidence) -> Table:
         Column("nats", "nats per token", ".4f"),
         Column("spread", "s over seeds", ".4f"),
         Column("perplexity", "perplexity", ".2f"),
+        Column("against", "against"),
+        Column("mean", "difference, nats", "+.4f"),
+        Column("interval", "95 % interval"),
+        Column("label", "label"),
     ]
     given = {key for row in rows for key in row}
     for name, title, form in _paper_columns():
@@ -66,12 +78,11 @@ def main_table(evidence: Evidence) -> Table:
             ]
     note = (
         "Loss on held-out text, mean over seeds and over all tokens; s is the standard deviation over seeds. `(edge)`: "
-        "the learning rate is the lowest or highest that was tried."
+        "the learning rate is the lowest or highest that was tried. `against`: the first contrast of this arm; the CSV file "
+        "also has what it gains at equal FLOPs and seconds, which the table above has for all contrasts."
     )
     if not any(key.endswith("_paper") for key in given):
-        note += (
-            " None of these models is a row of the paper's table; its differences stand beside ours with the contrasts."
-        )
+        note += " None of these models is one of the paper's; its differences stand beside ours with the contrasts."
     return Table("main_table", "Table 1: all arms", note, tuple(columns), tuple(rows))
 
 
@@ -130,25 +141,14 @@ def contrasts(found: list[Finding], evidence: Evidence) -> Table:
     """Every contrast with its interval and label."""
     rows = []
     for finding in found:
-        contrast, interval = finding.contrast, finding.interval
+        contrast = finding.contrast
         row: dict[str, Cell] = {
             "arm": contrast.arm,
             "against": contrast.against,
             "matched": matched(finding),
-            "label": f"{finding.label}{' (primary)' if finding.primary else ''}",
             "remarks": "; ".join(finding.remarks),
         }
-        if isinstance(interval, Interval):
-            row |= {
-                "seeds": interval.seeds,
-                "mean": interval.mean,
-                "low": interval.low,
-                "high": interval.high,
-                "interval": ends(interval.low, interval.high),
-                "document_error": interval.document_error,
-            }
-        else:
-            row |= {"interval": f"missing: {interval.why}"}
+        row |= _difference(finding)
         row |= {f"ratio_{of}": ratio for of, ratio in finding.ratios.items()}
         row |= {f"seed_{seed}": nats for seed, nats in finding.of_seeds.items()}
         sizes = _papers_differences(finding, evidence)
@@ -161,7 +161,7 @@ def contrasts(found: list[Finding], evidence: Evidence) -> Table:
         Column("arm", "arm"),
         Column("against", "against"),
         Column("matched", "matched in"),
-        Column("seeds", "pairs"),
+        Column("pairs", "pairs"),
         Column("mean", "difference, nats", "+.4f"),
         Column("interval", "95 % interval"),
         Column("document_error", "error from documents", ".4f"),
@@ -179,6 +179,22 @@ def contrasts(found: list[Finding], evidence: Evidence) -> Table:
         "ratios of its Pile perplexities, over its four sizes where ours is none of them."
     )
     return Table("contrasts", "Contrasts", note, columns, tuple(rows))
+
+
+def _difference(finding: Finding) -> dict[str, Cell]:
+    """What a contrast came to, as cells of a row."""
+    interval = finding.interval
+    said: dict[str, Cell] = {"label": f"{finding.label}{' (primary)' if finding.primary else ''}"}
+    if isinstance(interval, Missing):
+        return said | {"interval": f"missing: {interval.why}"}
+    return said | {
+        "pairs": interval.seeds,
+        "mean": interval.mean,
+        "low": interval.low if math.isfinite(interval.low) else math.nan,
+        "high": interval.high if math.isfinite(interval.high) else math.nan,
+        "interval": ends(interval.low, interval.high),
+        "document_error": interval.document_error,
+    }
 
 
 def _papers_differences(finding: Finding, evidence: Evidence) -> dict[str, float]:

@@ -69,7 +69,7 @@ def make_document(evidence: Evidence) -> Document:
         *_summary(found, evidence),
         *section("Contrasts", tables.contrasts(found, evidence), "contrasts"),
         *section("Equal parameters, compute and seconds", tables.matchings(found, evidence), "pareto"),
-        *section("All arms", tables.main_table(evidence), "loss_curves"),
+        *section("All arms", tables.main_table(found, evidence), "loss_curves"),
         *(section("What each part does", tables.ablation(found, evidence)) if "change" in factors else []),
         *section("Loss against training FLOPs", "loss_flops"),
         *section("Recurrence ratio", "recurrence_ratio"),
