@@ -78,8 +78,8 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
             ]
     note = (
         "Loss on held-out text, mean over seeds and over all tokens; s is the standard deviation over seeds. `(edge)`: "
-        "the learning rate is the lowest or highest that was tried. `against`: the first contrast of this arm; the CSV file "
-        "also has what it gains at equal FLOPs and seconds, which the table above has for all contrasts."
+        "the learning rate is the lowest or highest that was tried. `against`: the first contrast of this arm; the CSV "
+        "file also has what it gains at equal FLOPs and seconds, which the table above has for all contrasts."
     )
     if not any(key.endswith("_paper") for key in given):
         note += " None of these models is one of the paper's; its differences stand beside ours with the contrasts."
