@@ -95,7 +95,7 @@ def _main(arguments: list[str]) -> int:
             return status(study, runner, names)
     from experiments.report.write import write_report  # draws, which the other verbs do without
 
-    print(f"wrote {write_report(study, places.records)}, and README.md, CSV and PNG files beside it")
+    print(f"wrote {write_report(study, places.records, places.study)}, and README.md, CSV and PNG files beside it")
     return OK
 
 

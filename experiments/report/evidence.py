@@ -75,6 +75,7 @@ class Evidence:
 
     Attributes:
       study: as declared.
+      called: the study as command lines name it: by its name, or by the path of its file.
       arms: by name, in the declared order, also those without a run.
       records: those that count, by name of the run.
       left_out: a line for every file and record that counts for nothing.
@@ -82,18 +83,20 @@ class Evidence:
     """
 
     study: Study
+    called: str
     arms: dict[str, Arm]
     records: dict[str, Record]
     left_out: tuple[str, ...]
     remarks: tuple[str, ...]
 
 
-def gather(study: Study, folder: Path) -> Evidence:
+def gather(study: Study, folder: Path, called: str = "") -> Evidence:
     """Reads the records of a folder; one that cannot be read, or belongs to other runs than these, is named.
 
     Args:
       study: an edition of a study.
       folder: with the records; it may be missing.
+      called: the study on the command line, if that is not its name.
     """
     records, left_out = record.read_all(folder)
     names = {run.name for run in study.runs()}
@@ -115,7 +118,9 @@ def gather(study: Study, folder: Path) -> Evidence:
         else:
             counting[one.run] = one
     arms = {arm.name: _arm(study, arm, list(counting.values())) for arm in study.arms}
-    return Evidence(study, arms, counting, tuple(left_out), tuple(_remarks(list(counting.values()))))
+    return Evidence(
+        study, called or study.name, arms, counting, tuple(left_out), tuple(_remarks(list(counting.values())))
+    )
 
 
 def _same_origin(records: list[Record]) -> tuple[list[Record], list[str]]:

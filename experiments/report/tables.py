@@ -19,7 +19,7 @@ def command_of(run: str, evidence: Evidence) -> str:
     study = evidence.study
     if run in evidence.records:
         return evidence.records[run].command
-    return f"python -m experiments.study run {study.name} --edition={study.edition} --only={run}"
+    return f"python -m experiments.study run {evidence.called} --edition={study.edition} --only={run}"
 
 
 def _commands(arm: Arm, evidence: Evidence) -> str:

@@ -20,7 +20,7 @@ from spiral_jax.errors import require
 MOST_BYTES = 1_000_000
 
 
-def write_report(study: Study, records: Path) -> Path:
+def write_report(study: Study, records: Path, called: str = "") -> Path:
     """Writes a folder `report` beside the one of the records, in place of an earlier one.
 
     The same records give the same bytes.
@@ -28,6 +28,7 @@ def write_report(study: Study, records: Path) -> Path:
     Args:
       study: an edition of a study.
       records: folder of its records, of which there may be none, some or all.
+      called: the study on the command line, if that is not its name.
 
     Returns:
       The HTML page, `index.html`; beside it lie `README.md`, a CSV file for each table and a PNG file for each figure.
@@ -35,7 +36,7 @@ def write_report(study: Study, records: Path) -> Path:
     Raises:
       SpiralError: matplotlib is not installed, or something cannot be written.
     """
-    document = make_document(gather(study, records))
+    document = make_document(gather(study, records, called))
     contents = {"README.md": markdown(document).encode("utf-8"), "index.html": page(document).encode("utf-8")}
     for block in document.blocks:
         if isinstance(block, Table):
@@ -106,7 +107,7 @@ def _summary(found: list[Finding], evidence: Evidence) -> list[Block]:
         f"Runs: {done} of {len(names)} finished. Seeds: {', '.join(map(str, study.seeds))}, each with one data order.",
         f"Machine: {'; '.join(machines) or 'none yet'}.",
         f"Code: commit {', '.join(commits) or 'unknown'}; what runs import was the same in all that count.",
-        f"This page: `{_command(study)}`; every run's command stands at the end, and in each CSV file.",
+        f"This page: `{_command(evidence)}`; every run's command stands at the end, and in each CSV file.",
     ]
     if study.exploratory:
         lines.append("The study is exploratory as a whole: nothing in it is more than something to test.")
@@ -123,8 +124,8 @@ def _summary(found: list[Finding], evidence: Evidence) -> list[Block]:
     ]
 
 
-def _command(study: Study) -> str:
-    return f"python -m experiments.study report {study.name} --edition={study.edition}"
+def _command(evidence: Evidence) -> str:
+    return f"python -m experiments.study report {evidence.called} --edition={evidence.study.edition}"
 
 
 def _what_is_not_there(found: list[Finding], without: list[str], evidence: Evidence) -> list[Block]:

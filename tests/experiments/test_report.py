@@ -217,7 +217,8 @@ def test_what_is_missing_is_shown(study, folder):
 
 
 def test_a_report_of_nothing(study, tmp_path):
-    page = write_report(study, tmp_path / "records").with_name("README.md").read_text(encoding="utf-8")
+    page = write_report(study, tmp_path / "records", "my/trial.py").with_name("README.md").read_text(encoding="utf-8")
+    assert "`python -m experiments.study run my/trial.py --edition=small --only=mesh-seed2`" in page
     assert "Runs: 0 of 18 finished" in page and "missing: no finished run of spiral_l and vanilla" in page
 
 
