@@ -17,6 +17,7 @@ from experiments import design, record
 from experiments.design import Arm, Contrast, Gate, Run, Study
 from experiments.record import Code, Seconds
 from experiments.report import figures, paper, tables
+from experiments.report.document import Figure
 from experiments.report.evidence import gather
 from experiments.report.findings import AtLeast, Finding, Missing, OnTheCurve, findings, gain
 from experiments.report.write import write_report
@@ -308,9 +309,9 @@ def test_ratio_and_budget(tmp_path):
             for budget, steps in ((1e9, 20), (2e9, 40)) for ratio in (0.0, 0.5)]  # fmt: skip
     study = Study(**SMALL, arms=tuple(arms), primary=Contrast(arms[3].name, arms[2].name, matched="flops"))
     write_records(study, tmp_path, lambda run: 4.0 - 0.1 * run.arm.factors["ratio"])
-    drawn, missing = figures.all_figures([], gather(study, tmp_path))
-    assert "recurrence_ratio" in [figure.name for figure in drawn]
-    assert not [line for line in missing if "ratio" in line]
+    evidence = gather(study, tmp_path)
+    assert isinstance(figures.recurrence_ratio(evidence), Figure)
+    assert [figures.series(one) for one in evidence.arms.values()] == ["ratio 0", "ratio 0.5"] * 2
 
 
 def test_accuracy_by_depth(study, folder):
@@ -323,8 +324,8 @@ def test_accuracy_by_depth(study, folder):
     assert row["2"] == pytest.approx(100 * (0.75 + 0.75 + 1) / 3) and row["10"] == 25.0
     assert row["2_spread"] == pytest.approx(100 * np.std([0.75, 0.75, 1], ddof=1)) and row["10_spread"] == 0
     assert [column.key for column in tables.depths(evidence).columns] == ["arm", "task", "seeds", "2", "10"]
-    names = {figure.name for figure in figures.all_figures([], evidence)[0]}
-    assert {"by_depth", "accuracy_parameters"} <= names
+    for draw in (figures.accuracy_by_depth, figures.accuracy_against_parameters):
+        assert isinstance(draw(evidence, figures.Colours(evidence)), Figure)
 
 
 @pytest.fixture(scope="module")
