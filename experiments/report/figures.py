@@ -249,6 +249,7 @@ def pareto_fronts(evidence: Evidence, colours: Colours) -> Figure | str:
                 axes.annotate(arm.name, (x, loss), xytext=(5, 3), textcoords="offset points", fontsize=7)
         if max(costs) > 8 * min(costs):
             axes.set_xscale("log")
+            axes.tick_params(axis="x", which="minor", labelbottom=False)
         else:
             axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
         axes.margins(x=0.25, y=0.12)

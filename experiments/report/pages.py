@@ -10,14 +10,14 @@ from experiments.report.document import Block, Bullets, Document, Figure, Headin
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+body { margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 caption { text-align: left; font-weight: 600; padding: 0.3rem 0; white-space: nowrap; }
-th, td { border: 1px solid #d5d5d5; padding: 0.25rem 0.5rem; text-align: right; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; }
-th { background: #f3f3f3; vertical-align: bottom; } th:first-child, td:first-child, td.text { text-align: left; }
-td.text { min-width: 6rem; overflow-wrap: anywhere; } td.missing { color: #a33; font-style: italic; }
+th, td { border: 1px solid #d5d5d5; padding: 0.25rem 0.5rem; text-align: left; vertical-align: top; }
+th { background: #f3f3f3; vertical-align: bottom; } .number { text-align: right; font-variant-numeric: tabular-nums; }
+.long { min-width: 15rem; overflow-wrap: anywhere; } .short { white-space: nowrap; }
+.missing { color: #a33; font-style: italic; }
 figure { margin: 1rem 0 2rem; } img { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: 0.85rem; max-width: 60rem; }
 code { font-size: 0.9em; background: #f3f3f3; padding: 0 0.2em; overflow-wrap: anywhere; }
@@ -80,17 +80,35 @@ def _html(block: Block) -> str:
                 f"<figcaption>{_inline(block.title)}. {_inline(block.note)}</figcaption></figure>"
             )
         case Table():
-            heads = "".join(f"<th>{_inline(column.title)}</th>" for column in block.columns)
-            rows = "".join(f"<tr>{''.join(map(_cell, cells(block, row)))}</tr>\n" for row in block.rows)
             return (
-                f'<div class="wide"><table><caption>{_inline(block.title)}</caption>\n<thead><tr>{heads}</tr></thead>\n'
-                f'<tbody>\n{rows}</tbody></table></div>\n<p class="note">{_inline(block.note)}</p>'
+                f'<div class="wide"><table><caption>{_inline(block.title)}</caption>\n{_rows(block)}</table></div>\n'
+                f'<p class="note">{_inline(block.note)}</p>'
             )
 
 
-def _cell(text: str) -> str:
-    kind = "missing" if text.startswith("missing") else "" if re.match(r"[-+−\d]", text) else "text"
-    return f'<td class="{kind}">{_inline(text)}</td>' if kind else f"<td>{_inline(text)}</td>"
+def _rows(table: Table) -> str:
+    rows = [cells(table, row) for row in table.rows]
+    kinds = [_kind([row[place] for row in rows]) for place in range(len(table.columns))]
+    heads = "".join(
+        f'<th class="{kind}">{_inline(column.title)}</th>' for kind, column in zip(kinds, table.columns, strict=True)
+    )
+    body = ""
+    for row in rows:
+        shown = zip(kinds, row, strict=True)
+        body += f"<tr>{''.join(_cell(kind, text) for kind, text in shown)}</tr>\n"
+    return f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody>"
+
+
+def _kind(column: list[str]) -> str:
+    """How a column is set: numbers to the right; long texts wrap, short ones do not."""
+    said = [text for text in column if not text.startswith(("missing", "-")) or re.match(r"-\d", text)]
+    if all(re.fullmatch(r"[-+]?[\d.,]+(e[-+]\d+)?", text) for text in said):
+        return "number"
+    return "long" if max(map(len, said)) > 30 else "short"
+
+
+def _cell(kind: str, text: str) -> str:
+    return f'<td class="{kind}{" missing" if text.startswith("missing") else ""}">{_inline(text)}</td>'
 
 
 def _inline(text: str) -> str:

@@ -252,7 +252,8 @@ def _gain(gained: Finding | AtLeast | OnTheCurve | Missing, of: Cost) -> str:
             claim = gained.finding.label if gained.finding.label == "not resolved" else "exploratory"
             return f"at least {interval.mean:+.4f} (with {gained.ratio:.2f} x the {COSTS[of]}), {claim}"
         case OnTheCurve():
-            return f"{gained.nats:+.4f} ({ends(gained.low, gained.high)}) by the curve, exploratory"
+            claim = "not resolved" if gained.low <= 0 <= gained.high else "exploratory"
+            return f"{gained.nats:+.4f} ({ends(gained.low, gained.high)}) by the curve, {claim}"
         case Missing():
             return f"missing: {gained.why}"
     raise AssertionError(gained)
@@ -331,6 +332,10 @@ def depths(evidence: Evidence) -> Table:
             rows.append(row)
     names = sorted({key for row in rows for key in row} - {"arm", "task", "seeds"}, key=_number)
     columns = [Column(name, name, ".1f") for name in names if not name.endswith("_spread")]
+    for task in {row["task"] for row in rows}:
+        asked = {key for row in rows if row["task"] == task for key in row}
+        for row in rows:
+            row |= {column.key: "-" for column in columns if row["task"] == task and column.key not in asked}
     note = "Correct answers in per cent by depth, mean over seeds; the CSV file also has the standard deviations."
     fixed = (Column("arm", "arm"), Column("task", "task"), Column("seeds", "seeds"))
     return Table("by_depth", "Accuracy by depth", note, (*fixed, *columns), tuple(rows))
