@@ -16,7 +16,7 @@ h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bot
 caption { text-align: left; font-weight: 600; padding: 0.3rem 0; white-space: nowrap; }
 th, td { border: 1px solid #d5d5d5; padding: 0.25rem 0.5rem; text-align: left; vertical-align: top; }
 th { background: #f3f3f3; vertical-align: bottom; } .number { text-align: right; font-variant-numeric: tabular-nums; }
-.long { min-width: 15rem; overflow-wrap: anywhere; } .short { white-space: nowrap; }
+.long { min-width: 15rem; overflow-wrap: anywhere; } td.short { white-space: nowrap; }
 .missing { color: #a33; font-style: italic; }
 figure { margin: 1rem 0 2rem; } img { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: 0.85rem; max-width: 60rem; }
