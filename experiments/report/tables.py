@@ -332,10 +332,9 @@ def depths(evidence: Evidence) -> Table:
             rows.append(row)
     names = sorted({key for row in rows for key in row} - {"arm", "task", "seeds"}, key=_number)
     columns = [Column(name, name, ".1f") for name in names if not name.endswith("_spread")]
-    for task in {row["task"] for row in rows}:
-        asked = {key for row in rows if row["task"] == task for key in row}
-        for row in rows:
-            row |= {column.key: "-" for column in columns if row["task"] == task and column.key not in asked}
+    for row in rows:  # a depth that a task does not have is not missing
+        asked = {key for other in rows if other["task"] == row["task"] for key in other}
+        row |= {column.key: "-" for column in columns if column.key not in asked}
     note = "Correct answers in per cent by depth, mean over seeds; the CSV file also has the standard deviations."
     fixed = (Column("arm", "arm"), Column("task", "task"), Column("seeds", "seeds"))
     return Table("by_depth", "Accuracy by depth", note, (*fixed, *columns), tuple(rows))
