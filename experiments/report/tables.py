@@ -40,7 +40,7 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         losses = arm.nats()
         if losses:
             nats = statistics.fmean(losses)
-            spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
+            spread = statistics.stdev(losses) if len(losses) > 1 else "one seed"
             row |= {"nats": nats, "perplexity": math.exp(nats), "spread": spread}
         finding = next((finding for finding in found if finding.contrast.arm == arm.name), None)
         row |= {"against": finding.contrast.against} | _difference(finding) if finding else {"against": "-"}
