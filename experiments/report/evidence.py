@@ -126,19 +126,24 @@ def gather(study: Study, folder: Path, called: str = "") -> Evidence:
 def _same_origin(records: list[Record]) -> tuple[list[Record], list[str]]:
     """Records of the code and data that most have (of as many, the first by name), and a line for each other one.
 
-    A run that did not finish has no hashes of its data, and is not asked for them.
+    Data are compared between runs of one configuration hash, as a study may have several tasks. A run that did not
+    finish has no hashes of its data, and is not asked for them.
     """
     left_out = []
-    for what, origin in (("code", _code), ("data", _data)):
-        origins = [found for one in records if (found := origin(one))]
-        if not origins:
-            continue
-        usual, number = collections.Counter(origins).most_common(1)[0]
-        strangers = [one for one in records if origin(one) not in ("", usual)]
-        left_out += [
-            f"{one.run}: was run with other {what} ({origin(one)}, not {usual} as {number} others)" for one in strangers
-        ]
-        records = [one for one in records if one not in strangers]
+    for what, origin, group in (("code", _code, lambda one: ""), ("data", _data, lambda one: one.config_hash)):
+        kept = []
+        usual = {
+            name: collections.Counter(found for one in records if group(one) == name and (found := origin(one)))
+            for name in {group(one) for one in records}
+        }
+        for one in records:
+            ranked = usual[group(one)].most_common(1)
+            if not ranked or origin(one) in ("", ranked[0][0]):
+                kept.append(one)
+            else:
+                found = f"{origin(one)}, not {ranked[0][0]} as {ranked[0][1]} others"
+                left_out.append(f"{one.run}: was run with other {what} ({found})")
+        records = kept
     return records, left_out
 
 

@@ -204,6 +204,12 @@ def test_strangers_are_named_and_not_averaged(study, folder):
     assert all(nats < 5 for found in evidence.arms.values() for nats in found.nats())
 
 
+def test_tasks_have_data_of_their_own(study, folder):
+    for name in (path.stem for path in folder.glob("mesh-*.json")):
+        changed(folder, name, data={"train": "another task"}, config_hash="of another task")
+    assert not gather(study, folder).left_out
+
+
 def test_what_is_missing_is_shown(study, folder):
     for seed in (1, 2, 3):
         (folder / f"vanilla-seed{seed}.json").unlink()
