@@ -137,6 +137,7 @@ class Study:
       gates: what has to look right first.
       slices: TPU slices that seconds are predicted for; the first is that of `plan` and `launch`.
       kept: names of runs whose directories stay after their records are written, as for probes.
+      exploratory: whether nothing in it is more than something to test, the primary contrast included.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Study:
     gates: tuple[Gate, ...] = ()
     slices: tuple[str, ...] = ("v5e:4x4",)
     kept: tuple[str, ...] = ()
+    exploratory: bool = False
 
     def __post_init__(self):
         names = [arm.name for arm in self.arms]
