@@ -1,7 +1,7 @@
 """The papers' pretraining runs: four sizes of nine families on the Pile (docs/spec.md section 5).
 
     python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.data.stores=PILE
-    python -m spiral_jax.train --config=experiments/pile.py:410m,vanilla,v5p:4x4x4 --workdir=DIR --config.data.stores=PILE
+    python -m spiral_jax.train --config=experiments/pile.py:410m,vanilla,v5p:4x4x4 --workdir=DIR ...
     python -m spiral_jax.describe --config=experiments/pile.py:160m,spiral_l
 
 SIZE is 160m, 410m, 1b or 1.4b; FAMILY is vanilla, vanilla_mesh, base, residual, anchor, anchor_star, mesh (the

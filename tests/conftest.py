@@ -43,7 +43,6 @@ from spiral_jax.hardware import parse_slice  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache  # noqa: E402
 
-
 # What XLA does where nothing is said.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 

@@ -46,7 +46,15 @@ class SharedKeys:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters; those of layers have the layer as their first axis."""
         N, D, F, K = self.layers, self.d_model, self.d_mlp, self.head_width
-        layers = {"q": (D, D), "k": (D, K), "v": (D, K), "o": (D, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
+        layers: dict[str, tuple[int, ...]] = {
+            "q": (D, D),
+            "k": (D, K),
+            "v": (D, K),
+            "o": (D, D),
+            "gate": (D, F),
+            "up": (D, F),
+            "down": (F, D),
+        }
         outside = {"embedding": (self.vocab, D), "head": (D, self.vocab)}
         return {name: (N, *shape) for name, shape in layers.items()} | outside
 
@@ -138,8 +146,10 @@ def _kernel(model: SharedKeys):
     """(q [H, L, K], k [L, K], v [L, K]) to [H, L, K]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, min(BLOCK, model.length)))
+    size = min(BLOCK, model.length)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size
+    )
     mask = splash_attention_mask.MultiHeadMask(
         [splash_attention_mask.CausalMask((model.length, model.length))] * model.heads
     )
