@@ -29,7 +29,7 @@ STUDIES = Path(__file__).parent / "studies"
 # Where tokens lie, which their hashes say better, and what changes how a run runs, not what comes of it.
 PLACES = ("data.paths", "data.exclude", "data.validation_paths", "data.stores", "data.validation_store")
 OF_THE_RUN = ("seed", "optimizer.peak_learning_rate")
-OF_THE_ARM = ("model.", "train.steps")
+OF_THE_ARM = ("model.", "train.steps", "data.examples")
 _NAME = r"[a-z0-9][-a-z0-9_.]{0,39}"
 
 

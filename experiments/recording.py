@@ -102,7 +102,9 @@ def data_hashes(workdir: epath.Path) -> dict[str, str]:
       SpiralError: there is no checkpoint, or it is damaged.
     """
     with reading(workdir) as saved:
-        training = saved.meta["data"]["fingerprints"]
+        training, task = saved.meta["data"]["fingerprints"], saved.config().data.examples
+    if task:
+        return {task: training[0][:16]}  # arms may be of several tasks
     both = hashlib.sha256(json.dumps(training).encode()).hexdigest() if len(training) > 1 else training[0]
     hashes = {"train": both[:16]}
     if read_json_object(workdir / "data.json")["validation"]:

@@ -24,7 +24,7 @@ from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.chunks import Level
 from spiral_jax.roofline.points import chip_hours, nearest, read_points
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.inputs import check_data, window_order
+from spiral_jax.run.inputs import check_data, open_examples, window_order
 from spiral_jax.training.costs import flops, layout, memory
 
 PREFILL_TOKENS = 4096
@@ -113,6 +113,9 @@ def open_data(config: RunConfig) -> dict[str, Any]:
     Raises:
       SpiralError: data that is missing or damaged, or that does not suit the run.
     """
+    if config.data.examples:
+        examples = open_examples(config).source.num_examples
+        return {"examples": examples, "epochs": config.train.steps * config.train.batch_size / examples}
     if not config.data.stores:
         files = find_sources(config.data.paths, config.data.exclude, format=config.data.format)
         return {"files": len(files), "file_bytes": sum(file.size for file in files)}

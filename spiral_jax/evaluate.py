@@ -7,6 +7,9 @@ python -m spiral_jax.evaluate --workdir=runs/quickstart --input=FILE    on a UTF
 python -m spiral_jax.evaluate --workdir=DIR --stride=64 --json          overlapping windows; JSON on stdout
 python -m spiral_jax.evaluate --workdir=DIR --documents=FILE.json       also nats and tokens of each document
 
+Of a run with data.examples, held-out examples are scored instead, --limit of them or 512: the loss, and how many
+answers were right, by group. --documents has them by group, too; its tokens are the examples' sums of weights.
+
 With --tasks (extra harness) the harness asks and this model answers. `paper` stands for the papers' nine tasks; data
 comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax/evaluation/tasks names:
 
@@ -37,6 +40,7 @@ from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.evaluation.held_out import ExampleScorer, score_examples
 from spiral_jax.evaluation.perplexity import WindowScorer, nats_of_documents, score
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, open_tasks
 from spiral_jax.kernels.choose import backend_for
@@ -47,7 +51,11 @@ from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import run_directory, tokenizer_of, validation_store_of
+from spiral_jax.run.inputs import open_examples
 from spiral_jax.run.reading import SavedRun, reading
+
+# Held-out examples that are scored where --limit does not say how many.
+EXAMPLES = 512
 
 
 def define(values: flags.FlagValues) -> None:
@@ -60,7 +68,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("documents", "", "JSON file for nats and tokens of each document", flag_values=values)
     flags.DEFINE_list("tasks", [], "tasks of the LM Evaluation Harness, or paper", flag_values=values)
     flags.DEFINE_integer("num_fewshot", 0, "solved examples before each question of --tasks", flag_values=values)
-    flags.DEFINE_integer("limit", 0, "documents of each of --tasks; 0 for all", flag_values=values)
+    flags.DEFINE_integer("limit", 0, "documents of each of --tasks, or examples; 0 for all, or 512", flag_values=values)
     flags.DEFINE_string("tasks_data", "", "folder with the data of --tasks; default: the hub", flag_values=values)
     flags.DEFINE_string("output", "", "JSON file for --tasks; default: one in WORKDIR/lm_eval", flag_values=values)
     define_processes(values)
@@ -73,19 +81,20 @@ def main(values: flags.FlagValues) -> None:
         with reading(workdir, values.step) as saved:
             if values.tasks:
                 evaluate_tasks(values, saved, processes)
+            elif not values.input and saved.config(processes).data.examples:
+                evaluate_examples(values, saved, processes)
             else:
                 evaluate_text(values, saved, processes)
 
 
 def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processes) -> None:
     """Perplexity."""
+    require(values.limit == 0, "--limit", values.limit, "only with --tasks, or for a run with data.examples")
     workdir, step = saved.workdir, saved.step
     config = on_these_devices(saved.config(processes), values.batch_size)
     tokenizer = tokenizer_of(workdir)
     source, utf8_bytes = open_input(values.input, workdir, tokenizer, config)
-    documents = writable_path("--documents", values.documents) if values.documents else None
-    there = documents is None or is_bucket(documents) or documents.parent.is_dir()
-    require(there, "--documents", values.documents, "a file in a folder that exists")
+    documents = documents_of(values.documents)
     taken: list[np.ndarray] = []
 
     placed = placed_model(config)
@@ -126,6 +135,46 @@ def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processe
     print(f"bits per byte {result.bits_per_byte:.4f}")
 
 
+def evaluate_examples(values: flags.FlagValues, saved: SavedRun, processes: Processes) -> None:
+    """Loss and right answers on held-out examples."""
+    require(values.stride is None, "--stride", values.stride, "none for data.examples")
+    config = on_these_devices(saved.config(processes), values.batch_size)
+    documents = documents_of(values.documents)
+    stream = open_examples(config)
+    placed = placed_model(config)
+    params = saved.restore(placed.abstract_params)
+    result = score_examples(
+        ExampleScorer(config, placed),
+        params,
+        stream,
+        -(-(values.limit or EXAMPLES) // config.train.batch_size),
+        report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
+    )
+    if not processes.is_main:
+        return
+    by_group = {str(group): counts for group, counts in result.by_group.items()}
+    if documents:
+        found = {"nats": result.nats_N.tolist(), "tokens": result.weights_N.tolist(), "by_group": by_group}
+        write_json(documents, finite({"input": config.data.examples} | found))
+    report = {
+        "examples": config.data.examples,
+        "step": saved.step,
+        "windows": len(result.nats_N),
+        "answers": sum(asked for _, asked in result.by_group.values()),
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "by_group": by_group,
+    }
+    if values.json:
+        print(json.dumps(finite(report), indent=2, allow_nan=False))
+        return
+    print(f"{stream.name}: {report['answers']:,} answers in {len(result.nats_N):,} windows, step {saved.step}")
+    print(f"loss {result.loss:.4f} nats per answer")
+    print(f"accuracy {result.accuracy:.2%}")
+    for group, (correct, asked) in result.by_group.items():
+        print(f"group {group:>3}: {correct / asked:7.2%} of {asked:,}")
+
+
 def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Processes) -> None:
     """Tasks of the LM Evaluation Harness."""
     workdir, step = saved.workdir, saved.step
@@ -158,11 +207,23 @@ def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Process
     print(f"{harness.as_text(results)}\nresults      {path}")
 
 
+def documents_of(flag: str) -> epath.Path | None:
+    """Where --documents go; None for nowhere.
+
+    Raises:
+      SpiralError: its folder is not there.
+    """
+    path = writable_path("--documents", flag) if flag else None
+    there = path is None or is_bucket(path) or path.parent.is_dir()
+    require(there, "--documents", flag, "a file in a folder that exists")
+    return path
+
+
 def check_flags(values: flags.FlagValues) -> None:
     """Raises SpiralError where flags contradict each other or are out of range."""
     for name in ("num_fewshot", "limit"):
         require(getattr(values, name) >= 0, f"--{name}", getattr(values, name), "0 or more")
-    with_tasks, without_tasks = ("num_fewshot", "limit", "tasks_data", "output"), ("input", "stride", "documents")
+    with_tasks, without_tasks = ("num_fewshot", "tasks_data", "output"), ("input", "stride", "documents")
     for name in without_tasks if values.tasks else with_tasks:
         if values[name].value not in ("", 0, None):
             other = "without" if values.tasks else "with"

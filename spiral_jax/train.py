@@ -29,6 +29,7 @@ from absl import flags
 from etils.epath import Path
 
 from spiral_jax import command
+from spiral_jax.evaluation.held_out import HeldOut
 from spiral_jax.evaluation.task_evaluation import TaskEvaluation, TasksOfRun
 from spiral_jax.evaluation.validation import Validation
 from spiral_jax.parallel.heap import keep_freed_memory
@@ -140,12 +141,14 @@ def train(
     if data.validation is not None:
         store, placed = data.validation, program.placed
         evaluations.append(Validation(config.evaluation, config, placed, store, data.tokenizer, between_batches))
+    if data.examples is not None:
+        evaluations.append(HeldOut(config.evaluation, config, program.placed, data.examples, between_batches))
     if opened.tasks is not None:
         tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer, processes)
         evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches, processes))
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
-    host_batches = batches_of_process(config, data, opened.order, program.abstract_batch.sharding, first)
+    host_batches = batches_of_process(config, data, opened.order, program.placed.batch, first)
     skips = Skips(config.divergence, config.train.skip_steps, opened.saved.divergence if opened.saved else None)
     writes = processes.is_main
     record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
@@ -165,7 +168,7 @@ def train(
                 state,
                 range(first, last + 1),
                 train_step=train_step,
-                batches=(program.put_rows_of_process(batch["tokens"]) for batch in host_batches),
+                batches=(program.put_rows_of_process(batch) for batch in host_batches),
                 recorder=Recorder(skips.then(record)),
                 evaluations=evaluations,
                 saving=saving,

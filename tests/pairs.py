@@ -50,7 +50,7 @@ def sabotage(record, kind, process, step):
     def read_and_act(self):
         batch = read(self)
         if record:
-            np.save(f"{record}-{os.environ['JAX_PROCESS_ID']}-{self.step}.npy", batch["tokens"])
+            np.save(f"{record}-{os.environ['JAX_PROCESS_ID']}-{self.step}.npy", batch)
         if self.step == int(step) and os.environ["JAX_PROCESS_ID"] == process:
             if kind == "fail":
                 raise SpiralError("a file of process 1: broken")
@@ -157,7 +157,7 @@ def run_alone(folder, name):
 
     def record(self):
         batch = read(self)
-        batches[self.step] = batch["tokens"]
+        batches[self.step] = batch
         return batch
 
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,7 @@ FLOORS = [
     for line in (ROOT / "docs" / "architecture.md").read_text().splitlines()
     if re.match(r"\| \d+ \|", line)
 ]
-GROUND = ("errors", "hardware", "progress", "command")
+GROUND = ("errors", "hardware", "progress", "registry", "command")
 
 
 def modules() -> dict[str, Path]:

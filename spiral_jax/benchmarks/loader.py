@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.corpus.store_writer import StoreWriter
-from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
+from spiral_jax.data.pipeline import TrainBatches, WindowOrder, WindowReader, train_batches
 from spiral_jax.data.prepared import open_source
 from spiral_jax.data.storage import Storage
 from spiral_jax.data.store import TokenStore
@@ -114,18 +114,17 @@ def _measure(source: TokenSource, settings: LoaderSettings) -> tuple[dict[str, A
 
 def _batches(source: TokenSource, settings: LoaderSettings) -> TrainBatches:
     windows = num_windows(source, settings.sequence_length)
+    vocab_size = source.manifest.vocab_size if isinstance(source, TokenStore) else 2**31
     return train_batches(
-        [source],
+        WindowReader([source], sequence_length=settings.sequence_length, vocab_size=vocab_size),
         WindowOrder([windows], batch_size=settings.batch_size, seed=0),
-        sequence_length=settings.sequence_length,
-        vocab_size=source.manifest.vocab_size if isinstance(source, TokenStore) else 2**31,
         read_threads=settings.read_threads,
         prefetch_batches=settings.prefetch_batches,
     )
 
 
-def _checksum(batch: dict[str, np.ndarray]) -> int:
-    return zlib.crc32(batch["tokens"].data)
+def _checksum(tokens_BxW: np.ndarray) -> int:
+    return zlib.crc32(tokens_BxW.data)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

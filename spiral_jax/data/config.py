@@ -45,6 +45,8 @@ class DataConfig:
       stage_starts: the step each row of `weights` holds from; the first is 0.
       validation_store: token store to validate on, with `stores` only; empty for the `validation/` of the first of
         `stores` that has one.
+      examples: a task or data set that brings its own targets and weights, used instead of `paths` and `stores`:
+        `listops`, `cfg3b`, or the name of one of your own (docs/own_targets.md); empty for none.
       retry_seconds: how long a failing remote read is tried again before the run stops.
       cache_dir: folder to keep remote tokens in for the next epoch; empty for none.
       cache_gigabytes: bound of that folder, in units of 1e9 bytes. It fills up and then stays as it is.
@@ -68,6 +70,7 @@ class DataConfig:
     weights: tuple[tuple[float, ...], ...] = ()
     stage_starts: tuple[int, ...] = (0,)
     validation_store: str = ""
+    examples: str = ""
     retry_seconds: float = 300.0
     cache_dir: str = ""
     cache_gigabytes: float = 0.0
@@ -84,6 +87,7 @@ class DataConfig:
             ("tokenizer", False, '"bytes", "bpe" or the path of a tokenizer.json'),
             ("separator", True, "the text of a token, or nothing"),
             ("validation_store", True, "a path, or an empty string"),
+            ("examples", True, "a name, or an empty string"),
             ("cache_dir", True, "a path, or an empty string"),
         ):
             value = getattr(self, field)
@@ -104,6 +108,8 @@ class DataConfig:
         self._require("cache_gigabytes", not self.cache_gigabytes or self.cache_dir, "0, or data.cache_dir set as well")
         with_stores = bool(self.stores) or not self.validation_store
         self._require("validation_store", with_stores, "with data.stores only; data.validation_paths beside data.paths")
+        alone = not self.examples or not (self.paths or self.stores or self.validation_paths)
+        self._require("examples", alone, "without data.paths, data.stores and data.validation_paths")
         self._check_mixture()
 
     def _require(self, field: str, ok: object, allowed: str) -> None:

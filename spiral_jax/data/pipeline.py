@@ -7,7 +7,8 @@ then slice. The stream is a pure function of the seed and the position in it, so
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -79,7 +80,7 @@ class WindowOrder:
         return (self._mixture.counts(step * self.batch_size) / np.array(self.windows_per_source)).tolist()
 
 
-class TrainBatches(Iterator[dict[str, np.ndarray]], contextlib.AbstractContextManager["TrainBatches"]):
+class TrainBatches(Iterator[Any], contextlib.AbstractContextManager["TrainBatches"]):
     """An endless iterator over batches, read ahead by threads. Close it, or use it in a `with` statement.
 
     Attributes:
@@ -91,7 +92,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]], contextlib.AbstractContextMa
         self.step = step
         self._batches.start_prefetch()
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Any:
         try:
             batch = next(self._batches)
         except BaseException:
@@ -110,11 +111,9 @@ class TrainBatches(Iterator[dict[str, np.ndarray]], contextlib.AbstractContextMa
 
 
 def train_batches(
-    sources: Sequence[TokenSource],
+    read: Callable[[np.ndarray, np.ndarray], Any],
     order: WindowOrder,
     *,
-    sequence_length: int,
-    vocab_size: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -127,10 +126,8 @@ def train_batches(
     windows for any `process_count`. A thread reads whole batches, all windows of one at once.
 
     Args:
-      sources: the tokens.
+      read: (source_R, window_R) to a batch of these R = B / P windows, as `WindowReader`; called by threads.
       order: which window of which source comes when; B windows per step over all processes.
-      sequence_length: predictions per window, L.
-      vocab_size: ids the model has an embedding for; any other one stops the stream.
       start_step: step of the first batch. Earlier batches are not read.
       process_index: which slice of the global batch to return.
       process_count: number of slices, P.
@@ -138,7 +135,7 @@ def train_batches(
       prefetch_batches: batches read ahead.
 
     Returns:
-      An endless iterator of `{"tokens": int32 [B / P, L + 1]}`.
+      An endless iterator of what `read` makes.
 
     Raises:
       SpiralError: the batch does not divide among the processes.
@@ -159,28 +156,43 @@ def train_batches(
         .slice(slice(process_index, None, process_count))
         .batch(batch_size // process_count, drop_remainder=True)
         .slice(slice(start_step, None))
-        .map(lambda places: {"tokens": _read_batch(sources, places, sequence_length, vocab_size)})
+        .map(lambda places: read(*places))
         .to_iter_dataset(read_options)
     )
     return TrainBatches(iter(batches), start_step)
 
 
-def _read_batch(
-    sources: Sequence[TokenSource], places: tuple[np.ndarray, np.ndarray], sequence_length: int, vocab_size: int
-) -> np.ndarray:
-    source_B, window_B = places
-    tokens_BxW = np.empty((len(source_B), sequence_length + 1), np.int32)
-    for index in np.unique(source_B):
-        rows_R = np.flatnonzero(source_B == index)
-        tokens_BxW[rows_R] = read_windows(sources[index], window_B[rows_R], sequence_length)
-    # A negative id counts as a large one.
-    if tokens_BxW.view(np.uint32).max() >= vocab_size:
-        row, column = np.argwhere(tokens_BxW.view(np.uint32) >= vocab_size)[0]
-        source = sources[source_B[row]]
-        place = source.locate(window_start(source, window_B[row], sequence_length) + int(column))
-        found = f"{place} is id {tokens_BxW[row, column]}"
-        raise SpiralError(f"{found}; allowed: 0 to {vocab_size - 1} (model.vocab_size - 1)")
-    return tokens_BxW
+class WindowReader:
+    """Windows of token sources as batches."""
+
+    def __init__(self, sources: Sequence[TokenSource], *, sequence_length: int, vocab_size: int):
+        """Keeps what every batch needs.
+
+        Args:
+          sources: the tokens.
+          sequence_length: predictions per window, L.
+          vocab_size: ids the model has an embedding for; any other one stops the stream.
+        """
+        self._sources, self._sequence_length, self._vocab_size = sources, sequence_length, vocab_size
+
+    def __call__(self, source_B: np.ndarray, window_B: np.ndarray) -> np.ndarray:
+        """Returns int32 [B, L + 1].
+
+        Raises:
+          SpiralError: an id outside the vocabulary.
+        """
+        tokens_BxW = np.empty((len(source_B), self._sequence_length + 1), np.int32)
+        for index in np.unique(source_B):
+            rows_R = np.flatnonzero(source_B == index)
+            tokens_BxW[rows_R] = read_windows(self._sources[index], window_B[rows_R], self._sequence_length)
+        # A negative id counts as a large one.
+        if tokens_BxW.view(np.uint32).max() >= self._vocab_size:
+            row, column = np.argwhere(tokens_BxW.view(np.uint32) >= self._vocab_size)[0]
+            source = self._sources[source_B[row]]
+            place = source.locate(window_start(source, window_B[row], self._sequence_length) + int(column))
+            found = f"{place} is id {tokens_BxW[row, column]}"
+            raise SpiralError(f"{found}; allowed: 0 to {self._vocab_size - 1} (model.vocab_size - 1)")
+        return tokens_BxW
 
 
 def _shuffle_seed(seed: int, stream: int) -> int:

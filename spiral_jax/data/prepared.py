@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.examples import ExampleStream
 from spiral_jax.data.megatron.tokens import MegatronTokens, is_megatron
 from spiral_jax.data.storage import LOCAL, Storage, absolute, is_url, join
 from spiral_jax.data.store import MANIFEST, TokenStore
@@ -19,19 +20,26 @@ class PreparedData:
     """What a run trains on.
 
     Attributes:
-      train: where the training windows come from, at least one source.
+      train: where the training windows come from; none with `examples`, otherwise at least one source.
       validation: what is held out, or None.
       tokenizer: what the ids of all of them mean.
+      examples: what brings its own targets and weights, and is trained on instead of `train`; None for none.
     """
 
     train: tuple[TokenSource, ...]
     validation: TokenStore | None
     tokenizer: Tokenizer
+    examples: ExampleStream | None = None
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
         """One per training source: what a checkpoint records to notice that the data changed."""
-        return tuple(source.fingerprint for source in self.train)
+        return tuple(source.fingerprint for source in self.sources)
+
+    @property
+    def sources(self) -> tuple[TokenSource | ExampleStream, ...]:
+        """All that is trained on."""
+        return self.train if self.examples is None else (self.examples,)
 
 
 def storage_of(config: DataConfig) -> Storage:

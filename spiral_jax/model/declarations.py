@@ -13,9 +13,9 @@ from spiral_jax.model import iteration
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.operators import Linear, Operator
 from spiral_jax.model.pooling import poolings
-from spiral_jax.model.registry import Registry
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
+from spiral_jax.registry import Registry
 
 # Rows of the abstract arrays: a size that nothing else has by itself.
 B = 3

@@ -8,7 +8,7 @@ import numpy as np
 
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import HIGHEST, Bound, Linear, Operator, at_least_float32
-from spiral_jax.model.registry import Registry
+from spiral_jax.registry import Registry
 
 
 class RunningSum(NamedTuple):

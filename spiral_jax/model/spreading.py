@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from spiral_jax.model.chunks import Level
 from spiral_jax.model.operators import Bound, Linear, Operator, at_least_float32
-from spiral_jax.model.registry import Registry
+from spiral_jax.registry import Registry
 
 
 class Spreading(Operator):

@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from spiral_jax.convert.architecture import architecture
 from spiral_jax.convert.upcycle import UpcycleConfig
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.examples import check_examples
 from spiral_jax.data.json_files import write_json
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation.config import EvaluationConfig
@@ -81,11 +82,17 @@ class RunConfig(StepConfig):
     def __post_init__(self):
         require(0 <= self.seed < 2**32, "seed", self.seed, f"0 to {2**32 - 1}")
         schedules[self.optimizer.schedule](self.optimizer, self.train.steps).check()
+        if self.data.examples and self.evaluation.batches == 0:
+            require(False, "evaluation.batches", 0, "1 or more with data.examples, which do not end")
         length = self.train.sequence_length
         for t, level in enumerate(self.model.schedule):
             for field, value, most in (("chunks", level.chunk, length), ("shifts", level.shift, length - 1)):
                 allowed = f"up to {most}, as train.sequence_length is {length}"
                 require(value <= most, f"model.{field}[{t}]", value, allowed)
+
+    @property
+    def brings_targets(self) -> bool:
+        return bool(self.data.examples)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -99,6 +106,7 @@ class RunConfig(StepConfig):
         """
         config = _from_mapping(cls, values, "")
         check_operators(config.model)
+        check_examples(config.data)
         check_optimizer(config.optimizer, config.train.steps, config.model)
         return config
 

@@ -182,7 +182,7 @@ def check_same_data(config: DataConfig, data: PreparedData, fingerprints: Sequen
     Raises:
       SpiralError: naming the store that is another one.
     """
-    sources = list(data.train)
+    sources = list(data.sources)
     if config.weights:
         sources = sources[: len(fingerprints)]  # a store that was added can only come into later stages
     for source, fingerprint in zip(sources, fingerprints, strict=False):

@@ -20,7 +20,7 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
     evaluated = [row for row in rows if row.get("validation_loss") is not None]
     if evaluated:
         last = evaluated[-1]
-        print(f"validation after step {last['step']}: {last['validation_bits_per_byte']:.4f} bits per byte, "
+        print(f"validation after step {last['step']}: {metrics.validation_measure(last)}, "
               f"{last['validation_loss']:.4f} nats per token")  # fmt: skip
     if config.summary.sample_tokens and processes.several:
         print("no sample: the parameters may not fit one process; python -m spiral_jax.generate makes texts")
@@ -33,5 +33,8 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
         print(f"loss curve   {summary.plot_loss(workdir)}")
     print(f"metrics      {metrics.rows_of(workdir)}\ncheckpoints  {workdir / 'checkpoints'}")
     files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
-    more = [*(f" --import={file}" for file in files), "" if data.validation is not None else " --input=FILE"]
+    more = [
+        *(f" --import={file}" for file in files),
+        "" if data.validation is not None or data.examples is not None else " --input=FILE",
+    ]
     print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)

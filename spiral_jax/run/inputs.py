@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.config import DataConfig
-from spiral_jax.data.pipeline import TrainBatches, WindowOrder, train_batches
+from spiral_jax.data.examples import ExampleStream
+from spiral_jax.data.pipeline import TrainBatches, WindowOrder, WindowReader, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores, storage_of
 from spiral_jax.data.staging import Staging
 from spiral_jax.data.windows import num_windows
@@ -33,6 +34,9 @@ def prepare_data(
     Raises:
       SpiralError: data that is missing or broken, or that a process does not see.
     """
+    if config.data.examples:
+        examples = open_examples(config)
+        return PreparedData((), None, examples.source.tokenizer, examples)
     if config.data.stores:
         return open_stores(config.data)
     if not fingerprints and config.data.tokenizer == "bpe":
@@ -58,6 +62,20 @@ def prepare_data(
     return data
 
 
+def open_examples(config: RunConfig) -> ExampleStream:
+    """The examples of `data.examples`.
+
+    Raises:
+      SpiralError: the first of them are not what they should be.
+    """
+    return ExampleStream(
+        config.data.examples,
+        seed=config.seed,
+        length=config.train.sequence_length,
+        vocab_size=config.model.vocab_size,
+    )
+
+
 def _make(config: DataConfig, cache: Path) -> PreparedData:
     """Stores of the text of `config`, in a folder of `cache`."""
     if not is_bucket(cache):
@@ -78,7 +96,7 @@ def check_data(config: RunConfig, data: PreparedData) -> None:
     if config.model.vocab_size < needed:
         raise SpiralError(
             f"model.vocab_size is {config.model.vocab_size}; allowed: at least {needed}, the ids of the tokenizer of "
-            f"{data.train[0].name}"
+            f"{data.sources[0].name}"
         )
 
 
@@ -88,8 +106,9 @@ def window_order(config: RunConfig, data: PreparedData) -> WindowOrder:
     Raises:
       SpiralError: a source shorter than a window, or weights that cannot be kept exactly.
     """
+    windows = [num_windows(source, config.train.sequence_length) for source in data.train]
     return WindowOrder(
-        [num_windows(source, config.train.sequence_length) for source in data.train],
+        windows if data.examples is None else [data.examples.source.num_examples],
         batch_size=config.train.batch_size,
         seed=config.seed,
         weights=config.data.weights,
@@ -110,11 +129,11 @@ def batches_of_process(
       first_step: counted from 1.
     """
     part, parts = rows_of_process(sharding, config.train.batch_size)
+    length, vocab_size = config.train.sequence_length, config.model.vocab_size
+    examples = data.examples
     return train_batches(
-        data.train,
+        WindowReader(data.train, sequence_length=length, vocab_size=vocab_size) if examples is None else examples,
         order,
-        sequence_length=config.train.sequence_length,
-        vocab_size=config.model.vocab_size,
         start_step=first_step - 1,
         process_index=part,
         process_count=parts,

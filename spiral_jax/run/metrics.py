@@ -225,11 +225,16 @@ def step_line(row: Mapping[str, Any], total_steps: int, seconds_left: float) -> 
     if "mfu" in row:
         parts.append(f"MFU {row['mfu']:.1%}")
     if "validation_loss" in row:
-        parts.append(
-            f"validation {row['validation_loss']:.4f} nats/token, {row['validation_bits_per_byte']:.4f} bits/byte"
-        )
+        parts.append(f"validation {row['validation_loss']:.4f} nats per token, {validation_measure(row)}")
     parts.append(f"ETA {duration(seconds_left)}" if step < total_steps else "done")
     return "  ".join(parts)
+
+
+def validation_measure(row: Mapping[str, Any]) -> str:
+    """What the validation of a row found besides its loss: of text bits per byte, of examples the right answers."""
+    if "validation_accuracy" in row:
+        return f"{row['validation_accuracy']:.1%} right"
+    return f"{row['validation_bits_per_byte']:.4f} bits per byte"
 
 
 def _files(path: Path) -> list[tuple[Path, list[bytes]]]:

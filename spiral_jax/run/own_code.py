@@ -11,17 +11,18 @@ from typing import Any
 
 from etils.epath import Path
 
+from spiral_jax.data.examples import example_sources
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError, guarded
 from spiral_jax.model.pooling import poolings
-from spiral_jax.model.registry import Registry
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
+from spiral_jax.registry import Registry
 from spiral_jax.training.optimizers import optimizers
 from spiral_jax.training.schedules import schedules
 
 FILE = "own_code.json"
-REGISTRIES: tuple[Registry, ...] = (topologies, poolings, spreadings, optimizers, schedules)
+REGISTRIES: tuple[Registry, ...] = (topologies, poolings, spreadings, optimizers, schedules, example_sources)
 
 
 def import_files(paths: Sequence[str]) -> None:
@@ -52,6 +53,8 @@ def own_code(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     found = {}
     for registry in REGISTRIES:
         name = registry.chosen(config)
+        if name == "":  # no examples
+            continue
         code = registry.code(name)
         if not code.is_ours:
             found[registry.field] = {"name": name, "file": code.file, "sha256": code.sha256}

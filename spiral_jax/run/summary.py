@@ -15,7 +15,7 @@ from spiral_jax.decoding.sampling import SamplingSettings
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.run.metrics import read_rows, rows_of
+from spiral_jax.run.metrics import read_rows, rows_of, validation_measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def plot_loss(workdir: Path) -> Path:
             [row["validation_loss"] for row in evaluated],
             "o-",
             color="tab:orange",
-            label=f"validation (last: {evaluated[-1]['validation_bits_per_byte']:.3f} bits per byte)",
+            label=f"validation (last: {validation_measure(evaluated[-1])})",
         )
     axes.set(xlabel="step", ylabel="loss, nats per token", title=workdir.name)
     axes.grid(alpha=0.3)

@@ -140,6 +140,11 @@ class StepConfig:
     mesh: MeshConfig = MeshConfig()
     divergence: DivergenceConfig = DivergenceConfig()
 
+    @property
+    def brings_targets(self) -> bool:
+        """Whether batches have targets and weights of their own, `data.examples.Examples` instead of windows."""
+        return False
+
     def check_mesh(self, num_devices: int) -> tuple[int, int, int]:
         """Devices along (data, fsdp, tensor).
 

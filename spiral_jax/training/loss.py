@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.data.examples import Examples
 from spiral_jax.model.operators import at_least_float32
 from spiral_jax.model.spiralformer import SpiralFormer, unembed
 
@@ -63,6 +64,16 @@ def mean_window_nats(model: SpiralFormer, params, windows_BxW: jax.Array, block:
     return mean_nats(h_BxLxD, kernel_DxV, windows_BxW[:, 1:], block, model.backend.constrain), metrics
 
 
+def mean_example_nats(model: SpiralFormer, params, examples: Examples, block: int) -> tuple[jax.Array, Any]:
+    """The mean over positions of -log p(target) times weight, and the model's metrics; otherwise as `mean_window_nats`.
+
+    Where the weights have mean 1 that is the mean over all weights.
+    """
+    h_BxLxD, metrics = model.apply({"params": params}, examples.tokens_BxL, method="hidden")
+    kernel_DxV, constrain = _head(model, params), model.backend.constrain
+    return weighted_nats(h_BxLxD, kernel_DxV, examples.targets_BxL, examples.weights_BxL, block, constrain), metrics
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def mean_nats(
     h_BxLxD: jax.Array, kernel_DxV: jax.Array, targets_BxL: jax.Array, block: int, constrain: Callable
@@ -82,25 +93,48 @@ def mean_nats(
     return _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def weighted_nats(
+    h_BxLxD: jax.Array,
+    kernel_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    block: int,
+    constrain: Callable,
+) -> jax.Array:
+    """As `mean_nats`, with every position's loss times its weight. Weights are constants: they get no gradient."""
+    return _weighted_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, weights_BxL, block, constrain)[0]
+
+
 def _mean_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, block, constrain):
+    return _nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, (), block, constrain)
+
+
+def _weighted_nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, weights_BxL, block, constrain):
+    return _nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, (weights_BxL,), block, constrain)
+
+
+def _nats_and_gradients(h_BxLxD, kernel_DxV, targets_BxL, weights: tuple[jax.Array, ...], block, constrain):
+    """The sum of nats times weights, if there are any, over the number of positions; and its gradients."""
     dtype = at_least_float32(h_BxLxD.dtype)
 
-    def add(carry, h_BxPxD, targets_BxP, is_real_P):
+    def add(carry, h_BxPxD, targets_BxP, is_real_P, *weights_BxP):
         total, d_kernel_DxV = carry
+        (weight_BxP,) = weights_BxP or (is_real_P,)  # weights are 0 beyond the sequence, too
         logits_BxPxV = _logits(h_BxPxD, kernel_DxV, constrain)
         nats_BxP, log_sum_BxP, is_target_BxPxV = _nats(logits_BxPxV, targets_BxP)
         p_BxPxV = jnp.exp(logits_BxPxV - log_sum_BxP[..., None])
-        d_logits_BxPxV = (p_BxPxV - is_target_BxPxV) * (is_real_P / targets_BxL.size)[:, None]
+        d_logits_BxPxV = (p_BxPxV - is_target_BxPxV) * (weight_BxP / targets_BxL.size)[..., None]
         # Inputs of the products in the compute dtype, sums at least in float32, as in `unembed`.
         d_logits_BxPxV = d_logits_BxPxV.astype(h_BxPxD.dtype)
         kernel = kernel_DxV.astype(h_BxPxD.dtype)
         d_h_BxPxD = jnp.einsum("bpv,dv->bpd", d_logits_BxPxV, kernel, preferred_element_type=dtype)
         d_kernel_DxV += jnp.einsum("bpd,bpv->dv", h_BxPxD, d_logits_BxPxV, preferred_element_type=dtype)
         d_kernel_DxV = constrain(d_kernel_DxV, "activation_embed", "vocab")
-        return (total + jnp.sum(nats_BxP * is_real_P), d_kernel_DxV), d_h_BxPxD.astype(h_BxPxD.dtype)
+        return (total + jnp.sum(nats_BxP * weight_BxP), d_kernel_DxV), d_h_BxPxD.astype(h_BxPxD.dtype)
 
     start = jnp.zeros((), dtype), jnp.zeros(kernel_DxV.shape, dtype)
-    (total, d_kernel_DxV), d_h_BxLxD = _over_blocks(add, start, h_BxLxD, targets_BxL, block)
+    (total, d_kernel_DxV), d_h_BxLxD = _over_blocks(add, start, h_BxLxD, targets_BxL, block, *weights)
     return total / targets_BxL.size, (d_h_BxLxD, d_kernel_DxV.astype(kernel_DxV.dtype))
 
 
@@ -110,7 +144,12 @@ def _scaled_gradients(block, constrain, gradients, factor):
     return (d_h_BxLxD * factor.astype(d_h_BxLxD.dtype), d_kernel_DxV * factor, None)
 
 
+def _scaled_weighted_gradients(block, constrain, gradients, factor):
+    return *_scaled_gradients(block, constrain, gradients, factor), None
+
+
 mean_nats.defvjp(_mean_nats_and_gradients, _scaled_gradients)
+weighted_nats.defvjp(_weighted_nats_and_gradients, _scaled_weighted_gradients)
 
 
 def _head(model: SpiralFormer, params) -> jax.Array:
@@ -118,16 +157,17 @@ def _head(model: SpiralFormer, params) -> jax.Array:
     return model.backend.constrain(params["head"]["kernel"], "activation_embed", "vocab")
 
 
-def _over_blocks(body: Callable, carry, h_BxLxD: jax.Array, targets_BxL: jax.Array, block: int):
+def _over_blocks(body: Callable, carry, h_BxLxD: jax.Array, targets_BxL: jax.Array, block: int, *more_BxL: jax.Array):
     """Scans a sequence a block of positions at a time.
 
     Args:
-      body: (carry, h_BxPxD, targets_BxP, is_real_P) to (carry, tree of [B, P, ..]); `is_real_P` is 0 where the last
-        block goes beyond the sequence.
+      body: (carry, h_BxPxD, targets_BxP, is_real_P, *more_BxP) to (carry, tree of [B, P, ..]); `is_real_P` and the
+        others are 0 where the last block goes beyond the sequence.
       carry: of the first block.
       h_BxLxD: final hidden states.
       targets_BxL: the token to predict at each position.
       block: P, or more than there are.
+      *more_BxL: whatever else there is of each position.
 
     Returns:
       The last carry, and the tree of [B, L, ..].
@@ -144,7 +184,7 @@ def _over_blocks(body: Callable, carry, h_BxLxD: jax.Array, targets_BxL: jax.Arr
         return x_NxBxPx.swapaxes(0, 1).reshape(B, -1, *x_NxBxPx.shape[3:])[:, :L]
 
     is_real_NxP = (jnp.arange(L + padding) < L).astype(at_least_float32(h_BxLxD.dtype)).reshape(-1, block)
-    blocks = cut(h_BxLxD), cut(targets_BxL), is_real_NxP
+    blocks = cut(h_BxLxD), cut(targets_BxL), is_real_NxP, *map(cut, more_BxL)
     carry, outputs = jax.lax.scan(lambda carry, xs: body(carry, *xs), carry, blocks)
     return carry, jax.tree.map(joined, outputs)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.model.registry import Registry
+from spiral_jax.registry import Registry
 
 if TYPE_CHECKING:
     from spiral_jax.training.config import OptimizerConfig

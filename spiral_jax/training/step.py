@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from spiral_jax.data.examples import Examples
 from spiral_jax.kernels.choose import backend_for
 from spiral_jax.model.spiralformer import SpiralFormer
 from spiral_jax.parallel.mesh import replicated
@@ -19,7 +20,7 @@ from spiral_jax.parallel.placed_model import PlacedModel, abstract_params_on, pl
 from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.divergence import is_listed, is_sound
-from spiral_jax.training.loss import mean_window_nats
+from spiral_jax.training.loss import mean_example_nats, mean_window_nats
 from spiral_jax.training.optimizers import make_optimizer, state_shardings
 from spiral_jax.training.schedules import learning_rate
 
@@ -47,22 +48,25 @@ class Program:
     Attributes:
       placed: the model on the mesh.
       init: (key) to a TrainState, born sharded. Jitted.
-      train_step: (state, windows_BxW) to (state, metrics); donates the state. A step that is not to be believed
+      train_step: (state, batch) to (state, metrics); donates the state. A step that is not to be believed
         (`training.divergence`) leaves parameters and optimizer state as they were. Jitted.
       abstract_state: TrainState of ShapeDtypeStructs that carry their shardings.
-      abstract_batch: windows [B, L + 1] likewise.
+      abstract_batch: windows [B, L + 1] likewise; `Examples` of arrays [B, L] where batches bring their targets.
     """
 
     placed: PlacedModel
     init: Any
     train_step: Any
     abstract_state: TrainState
-    abstract_batch: jax.ShapeDtypeStruct
+    abstract_batch: Any
 
-    def put_rows_of_process(self, rows: np.ndarray) -> jax.Array:
+    def put_rows_of_process(self, rows: Any) -> Any:
         """This process's rows of a batch, as the batch on the devices of all."""
-        shape = self.abstract_batch.shape
-        return jax.make_array_from_process_local_data(self.abstract_batch.sharding, rows, shape)
+
+        def put(whole: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(whole.sharding, rows, whole.shape)
+
+        return jax.tree.map(put, self.abstract_batch, rows)
 
 
 def make_program(config: StepConfig, mesh: Mesh) -> Program:
@@ -77,10 +81,9 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     specs = fsdp.specs_of(shardings.params)
     local = fsdp.model_of_a_device(config.model, config.train, mesh, specs)
-    window_shape = (config.train.batch_size, config.train.sequence_length + 1)
 
-    def train_step(state: TrainState, windows_BxW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, metrics, summed = _gradients(config, mesh, local, specs, state.params, windows_BxW)
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, metrics, summed = _gradients(config, mesh, local, specs, state.params, batch)
         summed = jax.lax.with_sharding_constraint(summed, shardings.params)
         norm, rate = optax.tree.norm(_means(config, mesh, summed)), schedule(state.step)
         optimizer = make_optimizer(config.optimizer, config.train.steps, config.model, rate)
@@ -110,8 +113,17 @@ def make_program(config: StepConfig, mesh: Mesh) -> Program:
             donate_argnums=0,
         ),
         abstract_state=state,
-        abstract_batch=jax.ShapeDtypeStruct(window_shape, jnp.int32, sharding=placed.batch),
+        abstract_batch=_abstract_batch(config, placed),
     )
+
+
+def _abstract_batch(config: StepConfig, placed: PlacedModel) -> Any:
+    """The shapes of what a step takes."""
+    B, L = config.train.batch_size, config.train.sequence_length
+    if not config.brings_targets:
+        return jax.ShapeDtypeStruct((B, L + 1), jnp.int32, sharding=placed.batch)
+    ids, weights = (jax.ShapeDtypeStruct((B, L), dtype, sharding=placed.batch) for dtype in (jnp.int32, jnp.float32))
+    return Examples(ids, ids, weights)
 
 
 def abstract_state(config: StepConfig, mesh: Mesh | AbstractMesh) -> TrainState:
@@ -144,7 +156,7 @@ def _start(config: StepConfig, params: Any, rng: jax.Array) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(rng))
 
 
-def _gradients(config: StepConfig, mesh: Mesh, model: SpiralFormer, specs, params, windows_BxW: jax.Array):
+def _gradients(config: StepConfig, mesh: Mesh, model: SpiralFormer, specs, params, batch: Any):
     """The batch's mean loss and metrics, and gradients of which `_means` are those of the loss.
 
     `accumulation` micro-batches go one after the other.
@@ -152,35 +164,46 @@ def _gradients(config: StepConfig, mesh: Mesh, model: SpiralFormer, specs, param
     A = config.train.accumulation
     core_is_whole = fsdp.holds_core(config.model, config.train, mesh)
 
-    def loss_of(params, windows_BxW):
-        return mean_window_nats(model, params, windows_BxW, config.train.loss_block)
+    def loss_of(params, rows):
+        mean_nats = mean_example_nats if isinstance(rows, Examples) else mean_window_nats
+        return mean_nats(model, params, rows, config.train.loss_block)
 
-    def on_a_device(params, windows_BxW):
+    def on_a_device(params, rows):
+        if isinstance(rows, Examples):
+            rows = _with_mean_weight_1(rows)
         params = fsdp.gather_rest(params, specs)
         if core_is_whole:
             params = fsdp.gather_core(params, specs, config.model.dtype)
 
-        def gradient(windows_BxW):
-            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, windows_BxW)
+        def gradient(rows):
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, rows)
             return {"loss": loss} | metrics, fsdp.without_values(grads)
 
         if A == 1:
-            metrics, grads = gradient(windows_BxW)
+            metrics, grads = gradient(rows)
         else:
             # Row a of every device's share goes to micro-batch a, so that no row moves between devices.
-            windows_AxBxW = windows_BxW.reshape(-1, A, windows_BxW.shape[-1]).swapaxes(0, 1)
-            shapes = jax.eval_shape(gradient, windows_AxBxW[0])
+            micro_batches = jax.tree.map(lambda x_BxL: x_BxL.reshape(-1, A, x_BxL.shape[-1]).swapaxes(0, 1), rows)
+            shapes = jax.eval_shape(gradient, jax.tree.map(lambda x_AxBxL: x_AxBxL[0], micro_batches))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (metrics, grads), _ = jax.lax.scan(
-                lambda total, windows_BxW: (jax.tree.map(jnp.add, total, gradient(windows_BxW)), None),
-                zeros,
-                windows_AxBxW,
+                lambda total, rows: (jax.tree.map(jnp.add, total, gradient(rows)), None), zeros, micro_batches
             )
         return _means(config, mesh, fsdp.sum_over(metrics)), fsdp.sum_over_rows(grads, specs, core_is_whole)
 
     run = fsdp.on_each_device(mesh, on_a_device, (specs, PartitionSpec(fsdp.ROWS)), (PartitionSpec(), specs))
-    metrics, grads = run(params, windows_BxW)
+    metrics, grads = run(params, batch)
     return metrics.pop("loss"), metrics, grads
+
+
+def _with_mean_weight_1(rows: Examples) -> Examples:
+    """The weights over their mean, all devices' and micro-batches' together: what follows is means over positions.
+
+    Inside `fsdp.on_each_device`.
+    """
+    sums = jnp.sum(rows.weights_BxL), jnp.asarray(rows.weights_BxL.size, jnp.float32)
+    weight, positions = fsdp.sum_over(sums)
+    return rows._replace(weights_BxL=rows.weights_BxL * (positions / weight))
 
 
 def _means(config: StepConfig, mesh: Mesh, summed: Any) -> Any:

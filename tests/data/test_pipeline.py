@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from spiral_jax.data.pipeline import WindowOrder, train_batches
+from spiral_jax.data.pipeline import WindowOrder, WindowReader, train_batches
 from spiral_jax.data.windows import TokensInMemory, TokenSource, num_windows
 from spiral_jax.errors import SpiralError
 
@@ -35,7 +35,7 @@ class Counting(TokenSource):
 def stream(source=None, *, batch_size=BATCH, seed=0, **kwargs):
     source = source or Counting()
     order = WindowOrder([num_windows(source, LENGTH)], batch_size=batch_size, seed=seed)
-    return train_batches([source], order, sequence_length=LENGTH, vocab_size=2**31, **kwargs)
+    return train_batches(WindowReader([source], sequence_length=LENGTH, vocab_size=2**31), order, **kwargs)
 
 
 def batches(num_steps, source=None, **kwargs):
@@ -43,11 +43,10 @@ def batches(num_steps, source=None, **kwargs):
     found = []
     with stream(source, **kwargs) as iterator:
         for batch in itertools.islice(iterator, num_steps):
-            tokens_BxL = batch["tokens"]
-            assert set(batch) == {"tokens"} and tokens_BxL.dtype == np.int32
-            assert tokens_BxL.shape == (BATCH // kwargs.get("process_count", 1), LENGTH + 1)
-            np.testing.assert_array_equal(tokens_BxL, tokens_BxL[:, :1] + np.arange(LENGTH + 1))
-            found.append((tokens_BxL[:, 0] // LENGTH).tolist())
+            assert batch.dtype == np.int32
+            assert batch.shape == (BATCH // kwargs.get("process_count", 1), LENGTH + 1)
+            np.testing.assert_array_equal(batch, batch[:, :1] + np.arange(LENGTH + 1))
+            found.append((batch[:, 0] // LENGTH).tolist())
     return found
 
 
@@ -182,9 +181,9 @@ def mixed_batches(num_steps, *, start_step=0, weights=(), stage_starts=(0,), see
     """(source, window) of each row of each step's batch."""
     order = WindowOrder(LENGTHS, batch_size=BATCH, seed=seed, weights=weights, stage_starts=stage_starts)
     sources = [Numbered(number) for number in range(3)]
-    options = {"sequence_length": LENGTH, "vocab_size": 3000, "start_step": start_step, **process}
-    with train_batches(sources, order, **options) as iterator:
-        firsts = [batch["tokens"][:, 0].tolist() for batch in itertools.islice(iterator, num_steps)]
+    read = WindowReader(sources, sequence_length=LENGTH, vocab_size=3000)
+    with train_batches(read, order, start_step=start_step, **process) as iterator:
+        firsts = [batch[:, 0].tolist() for batch in itertools.islice(iterator, num_steps)]
     return [[(first // 1000, first % 1000 // LENGTH) for first in batch] for batch in firsts]
 
 
@@ -246,7 +245,7 @@ def test_an_id_outside_the_vocabulary_stops_the_stream_and_is_located(bad):
     tokens_N[50] = bad
     source = TokensInMemory("memory", tokens_N)
     order = WindowOrder([20], batch_size=4, seed=0)
-    with train_batches([source], order, sequence_length=LENGTH, vocab_size=2999) as iterator:
+    with train_batches(WindowReader([source], sequence_length=LENGTH, vocab_size=2999), order) as iterator:
         with pytest.raises(SpiralError, match=rf"memory: token 50 is id {bad}; allowed: 0 to 2998"):
             for _ in range(5):
                 next(iterator)

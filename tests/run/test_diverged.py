@@ -85,7 +85,7 @@ def test_numbers_that_are_none_are_null():
 
 def test_the_end_of_a_run_and_the_card_take_the_last_number_there_is(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    train.finish(RunConfig(), Path(tmp_path), types.SimpleNamespace(validation=None), ALONE)
+    train.finish(RunConfig(), Path(tmp_path), types.SimpleNamespace(validation=None, examples=None), ALONE)
     printed = capsys.readouterr().out
     assert "skipped updates: 1, the last one of step 2" in printed
     assert "validation after step 1: 7.0000 bits per byte, 5.0000 nats per token" in printed

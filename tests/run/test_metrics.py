@@ -180,7 +180,7 @@ def test_a_line_is_printed_now_and_then(tmp_path, monkeypatch, capsys):
     assert steps == [*range(1, 32, 5), 33, *range(38, 99, 5), 100]
     assert "loss 4.0000" in lines[0] and "lr 1.00e-03" in lines[0] and "64 tokens/s" in lines[0]
     assert "MFU 0." in lines[0] and lines[0].endswith("ETA 3m18s")  # 99 steps of 2 s
-    assert "2.2500 bits/byte" in lines[7]
+    assert "2.2500 bits per byte" in lines[7]
     assert lines[-1].endswith("done")
 
 

@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.errors import guarded, require
 from spiral_jax.model.config import ModelConfig
-from spiral_jax.model.registry import Registry
 from spiral_jax.model.spiralformer import abstract_params
 from spiral_jax.parallel.mesh import replicated
+from spiral_jax.registry import Registry
 from spiral_jax.training.schedules import learning_rate, schedules
 
 if TYPE_CHECKING:

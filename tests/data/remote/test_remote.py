@@ -15,7 +15,7 @@ from range_server import RangeServer, random_faults
 
 from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.blob import JoinedBlobs
-from spiral_jax.data.pipeline import WindowOrder, train_batches
+from spiral_jax.data.pipeline import WindowOrder, WindowReader, train_batches
 from spiral_jax.data.remote import blob as remote
 from spiral_jax.data.remote.blob import RemoteBlob
 from spiral_jax.data.storage import LOCAL, Storage
@@ -227,7 +227,7 @@ def test_remote_parts_joined(server, tmp_path):
 
 def batches(source, **kwargs):
     order = WindowOrder([num_windows(source, 16)], batch_size=8, seed=1)
-    return train_batches([source], order, sequence_length=16, vocab_size=257, **kwargs)
+    return train_batches(WindowReader([source], sequence_length=16, vocab_size=257), order, **kwargs)
 
 
 def test_training_batches_are_the_local_ones_and_nothing_but_tokens_is_asked_for(store):
@@ -238,7 +238,7 @@ def test_training_batches_are_the_local_ones_and_nothing_but_tokens_is_asked_for
         server.fault = random_faults(0.0, seed=1)
         with batches(source, read_threads=4) as remote_ones, batches(TokenStore.open(store)) as local_ones:
             for _ in range(200):
-                np.testing.assert_array_equal(next(remote_ones)["tokens"], next(local_ones)["tokens"])
+                np.testing.assert_array_equal(next(remote_ones), next(local_ones))
         assert {(request.method, request.path) for request, _ in server.log} == {("GET", "/store/tokens.bin")}
         assert {request.stop - request.start for request, _ in server.log} == {34}
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from spiral_jax.errors import SpiralError, require
 
 T = TypeVar("T")
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
 
 
 @dataclasses.dataclass(frozen=True)
