@@ -11,6 +11,7 @@ comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax
 
 python -m spiral_jax.evaluate --workdir=DIR --tasks=paper --num_fewshot=5
 python -m spiral_jax.evaluate --workdir=DIR --tasks=lambada_openai,piqa,wikitext --tasks_data=FILES --limit=100
+python -m spiral_jax.evaluate --workdir=DIR --tasks=my_task.yaml    a task of your own, as the harness describes them
 
 On several processes, started as those of spiral_jax.train are, all devices compute together and process 0 prints.
 """
@@ -19,7 +20,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -27,9 +27,9 @@ from etils import epath
 
 from spiral_jax import command
 from spiral_jax.corpus.sources import find_sources, read_text
-from spiral_jax.data.json_files import finite
+from spiral_jax.data.json_files import finite, for_stdout
 from spiral_jax.data.prepared import storage_of
-from spiral_jax.data.storage import is_url, writable_path
+from spiral_jax.data.storage import expanded, is_url, writable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
@@ -138,7 +138,7 @@ def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Process
     path = writable_path("--output", values.output) if values.output else workdir / "lm_eval" / name
     harness.save(results, path)
     if values.json:
-        print(harness.as_json(results))
+        print(for_stdout(harness.as_json(results)))
         return
     print(f"{workdir}, checkpoint of step {step}, {values.num_fewshot}-shot"
           + (f", the first {values.limit} documents of each task" if values.limit else ""))  # fmt: skip
@@ -191,7 +191,7 @@ def open_input(flag: str, workdir: epath.Path, tokenizer: Tokenizer, config: Run
     Raises:
       SpiralError: no such input, empty or undecodable text, a store of another tokenizer.
     """
-    path = Path(flag).expanduser()
+    path = expanded("--input", "" if is_url(flag) else flag)
     if flag and not is_url(flag) and not path.is_dir():
         sources = find_sources((flag,), format="text", field="--input")
         if len(sources) > 1:

@@ -3,11 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.megatron.tokens import MegatronTokens, is_megatron
-from spiral_jax.data.storage import LOCAL, Storage, absolute, is_url, join
+from spiral_jax.data.storage import LOCAL, Storage, absolute, expanded, is_url, join
 from spiral_jax.data.store import MANIFEST, TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.data.windows import TokenSource
@@ -138,6 +137,6 @@ def configured_tokenizer(config: DataConfig) -> Tokenizer:
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
-    path = Path(config.tokenizer).expanduser()
+    path = expanded("data.tokenizer", config.tokenizer)
     require(path.is_file(), "data.tokenizer", config.tokenizer, '"bytes", "bpe" or the path of a tokenizer.json')
     return HuggingFaceTokenizer.from_file(path, separator=config.separator)

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             return compare.main(flags.compare, flags.predictions)
         except (OSError, ValueError) as error:
             return _usage(f"--compare: {error}")
-    output = Path(flags.output).expanduser().resolve()
+    output = Path(os.path.expanduser(flags.output)).resolve()
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         return _usage(f"--output is {flags.output!r}; allowed: a file in a folder that can be written to")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
