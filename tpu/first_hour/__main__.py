@@ -218,8 +218,8 @@ def _child(command: list[str], errors: Any, cache: Path) -> Iterator[subprocess.
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {quick}".strip()
-    child = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
-                             errors="replace", start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors,
+                             encoding="utf-8", errors="replace", start_new_session=True)  # fmt: skip
     try:
         yield child
     finally:
@@ -259,7 +259,9 @@ def _commit() -> str:
     """Of the code, with `-dirty` where it was changed; empty where git does not say."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.strip()
     return ""
 
 
