@@ -35,7 +35,8 @@ class PreparedData:
 
 def storage_of(config: DataConfig) -> Storage:
     """How a configuration wants files to be opened."""
-    return Storage(config.retry_seconds, os.path.expanduser(config.cache_dir), config.cache_gigabytes)
+    cache_dir = str(expanded("data.cache_dir", config.cache_dir)) if config.cache_dir else ""
+    return Storage(config.retry_seconds, cache_dir, config.cache_gigabytes)
 
 
 def open_stores(config: DataConfig) -> PreparedData:

@@ -66,7 +66,7 @@ def join(values: flags.FlagValues, silence: float = 60.0) -> Processes:
             place.num_processes in (None, count), "--num_processes", place.num_processes, f"{count}, as jax has started"
         )
     else:
-        gpus, note = gpus_of_process(started, visible_gpus(os.environ))
+        gpus, note = gpus_of_process(None if place.num_processes == 1 else started, visible_gpus(os.environ))
         _initialize_in_time(place, started, gpus, silence, lost)
         if note and global_state.process_id == 0:
             print(note, file=sys.stderr, flush=True)
@@ -172,6 +172,9 @@ def _initialize(
                 f"{missing}: not given by a flag or a cluster; allowed: {_ALL_THREE}, or --num_processes=1 for a "
                 "process alone"
             )
+        if "JOB_COMPLETION_INDEX" in os.environ:
+            print("note: this pod of an indexed job is alone; with the package kubernetes jax would find the others",
+                  file=sys.stderr, flush=True)  # fmt: skip
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -144,7 +144,13 @@ def test_processes_of_clusters(tmp_path):
     one, second = ({f"OMPI_COMM_WORLD_{x}": n for x, n in zip(names, text, strict=True)} for text in ("1001", "4101"))
     check_joining(
         (slurm(4, STEP_NUM_TASKS="1"), (), *ALONE),
-        (slurm(4, JOB_ID="79"), ("--num_processes=1",), *ALONE),
+        (slurm(4, JOB_ID="79", STEP_NUM_NODES="1") | EIGHT, ("--num_processes=1",), *ALONE),
+        (
+            POD | {"JOB_COMPLETION_INDEX": "0"},
+            (),
+            *ALONE[:2],
+            "note: this pod of an indexed job is alone; with",
+        ),
         (one, (), *ALONE),
         (second, (), 2, "--coordinator_address: not given by a flag or a cluster; allowed: all three of", ""),
         (job, (), 2, "the cluster does not say it (Service token file does not exist.); allowed: all three of", ""),

@@ -1,10 +1,13 @@
 """`--config.FIELD=VALUE` as people type it."""
 
+from pathlib import Path
+
 import pytest
 from absl import flags
 from verbs import call
 
-from spiral_jax import command, describe
+from spiral_jax import command, evaluate, prepare, train
+from spiral_jax.data.storage import expanded
 from spiral_jax.errors import SpiralError
 from spiral_jax.run.overrides import as_typed
 
@@ -78,9 +81,33 @@ def test_other_arguments_are_left_as_they_are():
     assert as_typed(["--config.data.paths"]) == (["--config.data.paths"], [])
 
 
-def test_a_home_of_nobody_is_one_line(tmp_path):
+NOBODY = "~nobody-here/x"
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        (train, (f"--workdir={NOBODY}",)),
+        (train, ("--workdir={folder}/run", f"--import={NOBODY}")),
+        (evaluate, (f"--workdir={NOBODY}",)),
+        (prepare, ("--input={folder}/text", "--tokenizer=bytes", f"--output={NOBODY}")),
+        (prepare, ("--input={folder}/text", f"--tokenizer={NOBODY}", "--output={folder}/out")),
+        (prepare, (f"--input={NOBODY}", "--tokenizer=bytes", "--output={folder}/out")),
+        (prepare, (f"--inspect={NOBODY}",)),
+    ],
+)
+def test_a_home_of_nobody_is_one_line(tmp_path, monkeypatch, verb, arguments):
     (tmp_path / "config.py").write_text(CONFIG, encoding="utf-8")
-    for argument in ("--config.data.tokenizer=~nobody-here/t.json", "--import=~nobody-here/x.py"):
-        status, errors = call(describe, f"--config={tmp_path}/config.py", argument)
-        assert status == 2 or "tokenizer" in argument, errors
-        assert errors.count("\n") <= 1, errors
+    (tmp_path / "text").write_text("text", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    status, errors = call(verb, *[f"--config={tmp_path}/config.py"] * (verb is train), *arguments)
+    assert status == 2 and errors.count("\n") == 1 and "~nobody-here" in errors, errors
+    assert not (tmp_path / "~nobody-here").exists()
+
+
+def test_other_homes_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("--x", "~/a") == tmp_path / "a" and expanded("--x", "a/~b") == Path("a/~b")
+    with pytest.raises(SpiralError, match=r"^--x is '~nobody-here'; allowed: another path; ~nobody-here is no user"):
+        expanded("--x", "~nobody-here")
