@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import functools
-import io
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from jax._src import xla_bridge
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, lines_in, require, shown
+from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, escape_unprintable, lines_in, require, shown
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
@@ -59,10 +58,7 @@ def run(
     # is printed by the commands, and failures are raised.
     logging.set_verbosity(logging.ERROR)
     failures.silence()
-    # A name of a file need not be UTF-8, and is printed all the same.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    escape_unprintable()
     try:
         rest = _parse(values, verb)
         if values.help:

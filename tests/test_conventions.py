@@ -1,11 +1,14 @@
 """What holds for every file of the package, whatever it is about."""
 
 import ast
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from spiral_jax.errors import escape_unprintable
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spiral_jax"
@@ -117,3 +120,14 @@ def test_other_encodings_are_looked_for(tmp_path):
     )  # fmt: skip
     (tmp_path / "x.py").write_text("\n".join([*wrong, *right]), encoding="utf-8")
     assert len(in_the_encoding_of_the_locale(tmp_path / "x.py")) == len(wrong)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+def test_streams_show_an_escape_for_what_they_lack(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    escape_unprintable()
+    for stream in (out, err):
+        print("日本", file=stream, flush=True)
+        assert stream.buffer.getvalue() == b"\\u65e5\\u672c\n"

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spiral_jax.data import atomic
+from spiral_jax.errors import escape_unprintable
 from tpu.first_hour import compare
 from tpu.first_hour.agenda import SECTIONS, SIZES, Section
 
@@ -73,6 +74,7 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
+    escape_unprintable()
     flags = parser().parse_args(argv)
     if flags.compare:
         try:
