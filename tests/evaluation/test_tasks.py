@@ -88,7 +88,7 @@ output_type: multiple_choice
 test_split: test
 doc_to_text: "The capital of {{country}} is"
 doc_to_target: 0
-doc_to_choice: ["{{capital}}", "London"]
+doc_to_choice: "{{[capital, 'London']}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 GROUP = """

@@ -16,7 +16,7 @@ from spiral_jax.run.config import default_config
 
 def get_config(argument=""):
     config = default_config()
-    config.model.update(dict(topology="mesh", memory_slots=3, offsets=(1, 1), chunks=(2, 1)))
+    config.model.update(dict(topology="mesh", memory_slots=3, offsets=(1, 0), chunks=(2, 1)))
     config.optimizer.warmup_steps = 5
     return config
 """
