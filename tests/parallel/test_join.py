@@ -77,7 +77,7 @@ except SpiralError as error:
     print(error)
     sys.exit(2)
 state = join.global_state
-print(processes.count, state.coordinator_address.rpartition(":")[0], jax.config.jax_cuda_visible_devices, flush=True)
+print(processes.count, state.coordinator_address.rpartition(":")[0], jax.config.values["jax_cuda_visible_devices"], flush=True)
 sys.stdin.read()
 join.os._exit(0)  # at once, as the others: jax would wait for them
 """
