@@ -49,7 +49,8 @@ def launched(environment: Environment) -> Launched | None:
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
         names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
-        return Launched("Open MPI", *(_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names))
+        count, number, local_id, on_node = (_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names)
+        return Launched("Open MPI", count, number, local_id, on_node)
     if not all(name in environment for name in _OF_SLURM):
         return None
     # An interactive step is a single task; SLURM_NTASKS is then what the job was asked for.

@@ -77,7 +77,8 @@ except SpiralError as error:
     print(error)
     sys.exit(2)
 state = join.global_state
-print(processes.count, state.coordinator_address.rpartition(":")[0], jax.config.values["jax_cuda_visible_devices"], flush=True)
+gpus = jax.config.values["jax_cuda_visible_devices"]
+print(processes.count, state.coordinator_address.rpartition(":")[0], gpus, flush=True)
 sys.stdin.read()
 join.os._exit(0)  # at once, as the others: jax would wait for them
 """
