@@ -91,11 +91,10 @@ doc_to_target: 0
 doc_to_choice: "{{[capital, 'London']}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-GROUP = """
+GROUP = f"""
 group: mine
-task:
-  - FOLDER/capitals.yaml
-aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+task: [{{{", ".join(filter(None, MINE.splitlines()))}}}]
+aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
 """
 
 
