@@ -196,6 +196,13 @@ def test_padding_truncation_and_added_tokens_of_the_file_do_not_reach_the_ids(bp
     assert ours.fingerprint == bpe.fingerprint
 
 
+def test_a_byte_order_mark_in_front_of_the_file_goes(bpe, tmp_path):
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert HuggingFaceTokenizer.from_file(path).fingerprint == bpe.fingerprint
+
+
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"version": "1.0"}'])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
     path = tmp_path / "mine.json"

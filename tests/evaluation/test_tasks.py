@@ -11,7 +11,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import catalogue
 from spiral_jax.evaluation.catalogue import PAPER, local_tasks, remarks_on, resolve
 from spiral_jax.evaluation.config import EvaluationConfig
-from spiral_jax.evaluation.documents import hellaswag_query, load, wikitext_pages
+from spiral_jax.evaluation.documents import _json_lines, hellaswag_query, load, wikitext_pages
 
 SHARED = Path("/work/shared/data")
 EVAL = str(SHARED / "eval")
@@ -160,6 +160,16 @@ def test_pages():
     assert first + "\n" + second == text.removeprefix(" \n")
     assert second.startswith(" = Two words = ")
     assert [page["page"] for page in wikitext_pages("no heading")] == ["no heading"]
+
+
+def test_rows_end_at_line_feeds_only_behind_a_byte_order_mark(tmp_path):
+    """And pages of a file from another system are those of one with line feeds."""
+    rows = [{"text": "a\x0bb\x85c\u2028d"}, {"text": "\ufeff"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(f"\ufeff{lines}\r\n".encode())
+    assert _json_lines(tmp_path / "x.jsonl") == rows
+    text = " = A = \n\n x\x85y\rz \n = B = \n b"
+    assert wikitext_pages(text.replace("\n", "\r\n")) == wikitext_pages(text) and len(wikitext_pages(text)) == 2
 
 
 @needs_data
