@@ -14,13 +14,13 @@ import json
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from spiral_jax import __version__, command
 from spiral_jax.data import atomic
+from spiral_jax.data.storage import local_path
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GIB, Slice, parse_slice
 from spiral_jax.roofline.report import DoesNotFit, compile_step, report
@@ -43,7 +43,7 @@ def main(values: flags.FlagValues) -> None:
     if not values.topology:
         raise SpiralError("--topology is missing; allowed: a TPU slice, as in v5p-128 or v5p:4x4x4")
     chips = parse_slice(values.topology)
-    output = Path(values.output).expanduser().resolve() if values.output else None
+    output = local_path("--output", values.output) if values.output else None
     if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
         raise SpiralError(f"--output is {str(output)!r}; allowed: a file in a folder that exists and can be written to")
 

@@ -2,20 +2,21 @@
 
 import collections
 import contextlib
-import io
+import functools
 import math
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags, logging
+from jax._src import xla_bridge
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, lines_in, require, shown
+from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, escape_unprintable, lines_in, require, shown
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
@@ -24,6 +25,7 @@ from spiral_jax.parallel.processes import Processes
 from spiral_jax.run import failures, own_code
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.guards import Guards
+from spiral_jax.run.overrides import as_typed
 
 OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
@@ -56,10 +58,7 @@ def run(
     # is printed by the commands, and failures are raised.
     logging.set_verbosity(logging.ERROR)
     failures.silence()
-    # A name of a file need not be UTF-8, and is printed all the same.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    escape_unprintable()
     try:
         rest = _parse(values, verb)
         if values.help:
@@ -68,7 +67,8 @@ def run(
         if rest:
             raise SpiralError(f"the argument {rest[0]!r} belongs to no flag; allowed: flags, as in --name=value")
         own_code.import_files(getattr(values, "import"))
-        main(values)
+        with _platforms_blamed():
+            main(values)
     except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
         status, line = _outcome(error)
         print(line, file=sys.stderr)
@@ -101,7 +101,7 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
     if guards is not None:
         guards.end, guards.end_alone = ending.at_once, ending.alone
     try:
-        with gloo.silenced() if processes.several else contextlib.nullcontext():
+        with _platforms_blamed(), gloo.silenced() if processes.several else contextlib.nullcontext():
             yield processes
             ending.finish()
     except Interrupted as interrupt:
@@ -113,6 +113,27 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
         expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
         ending.leave(*_outcome(error), expected=expected)
         raise
+
+
+@contextlib.contextmanager
+def _platforms_blamed() -> Iterator[None]:
+    """Makes one line of what jax raises where it cannot start the platforms that JAX_PLATFORMS names.
+
+    Raises:
+      SpiralError: it cannot.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS")
+        if not wanted or not lines_in(error, os.path.realpath(xla_bridge.__file__)):
+            raise
+        if xla_bridge.backends_are_initialized():
+            raise
+        reason = _one_line(error).partition(" (set JAX_PLATFORMS")[0] or "no such device is found"
+        raise SpiralError(
+            f"JAX_PLATFORMS is {wanted!r}; allowed: a platform of this machine, or nothing for what there is ({reason})"
+        ) from error
 
 
 def _outcome(error: BaseException | None) -> tuple[int, str]:
@@ -170,8 +191,10 @@ def config_of(values: flags.FlagValues) -> RunConfig:
 
 def _parse(values: flags.FlagValues, verb: str) -> list[str]:
     _check_arguments(values)
+    arguments, empty = as_typed(sys.argv[1:])
     try:
-        rest = values([verb, *sys.argv[1:]])[1:]
+        rest = values([verb, *arguments])[1:]
+        _empty(values, empty)
     except flags.Error as error:
         raise SpiralError(_of_flags(values, error, verb)) from None
     except (SyntaxError, ImportError, OSError) as error:
@@ -202,6 +225,13 @@ def _parse(values: flags.FlagValues, verb: str) -> list[str]:
         if isinstance(value, float):
             require(math.isfinite(value), f"--{name}", value, "a finite number")
     return rest
+
+
+def _empty(values: flags.FlagValues, fields: Sequence[str]) -> None:
+    """Sets fields of the configuration to None."""
+    for field in fields:
+        *path, name = field.split(".")
+        setattr(functools.reduce(getattr, path, values.config), name, None)
 
 
 def _check_arguments(values: flags.FlagValues) -> None:

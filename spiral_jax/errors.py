@@ -1,7 +1,9 @@
 """The one exception type for mistakes a user can make, in what they give us or in code of their own."""
 
 import contextlib
+import io
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 
@@ -28,6 +30,14 @@ class Unreachable(SpiralError):
 
 class Diverged(Exception):
     """Training whose numbers are no numbers any more; the message is a single line. Commands exit with status 44."""
+
+
+def escape_unprintable() -> None:
+    """Standard streams then show what their encoding lacks as an escape, where they would raise: a locale need not be
+    UTF-8, nor the name of a file."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def require(ok: bool, field: str, value, allowed: str) -> None:

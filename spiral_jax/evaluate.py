@@ -15,6 +15,7 @@ comes from the Hugging Face hub, or from files in --tasks_data, which spiral_jax
 
 python -m spiral_jax.evaluate --workdir=DIR --tasks=paper --num_fewshot=5
 python -m spiral_jax.evaluate --workdir=DIR --tasks=lambada_openai,piqa,wikitext --tasks_data=FILES --limit=100
+python -m spiral_jax.evaluate --workdir=DIR --tasks=my_task.yaml    a task of your own, as the harness describes them
 
 On several processes, started as those of spiral_jax.train are, all devices compute together and process 0 prints.
 """
@@ -23,7 +24,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -33,9 +33,9 @@ from etils import epath
 from spiral_jax import command
 from spiral_jax.corpus.sources import find_sources, read_text
 from spiral_jax.data.bucket import is_bucket
-from spiral_jax.data.json_files import finite, write_json
+from spiral_jax.data.json_files import finite, for_stdout, write_json
 from spiral_jax.data.prepared import storage_of
-from spiral_jax.data.storage import is_url, writable_path
+from spiral_jax.data.storage import expanded, is_url, writable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.data.windows import TokensInMemory, TokenSource
@@ -200,7 +200,7 @@ def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Process
     path = writable_path("--output", values.output) if values.output else workdir / "lm_eval" / name
     harness.save(results, path)
     if values.json:
-        print(harness.as_json(results))
+        print(for_stdout(harness.as_json(results)))
         return
     print(f"{workdir}, checkpoint of step {step}, {values.num_fewshot}-shot"
           + (f", the first {values.limit} documents of each task" if values.limit else ""))  # fmt: skip
@@ -274,7 +274,7 @@ def open_input(
     Raises:
       SpiralError: no such input, empty or undecodable text, a store of another tokenizer.
     """
-    path = Path(place).expanduser()
+    path = expanded(flag, "" if is_url(place) else place)
     if place and not is_url(place) and not path.is_dir():
         sources = find_sources((place,), format="text", field=flag)
         if len(sources) > 1:

@@ -18,7 +18,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,9 @@ from jax.sharding import Mesh
 
 from spiral_jax import command
 from spiral_jax.convert.folder import is_huggingface, read_config
+from spiral_jax.data.json_files import for_stdout
+from spiral_jax.data.plain_text import decoded, lines_of
+from spiral_jax.data.storage import expanded
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
 from spiral_jax.decoding.decoder import Decoder, Request, Token, bytes_per_row, has_stop, text_before_stop
 from spiral_jax.decoding.sampling import SamplingSettings
@@ -140,8 +142,8 @@ def read_prompts(flag: Sequence[str], path: str) -> list[tuple[str, str]]:
         require(not path, "--input", path, "none beside --prompt")
         return [(f"--prompt {number}", text) for number, text in enumerate(flag, start=1)]
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        content = sys.stdin.buffer.read() if path == "-" else expanded("--input", path).read_bytes()
+        lines = lines_of(decoded(content))
     except OSError as error:
         raise SpiralError(f"--input {path} cannot be read ({error.strerror}); allowed: a file, or -") from None
     except UnicodeDecodeError as error:
@@ -285,7 +287,8 @@ class Shown:
             return
         text = text_before_stop(self._tokenizer, ids, self._stops)
         if self._as_json:
-            print(json.dumps({"prompt": prompt, "text": text, "ids": ids, "end": end}, ensure_ascii=False), flush=True)
+            found = {"prompt": prompt, "text": text, "ids": ids, "end": end}
+            print(for_stdout(json.dumps(found, ensure_ascii=False)), flush=True)
             return
         if not end:
             # What may yet turn out to be something else: part of a character, which shows as this one, or of a stop.

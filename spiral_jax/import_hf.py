@@ -10,7 +10,7 @@ of its configuration may still change but the architecture. Only safetensors are
 """
 
 import dataclasses
-from pathlib import Path
+import shlex
 
 from absl import flags
 from etils import epath
@@ -19,7 +19,7 @@ from spiral_jax import command
 from spiral_jax.convert.folder import CONFIG, output_folder, read_config, read_params
 from spiral_jax.data.json_files import read_json_object
 from spiral_jax.data.staging import whole_folder
-from spiral_jax.data.storage import writable_path
+from spiral_jax.data.storage import expanded, writable_path
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.config import PROGRAM
@@ -49,8 +49,9 @@ def main(values: flags.FlagValues) -> None:
     workdir = output_folder("workdir", values.workdir)
     config = import_folder(source, workdir, given, values.tokenizer)
     print(f"imported     {config.model.notation}, {config.model.total_parameters:,} parameters")
-    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir} --input=FILE")
-    print(f"train it     python -m spiral_jax.train --workdir={workdir} --config=FILE with the same model", flush=True)
+    there = shlex.quote(f"--workdir={workdir}")
+    print(f"evaluate it  python -m spiral_jax.evaluate {there} --input=FILE")
+    print(f"train it     python -m spiral_jax.train {there} --config=FILE with the same model", flush=True)
 
 
 def import_folder(
@@ -99,7 +100,7 @@ def import_folder(
 def _tokenizer(source: epath.Path, file: str, separator: str) -> Tokenizer:
     """The tokenizer of `--tokenizer`, or of the folder; its separator is what the folder calls the end of a text."""
     if file:
-        return HuggingFaceTokenizer.from_file(Path(file).expanduser(), separator=separator)
+        return HuggingFaceTokenizer.from_file(expanded("--tokenizer", file), separator=separator)
     if not has_tokenizer(source):
         raise SpiralError(f"{source} has no tokenizer.json; allowed: one in the folder, or --tokenizer=FILE")
     return load_tokenizer(source, separator=separator or _end_of_text(source))

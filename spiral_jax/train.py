@@ -45,8 +45,9 @@ from spiral_jax.run.directory import check_dtype, make_workdir, workdir_of
 from spiral_jax.run.finish import finish
 from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import batches_of_process
+from spiral_jax.run.metrics import MetricsWriter
 from spiral_jax.run.opening import Opened, first_state, open_run
-from spiral_jax.run.provenance import save_start
+from spiral_jax.run.provenance import description, save_start
 from spiral_jax.run.record import Record
 from spiral_jax.run.refused import NothingLeft
 from spiral_jax.run.returns import Returns
@@ -135,6 +136,10 @@ def train(
         stop.check()
 
     guards.watchdog.expect_nothing()
+    writer = None
+    if processes.is_main:  # before the compilation: W&B may refuse the run
+        about = description(config, program.placed.mesh)
+        writer = MetricsWriter(workdir, config.logging, last_step=first - 1, about=about, check=guards.check_claim)
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     evaluations: list[Evaluation] = []
@@ -150,12 +155,11 @@ def train(
 
     host_batches = batches_of_process(config, data, opened.order, program.placed.batch, first)
     skips = Skips(config.divergence, config.train.skip_steps, opened.saved.divergence if opened.saved else None)
-    writes = processes.is_main
-    record = Record(workdir, config, opened.order, first - 1, evaluations, guards.check_claim) if writes else None
+    record = Record(writer, config, opened.order, first - 1, evaluations, guards.check_claim) if writer else None
     saving = Saves(opened.checkpoints, config, data.fingerprints, processes,
                    skips=skips, guards=guards, clock=clock, asked=stop.take_save,
                    flush=record.flush if record else lambda: None)  # fmt: skip
-    tracer = Tracer(workdir / "profile", profiled if writes else range(0))
+    tracer = Tracer(workdir / "profile", profiled if writer else range(0))
 
     def before_step(step: int) -> None:
         guards.watchdog.expect(f"step {step}", "step_minutes")

@@ -265,3 +265,28 @@ def test_verbs_are_listed_and_help_is_given():
 def test_importing_the_package_touches_no_device():
     code = "import sys, spiral_jax.train; from jax._src import xla_bridge; sys.exit(bool(xla_bridge._backends))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+PLATFORMS = """
+import os
+import jax
+from spiral_jax import command
+from spiral_jax.errors import SpiralError
+for wanted in ("cuda", "cdua", "cpu"):
+    os.environ["JAX_PLATFORMS"] = wanted
+    jax.config.update("jax_platforms", wanted)
+    try:
+        with command._platforms_blamed():
+            print(len(jax.devices()))
+    except SpiralError as error:
+        print(error)
+"""
+
+
+def test_platforms_that_are_not_here_are_one_line():
+    done = subprocess.run([sys.executable, "-c", PLATFORMS], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    cuda, typo, cpu = done.stdout.splitlines()
+    allowed = "allowed: a platform of this machine, or nothing for what there is ("
+    assert cuda.startswith(f"JAX_PLATFORMS is 'cuda'; {allowed}"), done
+    assert typo.startswith(f"JAX_PLATFORMS is 'cdua'; {allowed}") and "not in the list of known backends" in typo
+    assert int(cpu) >= 1

@@ -1,11 +1,14 @@
 """What holds for every file of the package, whatever it is about."""
 
 import ast
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from spiral_jax.errors import escape_unprintable
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spiral_jax"
@@ -66,3 +69,65 @@ def test_files_of_a_run_are_opened_through_their_path():
         assert not imported & {"pathlib", "shutil", "glob", "io"}, path
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         assert not {name for name in called if name == "open" or name.startswith("os.path.")}, path
+
+
+def in_the_encoding_of_the_locale(path: Path) -> list[str]:
+    """Calls in a file that read or write text and leave its encoding to the locale.
+
+    Ruff's rule (PLW1514) sees `open` and the paths whose type it can tell: none of `etils.epath`, and no processes.
+    """
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = ast.unparse(node.func)
+        method = name.rpartition(".")[2] if "." in name else ""
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        first, second = ([*node.args, None, None])[:2]
+        mode = given.get("mode", first if method == "open" or "TemporaryFile" in name else second)
+        mode = mode.value if isinstance(mode, ast.Constant) and isinstance(mode.value, str) else ""
+        if (
+            (method == "read_text" or (method == "write_text" and name != "atomic.write_text"))
+            or (name in ("open", "os.fdopen", "io.open") and "b" not in mode)
+            or (
+                method == "open"
+                and name != "tarfile.open"
+                and ((mode and "b" not in mode) or not (node.args or node.keywords))
+            )
+            or ("TemporaryFile" in name and mode and "b" not in mode)
+            or name == "io.TextIOWrapper"
+            or any(getattr(given.get(key), "value", False) for key in ("text", "universal_newlines"))
+        ):
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)[:80]}")
+    return found
+
+
+def test_text_is_in_utf8_whatever_the_locale_is():
+    assert not [
+        call for path in files("spiral_jax", "experiments", "tpu") for call in in_the_encoding_of_the_locale(path)
+    ]
+
+
+def test_other_encodings_are_looked_for(tmp_path):
+    wrong = (
+        "open(x)", "open(x, 'w')", "os.fdopen(1, 'w')", "p.read_text()", "p.write_text('é')", "p.open()", "p.open('a')",
+        "subprocess.run(c, text=True)", "NamedTemporaryFile('w')", "NamedTemporaryFile(mode='w')",
+    )  # fmt: skip
+    right = (
+        "open(x, 'rb')", "open(x, encoding='utf-8')", "p.open('rb')", "atomic.write_text(p, t)", "write_text(p, t)",
+        "Store.open(place)", "os.open(p, 0)", "subprocess.run(c)", "NamedTemporaryFile()",
+        "p.read_text(encoding='utf-8')", "tarfile.open(mode='w')",
+    )  # fmt: skip
+    (tmp_path / "x.py").write_text("\n".join([*wrong, *right]), encoding="utf-8")
+    assert len(in_the_encoding_of_the_locale(tmp_path / "x.py")) == len(wrong)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+def test_streams_show_an_escape_for_what_they_lack(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    escape_unprintable()
+    for stream in (out, err):
+        print("日本", file=stream, flush=True)
+        assert stream.buffer.getvalue() == b"\\u65e5\\u672c\n"

@@ -9,6 +9,7 @@ from folders import run_of, write_folder
 from verbs import call
 
 from spiral_jax import generate
+from spiral_jax.data.json_files import for_stdout
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.decoding.decoder import Token
 from spiral_jax.model.config import ModelConfig
@@ -118,6 +119,26 @@ BAD = {
     "batch": (["--prompt=a", "--batch_size=0"], "--batch_size is 0; allowed: 1 or more"),
     "step": (["--prompt=a", "--step=3"], "step is 3; allowed: none"),
 }  # fmt: skip
+
+
+def test_lines_of_prompts_end_at_line_feeds_only(tmp_path, monkeypatch):
+    """Also in what `generate --json` itself has written; and a mark of the byte order is no part of a prompt."""
+    text = "a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh"
+    (tmp_path / "x.txt").write_bytes(f"\ufeff{text}\r\nb\n".encode())
+    assert [prompt for _, prompt in generate.read_prompts([], str(tmp_path / "x.txt"))] == [text, "b"]
+    line = json.dumps({"prompt": text, "text": text, "ids": [1], "end": "stop"}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_bytes(f"\ufeff{line}\n".encode())
+    assert generate.read_prompts([], str(tmp_path / "x.jsonl")) == [(f"--input {tmp_path}/x.jsonl:1", text)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"\ufeff{line}\n".encode())))
+    assert generate.read_prompts([], "-") == [("--input -:1", text)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "iso8859-1", "ascii"])
+def test_json_is_json_whatever_standard_output_can_show(monkeypatch, encoding):
+    text, written = "é – “日本” \U0001f600 \x85", io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace"))
+    print(for_stdout(json.dumps([text], ensure_ascii=False)), flush=True)
+    assert json.loads(written.getvalue().decode("utf-8")) == [text]
 
 
 @pytest.mark.parametrize("case", BAD)

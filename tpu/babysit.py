@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import socket
 import time
 from collections.abc import Callable
@@ -127,7 +128,7 @@ def command_line(job: Job, verb: str) -> str:
     flags = [f"--accelerator={job.slice.accelerator_type}", f"--zone={job.zone}", f"--bucket={job.bucket}"]
     flags += [f"--num_slices={job.num_slices}"] * (job.num_slices > 1) + [f"--provider={job.provider}"]
     flags += [f"--project={job.project}"] * bool(job.project)
-    return " ".join(["python -m tpu.launch", verb, job.name, *flags])
+    return f"python -m tpu.launch {shlex.join([verb, job.name, *flags])}"
 
 
 def what_bills(job: Job, seen: Observation, memory: Memory, now: float) -> str:

@@ -245,7 +245,9 @@ def metadata(key: str) -> str:
 def _token_of_gcloud() -> str:
     command = ["gcloud", "auth", "print-access-token", "--quiet"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=120, stdin=subprocess.DEVNULL
+        )
         reason = " ".join(done.stderr.split())[:200]
     except (OSError, subprocess.TimeoutExpired) as error:
         done, reason = None, str(error)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import SpiralError, escape_unprintable, require
 from spiral_jax.hardware import GENERATIONS
 from tpu import hosts, several
 from tpu.babysit import Babysitter, read_memory, read_status, what_bills
@@ -230,6 +230,7 @@ def reap(arguments: Sequence[str], world: dict) -> int:
 
 def main(arguments: Sequence[str] | None = None, **world) -> int:
     """Exit status, as of every verb of the framework."""
+    escape_unprintable()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _main(arguments, world)

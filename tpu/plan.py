@@ -159,7 +159,7 @@ def _resolve() -> str:
     with tempfile.TemporaryDirectory() as folder:
         command = [uv, "pip", "install", "--dry-run", "--only-binary=:all:", "--python-version=3.11", "--color=never"]
         command += ["--python-platform=x86_64-manylinux_2_31", f"--target={folder}", "-r", LOCK]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     why = " ".join(done.stderr.split())[:300]
     if done.returncode == 0:
         return f"{len(pins())} packages of {LOCK} can be had for Python 3.11"
@@ -248,7 +248,9 @@ def _child(module: str, *arguments: str, say: Say | None = None, **variables: st
     lines: collections.deque[str] = collections.deque(maxlen=3)
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as out,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.PIPE, text=True) as child,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        ) as child,
     ):
         assert child.stderr is not None
         for line in filter(None, map(str.rstrip, child.stderr)):

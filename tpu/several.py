@@ -208,7 +208,9 @@ def _babysit(
 def _launcher(arguments: list[str], say: Say) -> subprocess.Popen[str]:
     """Babysits one job in a process of its own, whose lines are said with its name."""
     command = [sys.executable, "-u", "-m", "tpu.launch", "babysit", *arguments]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
     output = child.stdout
     assert output is not None
 

@@ -192,9 +192,9 @@ def open_parquet(path: str, text_field: str) -> Any:
     schema = file.schema_arrow
     if text_field not in schema.names:
         raise SpiralError(f"data.text_field is {text_field!r}; allowed: columns of {path}: {listing(schema.names)}")
-    kind = schema.field(text_field).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    kind, types = schema.field(text_field).type, pyarrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view)):
         raise SpiralError(f"{path}: column {text_field!r} is of type {kind}; allowed: string")
     return file
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from spiral_jax.corpus.bpe import train_with_progress
 from spiral_jax.corpus.exclusive import Check, exclusive
 from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
@@ -38,13 +39,13 @@ from spiral_jax.data.json_files import write_json
 from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
 from spiral_jax.data.storage import local_path
 from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
-from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer, train_bpe
+from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.progress import Progress, Report
 
 RESULT = "prepared.json"
 # Part of the fingerprint: raise it when the same input would give other tokens.
-_RECIPE_VERSION = 2
+_RECIPE_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
     partial = partial_of(folder)
     try:
         _claim(partial, recipe.fingerprint)
-        tokenizer = _tokenizer(partial, recipe, report)
+        tokenizer = _tokenizer(partial, recipe, report, check)
         parts = _finished_parts(partial, recipe, tokenizer, report, check)
         result = _summarise(parts, recipe.fingerprint)
         kinds = {"record(s)": result["skipped_records"], "file(s)": result["skipped_files"]}
@@ -263,7 +264,7 @@ def _claim(partial: Path, fingerprint: str) -> None:
         write_text(partial / "job.json", json.dumps({"fingerprint": fingerprint}))
 
 
-def _tokenizer(partial: Path, recipe: Recipe, report: Report) -> Tokenizer:
+def _tokenizer(partial: Path, recipe: Recipe, report: Report, check: Check) -> Tokenizer:
     place = partial / "tokenizer"
     if has_tokenizer(place):
         return load_tokenizer(place)
@@ -272,7 +273,7 @@ def _tokenizer(partial: Path, recipe: Recipe, report: Report) -> Tokenizer:
         texts, size = sample_texts(recipe.sources, recipe.config), recipe.config.bpe_vocab_size
         sample_bytes = sum(len(text.encode("utf-8")) for text in texts)
         report(f"data: training a BPE of {size} entries on {sample_bytes / 1e6:.1f} MB")
-        tokenizer = train_bpe(texts, size)
+        tokenizer = train_with_progress(texts, size, report, check)
     with whole_folder(place) as folder:
         tokenizer.save(folder)
     return tokenizer

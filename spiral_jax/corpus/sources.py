@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fnmatch
-import glob
 import gzip
 import hashlib
 import os
@@ -12,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from spiral_jax.corpus.finding import find_files
+from spiral_jax.data.plain_text import BYTE_ORDER_MARK, decoded
 from spiral_jax.errors import SpiralError
 
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
@@ -22,7 +23,6 @@ _ZSTD_BLOCK = 2**11
 _LONGEST_TEXT = 2**28
 # What `zstd --long=31` needs, and the most that the format's own tool reads.
 _ZSTD_WINDOW = 2**31
-_ALLOWED_PATHS = "allowed: files, folders, glob patterns"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,7 @@ def find_sources(
     """Lists the files that `paths` name, as whole files to train on.
 
     The order depends on the order of `paths` and the names below each of them, never on the file system or the
-    machine. A file reached twice (overlapping patterns, links) is listed once, an empty file not at all. Hidden
-    files, hidden folders and `__pycache__` are passed over in folders and patterns; a hidden file named outright is
-    taken.
+    machine. A file reached twice (overlapping patterns, links) is listed once, an empty file not at all.
 
     Args:
       paths: files, folders or glob patterns.
@@ -89,11 +87,11 @@ def find_sources(
       SpiralError: a path does not exist, a pattern or folder holds no file, or everything is excluded or empty.
     """
     chosen: dict[str, Source] = {}
-    found = [place for given in paths for place in _find(given, field)]
+    found = [place for given in paths for place in find_files(given, field)]
     for root, file in found:
         if not any(fnmatch.fnmatchcase(file.as_posix(), pattern) for pattern in exclude):
             status, name = file.stat(), file.relative_to(root).as_posix()
-            source = Source(name, str(file), status.st_size, status.st_mtime_ns, *_format_of(name, format))
+            source = Source(name, str(file), status.st_size, status.st_mtime_ns, *_format_of(file, format))
             chosen.setdefault(os.path.realpath(file), source)
     if not chosen:
         reason = f"data.exclude leaves out all {len(found)} files" if found else "no files given"
@@ -104,49 +102,30 @@ def find_sources(
     return with_text
 
 
-def _find(given: str, field: str) -> list[tuple[Path, Path]]:
-    """The files that a path names, in order of their names, each with the folder that its name is relative to."""
-    path = Path(os.path.abspath(os.path.expanduser(given)))
-    root, what = path, "a folder without files"
-    if path.is_dir():
-        found = _walk(path, field)
-    elif path.is_file():
-        root, found = path.parent, [path]
-    elif path.exists():
-        raise SpiralError(f"{field} is {given!r}, neither a file nor a folder; {_ALLOWED_PATHS}")
-    elif glob.has_magic(given):
-        root, what = path, "a pattern that matches no file"
-        while glob.has_magic(str(root)):
-            root = root.parent
-        matches = (Path(match) for match in glob.glob(str(path), recursive=True))
-        found = [match for match in matches if match.is_file() and "__pycache__" not in match.relative_to(root).parts]
-    else:
-        raise SpiralError(f"{field} is {given!r}, which does not exist; {_ALLOWED_PATHS}")
-    if not found:
-        raise SpiralError(f"{field} is {given!r}, {what}; allowed: paths with at least one text file")
-    return [(root, file) for file in sorted(found, key=lambda file: file.relative_to(root).as_posix())]
-
-
-def _walk(root: Path, field: str) -> list[Path]:
-    def stop(error: OSError) -> None:  # os.walk would pass over the folder without a word
-        raise SpiralError(f"{field}: {error.filename} cannot be read ({error.strerror})") from error
-
-    found: list[Path] = []
-    for folder, subfolders, names in os.walk(root, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
-        files = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [file for file in files if file.is_file()]  # no sockets, pipes or dangling links
-    return found
-
-
-def _format_of(name: str, configured: str) -> tuple[str, str]:
-    """What a file holds and how it is compressed, by its name and `data.format`."""
-    compression = _COMPRESSIONS.get(Path(name).suffix.lower(), "")
-    suffix = (Path(name).with_suffix("") if compression else Path(name)).suffix.lower()
+def _format_of(file: Path, configured: str) -> tuple[str, str]:
+    """What a file holds and how it is compressed, by its name, `data.format` and, of `.json`, its first line."""
+    compression = _COMPRESSIONS.get(file.suffix.lower(), "")
+    suffix = (file.with_suffix("") if compression else file).suffix.lower()
     if configured == "auto":
-        is_lines = suffix in (".jsonl", ".ndjson") or (compression and suffix == ".json")
+        is_lines = suffix in (".jsonl", ".ndjson") or (suffix == ".json" and _begins_with_object(file, compression))
         configured = "jsonl" if is_lines else "parquet" if suffix == ".parquet" and not compression else "text"
     return configured, "" if configured == "parquet" else compression
+
+
+def _begins_with_object(file: Path, compression: str) -> bool:
+    """Whether the first line is an object of JSON on its own: some corpora call JSON lines `.json`."""
+    begun, last = False, b""
+    for number, (block, _) in enumerate(unpack(str(file), compression)):
+        if not begun:
+            block = (block if number else block.removeprefix(BYTE_ORDER_MARK)).lstrip()
+            begun = bool(block)
+            if begun and not block.startswith(b"{"):
+                return False
+        line, end, _ = block.partition(b"\n")
+        last = line.rstrip()[-1:] or last
+        if end:
+            break
+    return last == b"}"
 
 
 def hold_out(sources: Sequence[Source], fraction: float) -> list[Source]:
@@ -207,7 +186,9 @@ def _blocks(source: Source) -> Iterator[bytes]:
 
 
 def read_text(source: Source) -> str:
-    """Reads a text file, unpacked, with its line ends as they are: encoded as UTF-8 it is the bytes of the source.
+    """Reads a text file, unpacked, with its line ends as they are, and without a byte order mark.
+
+    Encoded as UTF-8 it is the bytes of the source that follow the mark.
 
     Raises:
       SpiralError: the file is not UTF-8, or cannot be read.
@@ -224,7 +205,8 @@ def read_text(source: Source) -> str:
     content = b"".join(blocks)
     try:
         content.decode("utf-8")  # all of it, whichever stretch is asked for
-        return content[source.begin : source.end].decode("utf-8")
+        stretch = content[source.begin : source.end]
+        return decoded(stretch) if source.begin == 0 else stretch.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SpiralError(
             f"{source.path}: byte {error.start} is not UTF-8 ({error.reason}); allowed: UTF-8 text"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces, cut_packed, listing, open_parquet, text_cut, too_long
 from spiral_jax.corpus.sources import Source, one_line, read_range, uniform_hash, unpack
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.plain_text import BYTE_ORDER_MARK
 from spiral_jax.errors import SpiralError
 
 # A document longer than this is tokenised in stretches. Memory per worker is some hundred times this.
@@ -150,7 +151,7 @@ def _texts(path: str, read: Callable[[], Iterator[Piece]]) -> Iterator[Text | In
             yield Invalid(path, f"byte {piece.sources[0].begin + error.start} is not UTF-8 ({error.reason})")
             return
     for piece in read():
-        begin, size = 0, len(piece.content)
+        begin, size = _mark_bytes(piece.content, piece.sources[0].begin), len(piece.content)
         while size - begin >= 2 * _TEXT_BYTES:
             end = text_cut(piece.content, begin + _TEXT_BYTES)
             yield Text(piece.content[begin:end].decode("utf-8"), ends=False)
@@ -165,7 +166,9 @@ def _json_lines(piece: Piece, text_field: str, longest_record: int) -> Iterator[
     for number, line in enumerate(io.BytesIO(piece.content), piece.first_line):
         if len(line) > longest_record:
             raise too_long(source, f"the line at byte {begin}", longest_record)
-        if not line.isspace():
+        mark = _mark_bytes(line, begin)
+        line, begin = line[mark:], begin + mark
+        if line and not line.isspace():
             try:
                 text = _field(line, begin, text_field)
             except ValueError as error:
@@ -174,6 +177,11 @@ def _json_lines(piece: Piece, text_field: str, longest_record: int) -> Iterator[
                 if text:
                     yield Text(text)
         begin += len(line)
+
+
+def _mark_bytes(content: bytes, begin: int) -> int:
+    """Bytes of the byte order mark in front of content that begins at a byte of its file."""
+    return len(BYTE_ORDER_MARK) if begin == 0 and content.startswith(BYTE_ORDER_MARK) else 0
 
 
 def _field(line: bytes, begin: int, text_field: str) -> str:

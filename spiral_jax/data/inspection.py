@@ -1,14 +1,13 @@
 """Looks at token data: what it is, what is in it, and whether it is whole."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from spiral_jax.data.blob import spread
 from spiral_jax.data.megatron.tokens import MegatronTokens
 from spiral_jax.data.prepared import open_source, stores_in, tokenizer_beside
-from spiral_jax.data.storage import LOCAL, absolute, is_url, join
+from spiral_jax.data.storage import LOCAL, absolute, expanded, is_url, join
 from spiral_jax.data.store import DOCUMENTS, TOKENS, TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from spiral_jax.progress import Progress, Report
@@ -68,7 +67,7 @@ def _find_tokenizer(place: str, source: Source, tokenizer_file: str, separator: 
     if tokenizer_file == "bytes":
         return ByteTokenizer()
     if tokenizer_file:
-        return HuggingFaceTokenizer.from_file(Path(tokenizer_file).expanduser(), separator=separator)
+        return HuggingFaceTokenizer.from_file(expanded("data.tokenizer", tokenizer_file), separator=separator)
     above, _, name = source.name.rpartition("/")
     # What `prepare` writes has the tokenizer above its stores.
     beside = above if name in ("train", "validation") else place

@@ -1,7 +1,10 @@
 """JSON files: the one way to read and to write them."""
 
+import codecs
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ from etils import epath
 
 from spiral_jax.data.atomic import write_text
 from spiral_jax.data.bucket import is_trouble, reason
+from spiral_jax.data.plain_text import decoded
 from spiral_jax.errors import SpiralError
 
 # Parsed, JSON can take a hundred times its bytes. A configuration has some thousand, an index of tensors some million.
@@ -32,7 +36,7 @@ def read_json(path: Path | epath.Path, allowed: str = "JSON", max_bytes: int = _
             content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise SpiralError(f"{path} has more than {max_bytes} bytes; allowed: {allowed} of at most so many")
-        return json.loads(content.decode("utf-8"))
+        return json.loads(decoded(content))
     except FileNotFoundError:
         raise SpiralError(f"{path} does not exist; allowed: a file with {allowed}") from None
     except Exception as error:
@@ -67,6 +71,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def for_stdout(text: str) -> str:
+    """JSON as it can be printed: escaped where standard output is not UTF-8, as it would be in an older locale."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    if codecs.lookup(encoding).name == "utf-8":
+        return text
+    return re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def write_json(path: Path | epath.Path, values: Any) -> None:

@@ -3,12 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.examples import ExampleStream
 from spiral_jax.data.megatron.tokens import MegatronTokens, is_megatron
-from spiral_jax.data.storage import LOCAL, Storage, absolute, is_url, join
+from spiral_jax.data.storage import LOCAL, Storage, absolute, expanded, is_url, join
 from spiral_jax.data.store import MANIFEST, TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.data.windows import TokenSource
@@ -44,7 +43,8 @@ class PreparedData:
 
 def storage_of(config: DataConfig) -> Storage:
     """How a configuration wants files to be opened."""
-    return Storage(config.retry_seconds, os.path.expanduser(config.cache_dir), config.cache_gigabytes)
+    cache_dir = str(expanded("data.cache_dir", config.cache_dir)) if config.cache_dir else ""
+    return Storage(config.retry_seconds, cache_dir, config.cache_gigabytes)
 
 
 def open_stores(config: DataConfig) -> PreparedData:
@@ -146,6 +146,6 @@ def configured_tokenizer(config: DataConfig) -> Tokenizer:
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
-    path = Path(config.tokenizer).expanduser()
+    path = expanded("data.tokenizer", config.tokenizer)
     require(path.is_file(), "data.tokenizer", config.tokenizer, '"bytes", "bpe" or the path of a tokenizer.json')
     return HuggingFaceTokenizer.from_file(path, separator=config.separator)

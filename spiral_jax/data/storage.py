@@ -31,7 +31,23 @@ def local_path(field: str, place: str | os.PathLike) -> Path:
     path = on_this_machine(place)
     if path is None:
         raise SpiralError(f"{field} is {str(place)!r}; allowed: a path of this machine")
-    return Path(path).expanduser().resolve()
+    return expanded(field, path).resolve()
+
+
+def expanded(field: str, place: str) -> Path:
+    """A path of this machine in which ~ and ~USER stand for home directories.
+
+    Args:
+      field: what to call it in errors.
+      place: as it was given.
+
+    Raises:
+      SpiralError: there is no such user.
+    """
+    path = os.path.expanduser(place)
+    user = path.partition("/")[0]
+    require(not user.startswith("~"), field, place, f"another path; {user} is no user's home directory here")
+    return Path(path)
 
 
 def writable_path(field: str, place: str | os.PathLike) -> epath.Path:

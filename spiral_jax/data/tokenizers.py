@@ -11,6 +11,7 @@ import tokenizers
 from etils import epath
 
 from spiral_jax.data import atomic
+from spiral_jax.data.plain_text import decoded
 from spiral_jax.data.storage import LOCAL, Storage, join
 from spiral_jax.errors import SpiralError, require
 
@@ -23,6 +24,10 @@ _HUGGING_FACE_FILE = "tokenizer.json"
 # The parts of a tokenizer.json that decide which ids a text gets. The others (decoder, post-processor, padding,
 # truncation) decide what is shown or added, and we add nothing.
 _PARTS_THAT_DECIDE_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+
+# Bytes of a word that a BPE is trained on; what is longer is cut. The library's work grows with the square of a word's
+# length, and a word is as long as a run of letters: a genome, a picture in base64, minified code.
+_LONGEST_WORD = 256
 
 
 class Tokenizer(abc.ABC):
@@ -175,7 +180,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
       vocab_size: number of entries wanted, the separator (id 0) and the 256 bytes included. Little text gives fewer.
     """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{1,{_LONGEST_WORD}}}"), "isolated")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, cut])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -186,6 +193,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.pre_tokenizer = words
     return HuggingFaceTokenizer(bpe.to_str(), separator=END_OF_TEXT, name="the trained BPE")
 
 
@@ -237,7 +245,7 @@ def _utf8(text: str) -> bytes:
 
 def _read_file(place: str | os.PathLike, storage: Storage = LOCAL) -> str:
     try:
-        return storage.read_file(place).decode("utf-8")
+        return decoded(storage.read_file(place))
     except UnicodeDecodeError as error:
         raise SpiralError(f"{place} is damaged (byte {error.start} is not UTF-8); allowed: a tokenizer file") from error
 

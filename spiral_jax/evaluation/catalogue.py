@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.data.storage import expanded
+from spiral_jax.errors import SpiralError, require
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 
@@ -43,7 +44,7 @@ def resolve(names: Sequence[str], tasks_data: str, *, field: str = "--tasks") ->
     `paper` stands for the papers' nine tasks; with `tasks_data` for those of them whose file is there.
 
     Args:
-      names: of tasks, or `paper`.
+      names: of tasks, or `paper`, or YAML files of one's own (`.yaml`), which may be of a task or a group.
       tasks_data: folder with the data files; "" for the Hugging Face hub, whose tasks are checked when they are loaded.
       field: what the names were given as; the folder's name follows from it.
 
@@ -55,6 +56,11 @@ def resolve(names: Sequence[str], tasks_data: str, *, field: str = "--tasks") ->
     """
     wanted, remarks = [], []
     for name in names:
+        if is_file(name):
+            path = expanded(field, name)
+            require(path.is_file(), field, name, "a YAML file that exists, or the name of a task")
+            wanted.append(str(path.resolve()))
+            continue
         if name != PAPER_GROUP:
             wanted.append(name)
             continue
@@ -75,20 +81,27 @@ def local_tasks() -> dict[str, dict[str, Any]]:
     """The tasks that can run on local files: name to the content of its YAML file."""
     tasks = {}
     for path in sorted(TASKS_FOLDER.glob("*.yaml")):
-        task = yaml.load(path.read_text(), _Loader)
+        task = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         tasks[task["task"]] = task
     return tasks
+
+
+def is_file(name: str) -> bool:
+    """Whether a task is named by its YAML file, which need not be one of ours or of the harness's."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def find_file(candidates: str | Sequence[str], tasks_data: str) -> Path | None:
     """The first of the candidates that is in the folder."""
     candidates = [candidates] if isinstance(candidates, str) else candidates
-    paths = [Path(tasks_data).expanduser() / name for name in candidates]
+    paths = [expanded("--tasks_data", tasks_data) / name for name in candidates]
     return next((path for path in paths if path.is_file()), None)
 
 
 def remarks_on(name: str, num_fewshot: int) -> list[str]:
     """How the numbers of a local task differ from those on the published data."""
+    if is_file(name):
+        return []
     metadata = local_tasks()[name]["metadata"]
     remarks = list(metadata.get("remarks", []))
     if num_fewshot and "fewshot_remark" in metadata:
@@ -98,8 +111,9 @@ def remarks_on(name: str, num_fewshot: int) -> list[str]:
 
 def _check_local(names: Sequence[str], tasks_data: str, field: str) -> None:
     data_field = "--tasks_data" if field.startswith("--") else f"{field}_data"
-    if not Path(tasks_data).expanduser().is_dir():
+    if not expanded(data_field, tasks_data).is_dir():
         raise SpiralError(f"{data_field} is {tasks_data!r}, which is no folder; allowed: a folder of data files")
+    names = [name for name in names if not is_file(name)]
     for name in names:
         if name not in local_tasks():
             allowed = ", ".join([PAPER_GROUP, *local_tasks()])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spiral_jax.data.plain_text import decoded, lines_of
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.catalogue import find_file
 
@@ -57,7 +58,7 @@ def wikitext_pages(text: str) -> list[dict[str, str]]:
     """WikiText cut before every heading of the first level (`= Title =`), as EleutherAI/wikitext_document_level is."""
     pages: list[str] = []
     lines: list[str] = []
-    for line in text.split("\n"):
+    for line in text.replace("\r\n", "\n").split("\n"):
         heading = line.strip()
         first_level = heading.startswith("= ") and heading.endswith(" =")
         if first_level and not heading.startswith("= =") and not heading.endswith("= ="):
@@ -74,7 +75,7 @@ def _without_double_stops(text: str) -> str:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(lines_of(_read(path)), start=1):
         if not line.strip():
             continue
         try:
@@ -89,6 +90,6 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise SpiralError(f"{path} cannot be read ({error})") from error

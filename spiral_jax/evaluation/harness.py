@@ -11,7 +11,6 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -27,9 +26,10 @@ from lm_eval.utils import handle_non_serializable, make_table
 
 from spiral_jax.data import atomic
 from spiral_jax.data.json_files import finite
+from spiral_jax.data.storage import expanded
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER
+from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER, is_file
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
@@ -136,7 +136,7 @@ def load_tasks(names: Sequence[str], tasks_data: str, max_length: int) -> list[T
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         if tasks_data:
-            folder = str(Path(tasks_data).expanduser().resolve())
+            folder = str(expanded("--tasks_data", tasks_data).resolve())
             manager = TaskManager(
                 include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"tasks_data": folder}
             )
@@ -242,8 +242,10 @@ def save(results: dict[str, Any], path: epath.Path) -> None:
 
 
 def _load(manager: TaskManager, name: str, tasks_data: str) -> list[Task | Group]:
-    if name not in manager.task_index:
-        raise SpiralError(f"--tasks is {name!r}; allowed: paper, or a name that `lm_eval ls tasks` lists")
+    if name not in manager.task_index and not is_file(name):
+        raise SpiralError(
+            f"--tasks is {name!r}; allowed: paper, a name that `lm_eval ls tasks` lists, or a YAML file of your own"
+        )
     try:
         loaded = manager.load([name])
     except SpiralError:
@@ -252,8 +254,9 @@ def _load(manager: TaskManager, name: str, tasks_data: str) -> list[Task | Group
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         hint = f"the data in {tasks_data}" if tasks_data else "its data; without a connection, give --tasks_data=DIR"
         raise SpiralError(f"--tasks: {name} cannot be opened ({reason}); check {hint}") from error
-    group = loaded.get("groups", {}).get(name)
-    return [group] if group is not None else list(loaded["tasks"].values())
+    inner = {child for children in loaded.get("group_map", {}).values() for child in children}
+    groups = [group for group_name, group in loaded.get("groups", {}).items() if group_name not in inner]
+    return groups or list(loaded["tasks"].values())
 
 
 def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:

@@ -9,7 +9,8 @@ import contextlib
 import ctypes
 import functools
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jax._src import distributed
@@ -69,5 +70,20 @@ def check_port(address: str, bind_address: str | None) -> None:
         except OSError as error:
             raise SpiralError(
                 f"--coordinator_address is {address!r}, where process 0 cannot listen ({error.strerror}); "
-                "allowed: a free port of the machine of process 0"
+                "allowed: a free port of the machine of process 0 (JAX_COORDINATOR_PORT is a cluster's)"
             ) from None
+
+
+def connections_to(address: str, tables: Sequence[str] = ("/proc/net/tcp", "/proc/net/tcp6")) -> int | None:
+    """How many have connected to an address of this machine, as Linux counts them; None on other systems.
+
+    Args:
+      address: HOST:PORT.
+      tables: where the system lists its connections.
+    """
+    ends, established = f":{int(address.rpartition(':')[2]):04X}", "01"
+    try:
+        rows = [line.split() for table in tables for line in Path(table).read_text(encoding="ascii").splitlines()[1:]]
+    except OSError:
+        return None
+    return sum(len(row) > 3 and row[1].endswith(ends) and row[3] == established for row in rows)

@@ -1,5 +1,7 @@
 """What a run says when it is finished."""
 
+import shlex
+
 from etils.epath import Path
 
 from spiral_jax.data import atomic
@@ -33,8 +35,6 @@ def finish(config: RunConfig, workdir: Path, data: PreparedData, processes: Proc
         print(f"loss curve   {summary.plot_loss(workdir)}")
     print(f"metrics      {metrics.rows_of(workdir)}\ncheckpoints  {workdir / 'checkpoints'}")
     files = dict.fromkeys(code["file"] for code in own_code.own_code(config.to_dict()).values())
-    more = [
-        *(f" --import={file}" for file in files),
-        "" if data.validation is not None or data.examples is not None else " --input=FILE",
-    ]
-    print(f"evaluate it  python -m spiral_jax.evaluate --workdir={workdir}{''.join(more)}", flush=True)
+    flags = [f"--workdir={workdir}", *(f"--import={file}" for file in files)]
+    flags += [] if data.validation is not None or data.examples is not None else ["--input=FILE"]
+    print(f"evaluate it  python -m spiral_jax.evaluate {shlex.join(flags)}", flush=True)

@@ -5,8 +5,8 @@ import functools
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from etils.epath import Path
@@ -14,14 +14,15 @@ from etils.epath import Path
 from spiral_jax.data import atomic
 from spiral_jax.data.bucket import is_bucket, read_all
 from spiral_jax.data.json_files import finite
-from spiral_jax.data.staging import Staging
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
 from spiral_jax.run.aside import DAMAGED
 from spiral_jax.run.failures import first_words
 from spiral_jax.run.row_file import RowFile
 from spiral_jax.run.row_parts import RowParts
+from spiral_jax.run.side_files import WANDB_ID
 from spiral_jax.run.tensorboard import Board
+from spiral_jax.run.wandb_rows import WandbRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class MetricsWriter:
         config: LoggingConfig,
         *,
         last_step: int = 0,
+        about: Mapping[str, Any] = MappingProxyType({}),
         check: Callable[[], None] = lambda: None,
     ):
         """Opens the file and drops rows of steps after `last_step`, so that no step appears twice after a resume.
@@ -65,10 +67,11 @@ class MetricsWriter:
           workdir: the run's directory.
           config: what to write where.
           last_step: the step the run continues from.
+          about: what the run is made of, for W&B.
           check: called before anything is written later than in a call, which it may prevent.
 
         Raises:
-          SpiralError: an extra that is not installed.
+          SpiralError: an extra that is not installed; or W&B refuses a run that is new to it.
         """
         self._path = rows_of(workdir)
         self._failed = False
@@ -78,15 +81,7 @@ class MetricsWriter:
             board = Board(tensorboardx, workdir / "tensorboard", last_step + 1)
             self._mirrors.append(_Mirror("TensorBoard", lambda row: board.write(row["step"], _flat(row)), board.close))
         if config.wandb:
-            wandb = _optional("wandb", "wandb", "logging.wandb")
-            files = Staging(workdir)  # which W&B sends away itself
-            run = wandb.init(project=config.wandb, dir=str(files.folder), id=_wandb_id(workdir), resume="allow")
-
-            def close() -> None:
-                run.finish()
-                files.discard()
-
-            self._mirrors.append(_Mirror("W&B", lambda row: run.log(_flat(row), step=row["step"]), close))
+            self._mirrors += _wandb_mirrors(workdir, config.wandb, about)
         for line in drop_rows_after(self._path, last_step):
             _say(line)
         self._rows = RowParts(self._path, check) if is_bucket(workdir) else RowFile(self._path)
@@ -142,6 +137,24 @@ class _Mirror:
         except Exception as error:  # of a library that is not needed
             self._works = False
             _say(f"note: {self._name} takes no rows any more ({first_words(error)}); metrics.jsonl has them")
+
+
+def _wandb_mirrors(workdir: Path, project: str, about: Mapping[str, Any]) -> list[_Mirror]:
+    """The mirror in W&B; none if W&B refuses a run that it has taken before, which goes on without it."""
+    wandb = _optional("wandb", "wandb", "logging.wandb")
+    is_new = not (workdir / WANDB_ID).exists()
+    try:
+        rows = WandbRows(wandb, workdir, project, about)
+    except Exception as error:
+        if is_new:
+            (workdir / WANDB_ID).unlink(missing_ok=True)
+            raise SpiralError(
+                f"logging.wandb is {project!r}, where W&B takes no run ({first_words(error)}); allowed: a project that "
+                'can be reached, WANDB_MODE=offline in the environment, or ""'
+            ) from error
+        _say(f"note: W&B takes no rows now ({first_words(error)}); metrics.jsonl has them")
+        return []
+    return [_Mirror("W&B", lambda row: rows.write(row["step"], _flat(row)), rows.close)]
 
 
 def check_extras(config: LoggingConfig) -> None:
@@ -281,11 +294,3 @@ def _flat(row: Mapping[str, Any]) -> dict[str, float]:
         elif name != "step" and value is not None:
             flat[name] = value
     return flat
-
-
-def _wandb_id(workdir: Path) -> str:
-    """The same run in W&B whenever the directory is resumed."""
-    path = workdir / "wandb_id"
-    if not path.exists():
-        atomic.write_text(path, f"{workdir.name}-{int(time.time())}")
-    return path.read_text(encoding="utf-8")

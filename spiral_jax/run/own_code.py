@@ -13,6 +13,7 @@ from etils.epath import Path
 
 from spiral_jax.data.examples import example_sources
 from spiral_jax.data.json_files import read_json_object, write_json
+from spiral_jax.data.storage import expanded
 from spiral_jax.errors import SpiralError, guarded
 from spiral_jax.model.pooling import poolings
 from spiral_jax.model.spreading import spreadings
@@ -32,7 +33,7 @@ def import_files(paths: Sequence[str]) -> None:
       SpiralError: one that is missing or does not run to its end, or registers a name that is taken.
     """
     for number, given in enumerate(paths):
-        path = Path(given).expanduser().resolve()
+        path = Path(expanded("--import", given)).resolve()
         if not path.is_file():
             raise SpiralError(f"--import={given} does not exist; allowed: a Python file")
         spec = importlib.util.spec_from_file_location(f"spiral_jax_import_{number}_{path.stem}", path)

@@ -62,19 +62,30 @@ def parameter_table(abstract_params) -> str:
 def write_environment(path: Path, mesh: Mesh) -> None:
     """Appends this start of the run (a resume is a start too) to a JSON list at `path`."""
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_json(path, [*starts, environment(mesh)])
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """What this start runs on: command, versions, devices."""
     devices = mesh.devices.flatten()
-    starts.append(
-        {
-            "command": sys.argv,
-            "git_commit": git_commit(),
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "devices": f"{devices.size} x {devices[0].device_kind}",
-            "processes": jax.process_count(),
-            "mesh": dict(mesh.shape),
-        }
-    )
-    write_json(path, starts)
+    return {
+        "command": sys.argv,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": f"{devices.size} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+    }
+
+
+def description(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """What a run is, for a tracker of experiments: every field of its configuration, its size, what it runs on."""
+    counts = {
+        "parameters": config.model.total_parameters,
+        "non_embedding_parameters": config.model.non_embedding_parameters,
+    }
+    return config.to_dict() | counts | {"environment": environment(mesh)}
 
 
 def last_start(path: Path) -> dict[str, Any] | None:
@@ -90,7 +101,9 @@ def git_commit() -> str | None:
     """Commit of this source tree, with `-dirty` if files differ from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

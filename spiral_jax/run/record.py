@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from etils.epath import Path
 
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.hardware import peak_flops
@@ -20,17 +19,17 @@ class Record:
 
     def __init__(
         self,
-        workdir: Path,
+        writer: MetricsWriter,
         config: RunConfig,
         order: WindowOrder,
         start_step: int,
         evaluations: Sequence[Evaluation],
         check: Callable[[], None] = lambda: None,
     ):
-        """Opens metrics.jsonl behind the row of `start_step`.
+        """Starts the clock.
 
         Args:
-          workdir: the run's directory.
+          writer: of the run's rows, behind that of `start_step`.
           config: the run's.
           order: which windows a step takes.
           start_step: the step the run continues from.
@@ -39,7 +38,7 @@ class Record:
         """
         self._check = check
         self._config, self._order, self._evaluations = config, order, evaluations
-        self._writer = MetricsWriter(workdir, config.logging, last_step=start_step, check=check)
+        self._writer = writer
         # By the clock since now: evaluations and checkpoints take their time, too.
         self._progress = Progress("steps", config.train.steps, seconds=config.logging.seconds)
         self._progress.skip(start_step)

@@ -44,7 +44,7 @@ def mend(workdir: Path) -> list[str]:
 
 def is_wandb_id(text: str) -> bool:
     """Whether W&B may have given a run this name."""
-    return 0 < len(text) <= 128 and text.isprintable() and not set(text) & set("/\\#?%:")
+    return 0 < len(text) <= 128 and text.isprintable() and text == text.strip() and not set(text) & set("/\\#?%:;,'")
 
 
 def _json_is(allowed: str, ok: Callable[[Any], bool]) -> Callable[[Path], str | None]:

@@ -30,6 +30,23 @@ def test_folders_are_walked_in_order_of_names_without_hidden_files(tmp_path):
     assert names_of(tmp_path) == ["B.txt", "a.txt", "a/z.txt", "b.txt"]
 
 
+def test_links_to_folders_are_followed_and_every_folder_comes_once(tmp_path):
+    """Whatever circles there are; and a link to a folder does not change what its files are called."""
+    corpus = tmp_path / "corpus"
+    write(corpus, ["real/a.txt", "real/deep/b.txt", "z.txt"])
+    write(tmp_path, ["elsewhere/c.txt", "elsewhere/deep/d.txt", "elsewhere/.hidden/e.txt"])
+    (corpus / "again").symlink_to(corpus / "real")
+    (corpus / "link").symlink_to(tmp_path / "elsewhere")
+    (corpus / "more").symlink_to(tmp_path / "elsewhere")
+    for folder in (corpus, corpus / "real", tmp_path / "elsewhere"):
+        for number in range(3):
+            (folder / f"loop{number}").symlink_to(corpus)
+    expected = ["link/c.txt", "link/deep/d.txt", "real/a.txt", "real/deep/b.txt", "z.txt"]
+    assert names_of(corpus) == names_of(corpus / "**/*.txt") == names_of(corpus / "**") == expected
+    assert names_of(corpus / "**/deep/*") == ["link/deep/d.txt", "real/deep/b.txt"]
+    assert names_of(corpus / "*/deep/**/*.txt") == ["again/deep/b.txt", "link/deep/d.txt"]
+
+
 def test_patterns_cross_folders_and_names_are_relative_to_the_fixed_part(tmp_path):
     write(tmp_path, ["x/a.py", "x/b.txt", "x/deep/er/c.py", "x/__pycache__/d.py", "y/e.py"])
     assert names_of(tmp_path / "x/**/*.py") == ["a.py", "deep/er/c.py"]
@@ -89,10 +106,12 @@ def test_empty_files_are_no_documents(tmp_path):
     assert names_of(tmp_path) == ["a/module.py"]
 
 
-@pytest.mark.parametrize("content", [b"a\r\nb\rc\n\n", "\ufeffbom \U0001f600".encode(), b"\n", b"\x00\x0c\n"])
+@pytest.mark.parametrize("content", [b"a\r\nb\rc\n\n", "no \ufeffbom \U0001f600".encode(), b"\n", b"\x00\x0c\n"])
 def test_text_is_the_bytes_of_the_file(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     [source] = find_sources([str(tmp_path / "a")])
+    assert read_text(source).encode() == content
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf" + content)
     assert read_text(source).encode() == content
 
 

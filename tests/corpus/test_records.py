@@ -59,13 +59,10 @@ def read(path, *, format="auto", field="text", size=None, monkeypatch=None):
     [
         ("a.txt", ("text", "")),
         ("a", ("text", "")),
-        ("a.json", ("text", "")),
         ("a.py.gz", ("text", "gz")),
         ("a.GZ", ("text", "gz")),
         ("a.jsonl", ("jsonl", "")),
         ("a.NDJSON", ("jsonl", "")),
-        ("c4-train.00000-of-01024.json.gz", ("jsonl", "gz")),
-        ("a.json.zst", ("jsonl", "zst")),
         ("a.jsonl.zstd", ("jsonl", "zst")),
         ("a.parquet", ("parquet", "")),
     ],
@@ -74,6 +71,26 @@ def test_the_name_says_what_a_file_is(tmp_path, name, expected):
     (tmp_path / name).write_bytes(b"x")
     found = source(tmp_path / name)
     assert (found.format, found.compression) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"text": "a"}\n{"text": "b"}\n', "jsonl"),
+        (b'\xef\xbb\xbf\n {"text": "a"} \r\n{', "jsonl"),
+        (b'{"text": "' + b"x" * 3_000_000 + b'"}', "jsonl"),
+        (b'{\n  "name": "a"\n}\n', "text"),
+        (b'{"name": "a",\n"more": {}}\n', "text"),
+        (b'[{"text": "a"}]\n', "text"),
+        (b"x", "text"),
+    ],
+    ids=range(7),
+)
+def test_the_first_line_says_whether_json_is_in_lines_packed_or_not(tmp_path, content, expected):
+    for name, compression in (("a.json", ""), ("c4.00000-of-01024.json.gz", "gz"), ("a.JSON.zst", "zst")):
+        (tmp_path / name).write_bytes(pack(content, name))
+        found = source(tmp_path / name)
+        assert (found.format, found.compression) == (expected, compression)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +141,34 @@ def test_a_row_of_parquet_is_a_document(tmp_path, monkeypatch, size):
         parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
         found = read(tmp_path / "a.parquet", field="content", size=size, monkeypatch=monkeypatch)
         assert found == rows
+
+
+def test_columns_of_every_kind_of_string_are_text(tmp_path):
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        for column in (pyarrow.array(TEXTS, kind), pyarrow.array(TEXTS).dictionary_encode()):
+            parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+            assert read(tmp_path / "a.parquet") == TEXTS
+
+
+@pytest.mark.parametrize("size", [None, 40])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.json.zst"])
+def test_a_byte_order_mark_in_front_of_a_file_goes(tmp_path, monkeypatch, name, size):
+    """What is a character elsewhere stays: one at the start of a text."""
+    texts = ["\ufefffirst", "second " * 20, "\ufeff"]
+    content, wanted = lines_of(texts), texts
+    if name.startswith("a.txt"):
+        content, wanted = "".join(texts).encode(), ["".join(texts)]
+    (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + content, name))
+    assert read(tmp_path / name, size=size, monkeypatch=monkeypatch) == wanted
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "\xff"}\n')
+    assert read(tmp_path / "b.jsonl") == [f"{tmp_path}/b.jsonl:1: byte 13 is not UTF-8 (invalid start byte)"]
+
+
+@pytest.mark.parametrize("separator", "\x0b\x0c\x1c\x85\u2028\u2029\r")
+def test_lines_of_json_end_at_line_feeds_only(tmp_path, separator):
+    text = f"a{separator}b"
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n")
+    assert read(tmp_path / "a.jsonl") == [text]
 
 
 def test_small_files_share_a_piece_and_large_ones_are_cut(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from spiral_jax.errors import SpiralError
 def test_an_object_is_read_as_utf8_whatever_the_locale(tmp_path):
     (tmp_path / "x.json").write_bytes('{"a": [1, null], "é": "ü"}'.encode())
     assert read_json_object(tmp_path / "x.json") == {"a": [1, None], "é": "ü"}
+    (tmp_path / "x.json").write_bytes('\ufeff{"é": "\ufeff"}'.encode())
+    assert read_json_object(tmp_path / "x.json") == {"é": "\ufeff"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import catalogue
 from spiral_jax.evaluation.catalogue import PAPER, local_tasks, remarks_on, resolve
 from spiral_jax.evaluation.config import EvaluationConfig
-from spiral_jax.evaluation.documents import hellaswag_query, load, wikitext_pages
+from spiral_jax.evaluation.documents import _json_lines, hellaswag_query, load, wikitext_pages
 
 SHARED = Path("/work/shared/data")
 EVAL = str(SHARED / "eval")
@@ -80,6 +80,51 @@ def test_what_is_refused(tmp_path):
     assert "has no task with data" in refused(["paper"], tmp_path)
 
 
+MINE = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: "FOLDER/capitals.jsonl"}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "The capital of {{country}} is"
+doc_to_target: 0
+doc_to_choice: "{{[capital, 'London']}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+GROUP = f"""
+group: mine
+task: [{{{", ".join(filter(None, MINE.splitlines()))}}}]
+aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
+"""
+
+
+def test_a_yaml_file_of_ones_own_can_be_named(tmp_path):
+    file = tmp_path / "capitals.yaml"
+    file.write_text(MINE, encoding="utf-8")
+    assert resolve([str(file), "piqa"], "") == ([str(file), "piqa"], [])
+    assert resolve([str(file)], str(tmp_path)) == ([str(file)], []) and remarks_on(str(file), 5) == []
+    with pytest.raises(SpiralError, match=r"^--tasks is '/no/x\.yaml'; allowed: a YAML file that exists, or the name"):
+        resolve(["/no/x.yaml"], "")
+
+
+@needs_harness
+def test_a_task_and_a_group_of_ones_own_ask_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    from spiral_jax.evaluation import harness
+
+    (tmp_path / "capitals.jsonl").write_text('{"country": "France", "capital": "Paris"}\n', encoding="utf-8")
+    for name, text in (("capitals", MINE), ("group", GROUP)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("FOLDER", str(tmp_path)), encoding="utf-8")
+    [task] = harness.load_tasks([str(tmp_path / "capitals.yaml")], str(tmp_path), 64)
+    assert task.doc_to_text(task.test_docs()[0]) == "The capital of France is"
+    assert task.doc_to_choice(task.test_docs()[0]) == ["Paris", "London"]
+    [group] = harness.load_tasks([str(tmp_path / "group.yaml")], str(tmp_path), 64)
+    assert group.name == "mine" and [leaf.task_name for leaf in group.get_all_tasks()] == ["capitals"]
+    (tmp_path / "broken.yaml").write_text("task: [", encoding="utf-8")
+    with pytest.raises(SpiralError, match=r"^--tasks: .*broken\.yaml cannot be opened"):
+        harness.load_tasks([str(tmp_path / "broken.yaml")], str(tmp_path), 64)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"num_fewshot": -1}, {"tasks_limit": -1}, {"tasks_every_steps": -2}, {"tasks_every_steps": 5}],
@@ -115,6 +160,16 @@ def test_pages():
     assert first + "\n" + second == text.removeprefix(" \n")
     assert second.startswith(" = Two words = ")
     assert [page["page"] for page in wikitext_pages("no heading")] == ["no heading"]
+
+
+def test_rows_end_at_line_feeds_only_behind_a_byte_order_mark(tmp_path):
+    """And pages of a file from another system are those of one with line feeds."""
+    rows = [{"text": "a\x0bb\x85c\u2028d"}, {"text": "\ufeff"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(f"\ufeff{lines}\r\n".encode())
+    assert _json_lines(tmp_path / "x.jsonl") == rows
+    text = " = A = \n\n x\x85y\rz \n = B = \n b"
+    assert wikitext_pages(text.replace("\n", "\r\n")) == wikitext_pages(text) and len(wikitext_pages(text)) == 2
 
 
 @needs_data

@@ -169,7 +169,7 @@ def test_a_line_is_printed_now_and_then(tmp_path, monkeypatch, capsys):
         train=dataclasses.replace(CONFIG.train, steps=100),
         logging=LoggingConfig(seconds=10, peak_flops=1e9),
     )
-    record = Record(tmp_path, config, ORDER, 0, [])
+    record = Record(MetricsWriter(tmp_path, config.logging), config, ORDER, 0, [])
     for step in range(1, 101):
         now += 2.0
         values = {"validation_loss": 1.5, "validation_bits_per_byte": 2.25} if step == 33 else {}
@@ -189,7 +189,8 @@ def test_time_left_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("spiral_jax.progress.time.monotonic", lambda: now)
     train = dataclasses.replace(CONFIG.train, steps=100)
-    record = Record(tmp_path, RunConfig(model=CONFIG.model, train=train), ORDER, 40, [])
+    writer = MetricsWriter(tmp_path, LoggingConfig(), last_step=40)
+    record = Record(writer, RunConfig(model=CONFIG.model, train=train), ORDER, 40, [])
     now = 3.0
     record({"step": 41, "loss": 1.0, "learning_rate": 1e-3, "step_time": 3.0})
     record.close()

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spiral_jax.data import atomic
+from spiral_jax.errors import escape_unprintable
 from tpu.first_hour import compare
 from tpu.first_hour.agenda import SECTIONS, SIZES, Section
 
@@ -73,13 +74,14 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
+    escape_unprintable()
     flags = parser().parse_args(argv)
     if flags.compare:
         try:
             return compare.main(flags.compare, flags.predictions)
         except (OSError, ValueError) as error:
             return _usage(f"--compare: {error}")
-    output = Path(flags.output).expanduser().resolve()
+    output = Path(os.path.expanduser(flags.output)).resolve()
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         return _usage(f"--output is {flags.output!r}; allowed: a file in a folder that can be written to")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -218,8 +220,8 @@ def _child(command: list[str], errors: Any, cache: Path) -> Iterator[subprocess.
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {quick}".strip()
-    child = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
-                             errors="replace", start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors,
+                             encoding="utf-8", errors="replace", start_new_session=True)  # fmt: skip
     try:
         yield child
     finally:
@@ -259,7 +261,9 @@ def _commit() -> str:
     """Of the code, with `-dirty` where it was changed; empty where git does not say."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.strip()
     return ""
 
 

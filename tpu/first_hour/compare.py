@@ -1,6 +1,7 @@
 """What was measured on one chip beside what was predicted of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _reason(section: dict[str, Any]) -> str:
 
 
 def _load(path: str, key: str) -> dict[str, Any]:
-    found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    found = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.get("format") != 1 or key not in found:
         raise ValueError(f"{path} is something else; allowed: a file with format 1 and {key}")
     return found

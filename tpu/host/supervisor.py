@@ -226,7 +226,7 @@ def only_one(root: str, attempt: int) -> Iterator[None]:
     Raises:
       SpiralError: this attempt, or a later one, is under way.
     """
-    with LOCK.open("a+") as file:
+    with LOCK.open("a+", encoding="utf-8") as file:
         while not _locked(file):
             holder = read_holder()
             if holder is None:
@@ -279,7 +279,7 @@ def main() -> int:
     flags = parser.parse_args()
     HOME.mkdir(exist_ok=True)
     if flags.end is not None:
-        with LOCK.open("a") as file:
+        with LOCK.open("a", encoding="utf-8") as file:
             if not _locked(file):
                 end_other(file, flags.end)
         return 0 if machine.free(flags.end) else LOST
