@@ -44,7 +44,7 @@ def resolve(names: Sequence[str], tasks_data: str, *, field: str = "--tasks") ->
     `paper` stands for the papers' nine tasks; with `tasks_data` for those of them whose file is there.
 
     Args:
-      names: of tasks, or `paper`, or YAML files of one's own (`.yaml`), which may be of a task or a group.
+      names: of tasks, or `paper`, or YAML files of tasks of one's own (`.yaml`, `.yml`).
       tasks_data: folder with the data files; "" for the Hugging Face hub, whose tasks are checked when they are loaded.
       field: what the names were given as; the folder's name follows from it.
 

@@ -254,9 +254,8 @@ def _load(manager: TaskManager, name: str, tasks_data: str) -> list[Task | Group
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         hint = f"the data in {tasks_data}" if tasks_data else "its data; without a connection, give --tasks_data=DIR"
         raise SpiralError(f"--tasks: {name} cannot be opened ({reason}); check {hint}") from error
-    inner = {child for children in loaded.get("group_map", {}).values() for child in children}
-    groups = [group for group_name, group in loaded.get("groups", {}).items() if group_name not in inner]
-    return groups or list(loaded["tasks"].values())
+    group = loaded.get("groups", {}).get(name)
+    return [group] if group is not None else list(loaded["tasks"].values())
 
 
 def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:

@@ -91,11 +91,6 @@ doc_to_target: 0
 doc_to_choice: "{{[capital, 'London']}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-GROUP = f"""
-group: mine
-task: [{{{", ".join(filter(None, MINE.splitlines()))}}}]
-aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
-"""
 
 
 def test_a_yaml_file_of_ones_own_can_be_named(tmp_path):
@@ -108,18 +103,15 @@ def test_a_yaml_file_of_ones_own_can_be_named(tmp_path):
 
 
 @needs_harness
-def test_a_task_and_a_group_of_ones_own_ask_what_they_say(tmp_path, monkeypatch):
+def test_a_task_of_ones_own_asks_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     from spiral_jax.evaluation import harness
 
     (tmp_path / "capitals.jsonl").write_text('{"country": "France", "capital": "Paris"}\n', encoding="utf-8")
-    for name, text in (("capitals", MINE), ("group", GROUP)):
-        (tmp_path / f"{name}.yaml").write_text(text.replace("FOLDER", str(tmp_path)), encoding="utf-8")
+    (tmp_path / "capitals.yaml").write_text(MINE.replace("FOLDER", str(tmp_path)), encoding="utf-8")
     [task] = harness.load_tasks([str(tmp_path / "capitals.yaml")], str(tmp_path), 64)
     assert task.doc_to_text(task.test_docs()[0]) == "The capital of France is"
     assert task.doc_to_choice(task.test_docs()[0]) == ["Paris", "London"]
-    [group] = harness.load_tasks([str(tmp_path / "group.yaml")], str(tmp_path), 64)
-    assert group.name == "mine" and [leaf.task_name for leaf in group.get_all_tasks()] == ["capitals"]
     (tmp_path / "broken.yaml").write_text("task: [", encoding="utf-8")
     with pytest.raises(SpiralError, match=r"^--tasks: .*broken\.yaml cannot be opened"):
         harness.load_tasks([str(tmp_path / "broken.yaml")], str(tmp_path), 64)
