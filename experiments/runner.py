@@ -303,7 +303,7 @@ class Runner:
     def _alone(self) -> Iterator[None]:
         """Raises SpiralError if another runner works here."""
         self.places.work.mkdir(parents=True, exist_ok=True)
-        with (self.places.work / ".lock").open("w") as lock:
+        with (self.places.work / ".lock").open("w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -355,6 +355,6 @@ def commit(path: Path, message: str) -> None:
       SpiralError: git refuses.
     """
     for command in (["add", "--", str(path)], ["commit", "--quiet", f"--message={message}", "--", str(path)]):
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, encoding="utf-8")
         if done.returncode:
             raise SpiralError(f"{path} cannot be committed ({' '.join(done.stderr.split())[:200]})")
