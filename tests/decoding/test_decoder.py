@@ -88,6 +88,7 @@ def test_greedy_texts_are_the_argmax_of_full_passes(weights, requests, greedy, r
     assert decoder._admit._cache_size() <= 2 * (1 if rows == 1 else 2)
 
 
+@pytest.mark.slow
 def test_rows_on_a_mesh(weights, requests, greedy):
     chosen = [i for i, (length, _) in enumerate(SIZES) if length <= 32]
     found, decoder = texts(weights, [requests[i] for i in chosen], 3, (2, 2, 2))

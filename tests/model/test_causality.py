@@ -83,7 +83,7 @@ def test_leaking_shift_is_refused(chunk, missing):
     ModelConfig(chunks=(16, chunk, 1), shifts=(15, chunk - 1, 0))
 
 
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_refused_shift_would_leak(offset, forward, random_model):
     """With s = g - 2 the first place of a chunk is read one token before the chunk closes, and nowhere else."""
     g, length = 4, 15

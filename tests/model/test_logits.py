@@ -1,6 +1,7 @@
 """Logits against the golden cases and against the NumPy reference, over random combinations of everything."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.model.config import ModelConfig
 
 VOCAB = 29
+GOLDENS = sorted(path.parent.name for path in Path(__file__).parents[1].glob("golden/*/config.json"))
 # Drawn from seed 140 on, so that what was drawn before stays.
 LATER = ("gated", "injection")
 
@@ -20,6 +22,16 @@ def test_reference_reproduces_golden(golden):
     np.testing.assert_allclose(logits_BxLxV, golden.logits_BxLxV, rtol=0, atol=1e-9)
 
 
+# The others are `slow`: what they have that these have not is in CHOSEN.
+FEW = ("vanilla", "vanilla_mesh", "looped_mesh", "mesh_slots4", "spiral_b_mesh", "spiral_far_shift", "spiral_odd",
+       "spiral_short")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in GOLDENS],
+    indirect=True,
+)
 @pytest.mark.parametrize("dtype, tolerance", [pytest.param("float32", 2e-4, marks=pytest.mark.slow), ("float64", 1e-9)])
 def test_golden(golden, forward, dtype, tolerance):
     config = config_from_huggingface(golden.config, dtype)

@@ -254,6 +254,7 @@ def damaged(train, straight):
     return refused, train("damaged")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_resumed(damaged, straight):
     """In a line; the end is that of the run whose checkpoint was whole, bit by bit."""
     _, done = damaged
@@ -269,6 +270,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_resumed(damaged, s
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True))
 
 
+@pytest.mark.slow
 def test_readers_refuse_a_damaged_checkpoint_and_name_one_that_is_whole(damaged):
     refused, done = damaged
     errors = refused.stderr.splitlines()

@@ -150,13 +150,8 @@ def check(config: RunConfig, compiled, plain):
 @pytest.mark.parametrize(
     "case",
     [
-        "one_device",
         "mixed_accumulated",
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in DEFAULT
-            if case not in ("one_device", "mixed_accumulated")
-        ),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in DEFAULT if case != "mixed_accumulated"),
     ],
 )
 def test_loss_and_gradients(case, compiled, plain):
