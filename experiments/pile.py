@@ -14,9 +14,9 @@ losses, also a token store `validation/` (prepare one from the Pile's `val.jsonl
 Expect, after 120,818 steps of 512 x 4096 tokens, perplexities on the Pile near the papers' tables: at 160m 11.31 for
 vanilla, 11.29 for spiral_b and 10.94 for spiral_l; at 1.4b 7.44, 7.30 and 7.14. Every
 device has a part of the parameters (`mesh.fsdp=-1`). With a SLICE (LAYOUTS has them) micro-batches, `model.remat` and
-`train.gather_core` are what the compiler's program of that slice should be fastest with, of those that were tried
-(tpu/predictions; vanilla_mesh has vanilla's, the loops and spiral_l have spiral_b's; no chip has confirmed it). Without
-one little memory is used, and `--config.train.accumulation` is to be raised until the activations fit.
+`train.gather_core` are those that closed forms put first (`aot --search`); vanilla_mesh has vanilla's, the loops and
+spiral_l have spiral_b's. No compiled program and no chip has confirmed them. Without a SLICE little memory is used, and
+`--config.train.accumulation` is to be raised until the activations fit.
 """
 
 from typing import Any
@@ -33,7 +33,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "1b": dict(d_model=2048, num_heads=8, peak=3e-4, vanilla=16, loop=(3, 5, 3), spiral_l=(5, 6, 5)),
     "1.4b": dict(d_model=2048, num_heads=16, peak=2e-4, vanilla=24, loop=(4, 8, 4), spiral_l=(8, 8, 8)),
 }
-# Of 512 sequences on a slice: micro-batches, model.remat, train.gather_core. `python -m tpu.predict` looks for them.
+# Of 512 sequences on a slice: micro-batches, model.remat, train.gather_core. `python -m tpu.predict` compiles them, and
+# what comes second.
 LAYOUTS: dict[str, dict[str, dict[str, tuple[int, str, str]]]] = {
     "v5p:4x4x4": {
         "160m": {"vanilla": (1, "keep_products", "iteration"), "spiral_b": (1, "keep_products", "step")},

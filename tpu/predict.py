@@ -5,8 +5,9 @@
     python -m tpu.predict 410m-v5p-4x4x4-vanilla ...
 
 Needs no TPU; about four minutes a compilation on two cores. A searched point is the faster, by its compiled program, of
-the two layouts that closed forms put first (`aot --search --max_compilations=2`); experiments/pile.py starts from it.
-The others have a layout that they are given: their neighbour's, or one that shows what little memory is enough for.
+the two layouts that closed forms put first (`aot --search --max_compilations=2`); experiments/pile.py is to start from
+it. None has been searched yet: the two of 1.4b on v5p that are there have the layout of WHOLE. The others have a layout
+that they are given.
 """
 
 import os
@@ -18,6 +19,7 @@ from spiral_jax.errors import SpiralError
 
 FOLDER = Path(__file__).parent / "predictions"
 SEARCH = ("--search", "--max_compilations=2")
+WHOLE = ("--config.model.remat=keep_all", "--config.train.gather_core=step", "--config.train.accumulation=2")
 FRUGAL = ("--config.model.remat=keep_inputs",)
 
 
@@ -31,6 +33,7 @@ POINTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     for sizes, families, topology, flags in (
         (("160m", "410m", "1b", "1.4b"), ("vanilla", "spiral_b"), "v5p:4x4x4", SEARCH),
         (("160m", "410m"), ("spiral_b",), "v6e:8x8", SEARCH),
+        (("1.4b",), ("mesh", "spiral_l"), "v5p:4x4x4", WHOLE),
         (("160m",), ("vanilla", "mesh", "spiral_b", "spiral_l"), "v5e:4x4", (*FRUGAL, "--config.train.accumulation=4")),
         (("1.4b",), ("vanilla", "mesh", "spiral_b", "spiral_l"), "v6e:8x8", (*FRUGAL, "--config.train.accumulation=2")),
     )

@@ -101,7 +101,7 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
         )
     waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
 
-    waiting = _in_order(waiting, chips, num_slices, state_on)
+    waiting = in_order(waiting, chips, num_slices, state_on)
     best: dict[str, Any] | None = None
     best_config: StepConfig | None = None
     tried: list[dict[str, Any]] = []
@@ -129,7 +129,7 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
     return Found(best, best_config, tried, len(waiting))
 
 
-def _in_order(
+def in_order(
     waiting: list[StepConfig], chips: Slice, num_slices: int, state_on: Callable[[MeshConfig], TrainState]
 ) -> list[StepConfig]:
     """Those that should fit first; of them the best of each `model.remat`, then the second best of each, and so on.
