@@ -9,6 +9,7 @@ from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.predict import FITTED, Cost, total
 from tpu import calibration
 from tpu.calibration import Count, compact, fit, leave_one_out, load, measured_runs, predict_run, save
+from tpu.single_chip import SharedKeys
 
 RUNS = {run.name: run for run in measured_runs()}
 COUNTS = load(Path(__file__).parents[2] / "tpu" / "calibration.json")
@@ -114,3 +115,8 @@ def test_compiling_the_smallest_again_counts_the_same(libtpu):
     counted, written = calibration.count(RUNS["130m"], calibration.compile_run(RUNS["130m"])), COUNTS["130m"]
     assert counted[1:] == pytest.approx(written[1:], rel=0.02)
     assert predict_run(counted) == pytest.approx(predict_run(written), rel=0.02)
+
+
+def test_the_model_of_the_single_chips_has_the_size_published():
+    assert SharedKeys().num_params == pytest.approx(163.6e6, rel=1e-3)
+    assert SharedKeys().num_params - SharedKeys().vocab * SharedKeys().d_model == pytest.approx(130.0e6, rel=1e-3)
