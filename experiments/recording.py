@@ -20,7 +20,7 @@ from spiral_jax.data.json_files import read_json_object
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run.directory import validation_store_of
 from spiral_jax.run.metrics import read_rows, rows_of
-from spiral_jax.run.provenance import last_start
+from spiral_jax.run.provenance import last_start, processor
 from spiral_jax.run.reading import reading
 
 COMMANDS = ("spiral_jax/train.py", "spiral_jax/evaluate.py")
@@ -146,16 +146,6 @@ def package_files() -> set[Path]:
                 place = ROOT.joinpath(*name.split("."))
                 waiting += [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
     return found
-
-
-def processor() -> str:
-    """Its name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
 
 
 def check_comparable(record: Record, others: list[Record]) -> None:

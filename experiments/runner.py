@@ -27,12 +27,13 @@ from pathlib import Path
 from etils import epath
 
 from experiments import record as records_
-from experiments.child import ROOT, ChildFailed, Killed, Stopped, run_module
+from experiments.child import ROOT, SAVED, ChildFailed, Killed, Stopped, run_module
 from experiments.design import Run, Study, difference, is_over, run_config, shaping, validation_nats
 from experiments.elsewhere import check_trained, job_name
 from experiments.matching import train_flops
 from experiments.record import Record, Status
 from experiments.recording import check_comparable, code_of_tree, record_of
+from spiral_jax.command import DIVERGED, FAILED, OK
 from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json, write_json
@@ -42,7 +43,6 @@ from spiral_jax.progress import Progress
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.metrics import rows_of
 
-OK, FAILED, SAVED, DIVERGED = 0, 1, 42, 44
 # How a run runs here, which changes nothing of what comes of it: the runner scores the whole validation text itself.
 HERE = (
     "--config.evaluation.every_steps=0",

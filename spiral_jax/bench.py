@@ -28,6 +28,7 @@ from spiral_jax import __version__, command
 from spiral_jax.data.storage import is_url
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.parallel.heap import keep_freed_memory
+from spiral_jax.run.provenance import processor
 
 _PACKAGES = ("numpy", "jax", "grain", "tokenizers", "fsspec", "aiohttp")
 
@@ -64,8 +65,6 @@ def main(values: flags.FlagValues) -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", cpus)
     packages = {}
     for name in _PACKAGES:
         try:
@@ -73,7 +72,7 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        "processor": model[1] if model else platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": _cores(),
         "system": platform.platform(),
         "python": platform.python_version(),

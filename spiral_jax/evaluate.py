@@ -21,6 +21,7 @@ On several processes, started as those of spiral_jax.train are, all devices comp
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -49,6 +50,7 @@ from spiral_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh, round
 from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.parallel.process_flags import define_processes
 from spiral_jax.parallel.processes import Processes
+from spiral_jax.progress import Report
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import run_directory, tokenizer_of, validation_store_of
 from spiral_jax.run.inputs import open_examples
@@ -108,7 +110,7 @@ def evaluate_text(values: flags.FlagValues, saved: SavedRun, processes: Processe
         sequence_length=config.train.sequence_length,
         batch_size=config.train.batch_size,
         stride=values.stride,
-        report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
+        report=progress_of(values, processes),
         take=taken.append if documents else lambda nats_N: None,
     )
     if not processes.is_main:
@@ -148,7 +150,7 @@ def evaluate_examples(values: flags.FlagValues, saved: SavedRun, processes: Proc
         params,
         stream,
         -(-(values.limit or EXAMPLES) // config.train.batch_size),
-        report=lambda line: None if values.json else processes.say(line, file=sys.stderr),
+        report=progress_of(values, processes),
     )
     if not processes.is_main:
         return
@@ -205,6 +207,11 @@ def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Process
     print(f"{workdir}, checkpoint of step {step}, {values.num_fewshot}-shot"
           + (f", the first {values.limit} documents of each task" if values.limit else ""))  # fmt: skip
     print(f"{harness.as_text(results)}\nresults      {path}")
+
+
+def progress_of(values: flags.FlagValues, processes: Processes) -> Report:
+    """What takes lines about the progress: standard error, but not beside --json."""
+    return (lambda line: None) if values.json else functools.partial(processes.say, file=sys.stderr)
 
 
 def documents_of(flag: str) -> epath.Path | None:

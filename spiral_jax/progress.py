@@ -1,10 +1,36 @@
 """How far a long job is: a line every few seconds."""
 
+import concurrent.futures
 import math
+import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 Report = Callable[[str], None]
+T = TypeVar("T")
+
+
+def in_thread(name: str, work: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Does work that cannot say how far it is, and hears no Ctrl-C, in a thread that keeps no process from ending.
+
+    Args:
+      name: of the thread.
+      work: what it does.
+
+    Returns:
+      What becomes of it, to be waited for between lines and checks.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
 
 
 class Progress:

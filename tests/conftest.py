@@ -8,16 +8,13 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+from quick_flags import quick_flags
+
 TESTS = Path(__file__).parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most time goes into compiling programs that run once: code is generated quickly, the operations are the same. Where
-# `make test-slow` (or whoever sets the flag) says otherwise, and where a test asks for it, users' code is.
-for flag in (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-):
+# Where `make test-slow` (or whoever sets the flag) says otherwise, and where a test asks for it, users' code is made.
+for flag in quick_flags(8).split():
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from quick_flags import quick_flags
 from verbs import call
 
 from spiral_jax import train
@@ -117,8 +118,7 @@ def run_pair(folder, verb, *flags, sabotage="", first=(), second=(), timeout=300
 def start_pair(folder, verb, *flags, sabotage="", first=(), second=()) -> list[subprocess.Popen]:
     """As `run_pair`, but just started."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": quick_flags(4),
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_PROCESSES": "2",
     }

@@ -1,13 +1,12 @@
 """Trains a BPE in a thread: the library says nothing for as long as it takes, and hears no Ctrl-C."""
 
 import concurrent.futures
-import threading
 import time
 from collections.abc import Sequence
 
 from spiral_jax.corpus.exclusive import Check
 from spiral_jax.data.tokenizers import Tokenizer, train_bpe
-from spiral_jax.progress import Report, duration
+from spiral_jax.progress import Report, duration, in_thread
 
 _SECONDS_BETWEEN_CHECKS, _SECONDS_BETWEEN_LINES = 0.1, 5.0
 
@@ -21,15 +20,7 @@ def train_with_progress(texts: Sequence[str], size: int, report: Report, check: 
       report: called with a line.
       check: called often; raises to stop. The thread then works on, but keeps no process that ends.
     """
-    done: concurrent.futures.Future[Tokenizer] = concurrent.futures.Future()
-
-    def train() -> None:
-        try:
-            done.set_result(train_bpe(texts, size))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=train, name="training a BPE", daemon=True).start()
+    done = in_thread("training a BPE", lambda: train_bpe(texts, size))
     begin = said = time.monotonic()
     while not concurrent.futures.wait([done], _SECONDS_BETWEEN_CHECKS).done:
         check()

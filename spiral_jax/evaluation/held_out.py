@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from spiral_jax.data.examples import Examples, ExampleStream, stacked
 from spiral_jax.evaluation.config import EvaluationConfig
+from spiral_jax.evaluation.rows import jit_on_rows
 from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.progress import Progress, Report
-from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.loss import nats_and_greedy
 
@@ -57,20 +56,12 @@ class ExampleScorer:
         """
         train = config.train
         self.batch_size, self._placed = train.micro_batch_size, placed
-        specs = fsdp.specs_of(placed.param_shardings)
-        local = fsdp.model_of_a_device(config.model, train, placed.mesh, specs)
 
-        def answers(params, tokens_BxL, targets_BxL):
-            params = fsdp.gather_rest(params, specs)
-            h_BxLxD, _ = local.apply({"params": params}, tokens_BxL, method="hidden")
-            return nats_and_greedy(local, params, h_BxLxD, targets_BxL, train.loss_block)
+        def answers(model, params, tokens_BxL: jax.Array, targets_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h_BxLxD, _ = model.apply({"params": params}, tokens_BxL, method="hidden")
+            return nats_and_greedy(model, params, h_BxLxD, targets_BxL, train.loss_block)
 
-        def example_step(params, tokens_BxL: jax.Array, targets_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
-            rows = PartitionSpec(fsdp.ROWS)
-            on_each = fsdp.on_each_device(placed.mesh, answers, (specs, rows, rows), (rows, rows))
-            return on_each(params, tokens_BxL, targets_BxL)
-
-        self.step: Any = jax.jit(example_step, out_shardings=placed.everywhere)
+        self.step = jit_on_rows(config, placed, answers)
         if ahead:
             ids = jax.ShapeDtypeStruct((self.batch_size, train.sequence_length), jnp.int32, sharding=placed.batch)
             self.step = self.step.lower(placed.abstract_params, ids, ids).compile()

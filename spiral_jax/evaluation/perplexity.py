@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from spiral_jax.data.windows import TokenSource
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.evaluation.rows import jit_on_rows
 from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.progress import Progress, Report
-from spiral_jax.training import fsdp
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.loss import window_nats
 
@@ -90,18 +89,11 @@ class WindowScorer:
         train = config.train
         self.batch_size, self._sequence_length = train.micro_batch_size, train.sequence_length
         self._placed = placed
-        specs = fsdp.specs_of(placed.param_shardings)
-        local = fsdp.model_of_a_device(config.model, train, placed.mesh, specs)
 
-        def nats(params, windows_BxW, weights_BxL):
-            nats_BxL = window_nats(local, fsdp.gather_rest(params, specs), windows_BxW, train.loss_block)
-            return nats_BxL * weights_BxL
+        def nats(model, params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
+            return window_nats(model, params, windows_BxW, train.loss_block) * weights_BxL
 
-        def eval_step(params, windows_BxW: jax.Array, weights_BxL: jax.Array) -> jax.Array:
-            rows = PartitionSpec(fsdp.ROWS)
-            return fsdp.on_each_device(placed.mesh, nats, (specs, rows, rows), rows)(params, windows_BxW, weights_BxL)
-
-        self.step: Any = jax.jit(eval_step, out_shardings=placed.everywhere)
+        self.step = jit_on_rows(config, placed, nats)
         if ahead:
             self.step = self.lowered().compile()
 

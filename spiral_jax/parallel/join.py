@@ -33,7 +33,7 @@ from spiral_jax.parallel.cluster import (
 from spiral_jax.parallel.coordinator import CoordinatorLost, check_port, connections_to
 from spiral_jax.parallel.process_flags import Place, place_of
 from spiral_jax.parallel.processes import ALONE, Processes
-from spiral_jax.progress import duration
+from spiral_jax.progress import duration, in_thread
 
 _SECONDS_TO_FIRST_LINE, _SECONDS_BETWEEN_LINES = 15.0, 60.0
 _ALL_THREE = "all three of --coordinator_address, --num_processes and --process_id"
@@ -99,16 +99,7 @@ def _initialize_in_time(
     place: Place, started: Launched | None, gpus: Sequence[int], silence: float, lost: CoordinatorLost
 ) -> None:
     """Initializes in a thread: jax hears no Ctrl-C while it waits, and aborts the process at its own deadline."""
-    done: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def initialize() -> None:
-        try:
-            _initialize(place, started, gpus, silence, lost)
-            done.set_result(None)
-        except Exception as error:
-            done.set_exception(error)
-
-    threading.Thread(target=initialize, name="jax.distributed.initialize", daemon=True).start()
+    done = in_thread("jax.distributed.initialize", lambda: _initialize(place, started, gpus, silence, lost))
     begin, wait = time.monotonic(), _SECONDS_TO_FIRST_LINE
     try:
         while (left := begin + place.seconds - time.monotonic()) > 0:

@@ -100,7 +100,6 @@ def search(config: StepConfig, chips: Slice, num_slices: int, max_compilations: 
             f"{min(least) / GIB:.2f} GiB of {usable / GIB:.2f} GiB a device; allowed: a larger slice"
         )
     waiting = [one for one, size in zip(every, least, strict=True) if size < usable]
-
     waiting = in_order(waiting, chips, num_slices, state_on)
     best: dict[str, Any] | None = None
     best_config: StepConfig | None = None

@@ -33,7 +33,7 @@ def import_files(paths: Sequence[str]) -> None:
       SpiralError: one that is missing or does not run to its end, or registers a name that is taken.
     """
     for number, given in enumerate(paths):
-        path = Path(expanded("--import", given)).resolve()
+        path = expanded("--import", given).resolve()
         if not path.is_file():
             raise SpiralError(f"--import={given} does not exist; allowed: a Python file")
         spec = importlib.util.spec_from_file_location(f"spiral_jax_import_{number}_{path.stem}", path)

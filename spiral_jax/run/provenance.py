@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -77,6 +78,13 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
     }
+
+
+def processor() -> str:
+    """The name of this machine's."""
+    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", cpus)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def description(config: RunConfig, mesh: Mesh) -> dict[str, Any]:

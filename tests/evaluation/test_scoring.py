@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from jaxprs import shapes_in
 
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.decoding.state import bucket_of
@@ -216,15 +217,6 @@ def test_logits_never_exist_for_all_positions(weights):
     jaxpr = jax.make_jaxpr(lambda *xs: _score(placed.model, block * B, params, *xs))(*arrays)
     sizes = [math.prod(shape) for shape in shapes_in(jaxpr.jaxpr) if len(shape) == 3 and shape[-1] == V]
     assert max(sizes) == B * block * V
-
-
-def shapes_in(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
 
 
 # Texts to tokens.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jaxprs import shapes_in
 
 from spiral_jax.data.windows import TokensInMemory
 from spiral_jax.kernels.choose import backend_for
@@ -200,16 +201,6 @@ def test_a_full_resolution_loop_of_cores_of_its_own(random_model, forward, quick
         gate_Lx1 = 1 / (1 + np.exp(-reference.linear(weights / t / "gate", states_SxBxLxD[1 + t][0])))
         assert sums.weights[f"gate.{t}"] == pytest.approx(gate_Lx1.mean(axis=0), abs=1e-5)
     assert sums.weights.keys() == {"gate.0", "gate.1"}
-
-
-def shapes_in(jaxpr):
-    """Shapes of all arrays that a program makes, in all that it calls."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
 
 
 def test_no_map_is_there_whole():

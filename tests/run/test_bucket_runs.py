@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from pairs import ROOT, finished, free_port
+from quick_flags import quick_flags
 from verbs import call
 
 import spiral_jax
@@ -212,8 +213,7 @@ def test_a_start_that_is_refused_leaves_nothing(emulator_url, folder):
 def start(folder, place, verb="train", *flags, url=None, **environment) -> subprocess.Popen:
     """A process of 2 devices."""
     environment = os.environ | (bucket.environment(url) if url else {}) | environment | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": quick_flags(2),
         "PYTHONPATH": str(ROOT),
         "RUN": str(place),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import signal
 import pytest
 from loopback import wait_for
 from pairs import flags_of, free_port, run_pair, write_inputs
+from quick_flags import quick_flags
 
 from spiral_jax.run.metrics import read_rows
 
@@ -20,10 +21,9 @@ STEPS = ("--config.train.steps=100", "--config.checkpoint.every_steps=10", "--co
 def pair(slice_of):
     """Two hosts of four devices each that find each other, and (attempt, program, ...) that starts them."""
     two = slice_of()
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     for host in two.hosts:
         host.variables |= {"JAX_PROCESS_ID": str(host.number), "JAX_PLATFORMS": "cpu",
-                           "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {quick}"}  # fmt: skip
+                           "XLA_FLAGS": quick_flags(4)}  # fmt: skip
 
     def start(attempt, argv, **changed):
         variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}

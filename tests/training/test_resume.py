@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quick_flags import quick_flags
 
 import spiral_jax
 from spiral_jax.run.metrics import read_rows
@@ -76,8 +77,7 @@ def train(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     (folder / "config.py").write_text(CONFIG.replace("TEXT", str(folder / "text.txt")))
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": quick_flags(2),
         "PYTHONPATH": str(ROOT),
         "JAX_LOG_COMPILES": "1",
     }
