@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from experiments.record import MOST_DOCUMENTS, Code, Evaluation, Flops, Paramete
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json_object
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.hardware import usable_cores
 from spiral_jax.run.directory import validation_store_of
 from spiral_jax.run.metrics import read_rows, rows_of
 from spiral_jax.run.provenance import last_start, processor
@@ -56,7 +56,7 @@ def record_of(
         status=status, reason=reason, command=command, code=code,
         data=data_hashes(workdir) if finished else {},
         config_hash=comparable_hash(config), config=shaping(config),
-        machine=("" if is_bucket(workdir) else f"{processor()}, {os.cpu_count()} cores; ") + (start["devices"] or "?"),
+        machine=("" if is_bucket(workdir) else f"{processor()}, {usable_cores()} cores; ") + (start["devices"] or "?"),
         versions={name: version for name, version in start["packages"].items() if version}
         | {"python": platform.python_version()},
         parameters=Parameters(config.model.non_embedding_parameters, config.model.total_parameters),

@@ -27,6 +27,7 @@ from absl import flags
 from spiral_jax import __version__, command
 from spiral_jax.data.storage import is_url
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.hardware import usable_cores
 from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.run.provenance import processor
 
@@ -73,7 +74,7 @@ def machine() -> dict[str, Any]:
             packages[name] = "not installed"
     return {
         "processor": processor(),
-        "cores": _cores(),
+        "cores": usable_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "spiral_jax": __version__,
@@ -102,7 +103,7 @@ def _time_loader(values: flags.FlagValues) -> dict[str, Any]:
         require(is_url(values.remote), "--remote", values.remote, "a URL, as in http://127.0.0.1:8000/store")
         allowed = "the path of the store that --remote reads from a URL"
         require(bool(values.store) and not is_url(values.store), "--store", values.store, allowed)
-    threads = values.read_threads or 2 * _cores()
+    threads = values.read_threads or 2 * usable_cores()
     settings = loader.LoaderSettings(
         sequence_length=values.sequence_length,
         batch_size=values.batch_size,
@@ -205,10 +206,6 @@ _TIMERS = {
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _number(value: object) -> str:

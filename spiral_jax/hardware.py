@@ -1,7 +1,8 @@
-"""Published numbers of accelerators: peaks, memory, links, and the TPU slices that can be rented."""
+"""Published numbers of accelerators: peaks, memory, links, TPU slices that can be rented. And this machine's cores."""
 
 import dataclasses
 import math
+import os
 import re
 
 from spiral_jax.errors import SpiralError
@@ -226,3 +227,8 @@ def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of bfloat16 products of one device, by `jax.Device.device_kind`; None where it is not known (CPU)."""
     # The longest name: `TPU v5` is a part of `TPU v5 lite`.
     return _PEAKS.get(max((name for name in _PEAKS if name in device_kind), key=len, default=""))
+
+
+def usable_cores() -> int:
+    """How many of this machine's CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -29,13 +29,14 @@ from spiral_jax.corpus.texts import NotText
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.tokenizers import load_tokenizer
 from spiral_jax.errors import SpiralError
+from spiral_jax.hardware import usable_cores
 
 _SECONDS_BETWEEN_CHECKS = 0.2
 
 
 def num_workers(configured: int) -> int:
     """How many processes `data.workers` asks for: 0 is as many as this process may use cores."""
-    return configured or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return configured or usable_cores()
 
 
 def encode_pieces(

@@ -6,6 +6,7 @@ import platform
 
 import jax
 
+from spiral_jax.hardware import usable_cores
 from tpu.first_hour.findings import Findings, generation_of
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "spiral_jax")
@@ -25,7 +26,7 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
         "memory_stats": device.memory_stats(),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
