@@ -136,6 +136,7 @@ class Study:
       seeds: of the runs that count.
       gates: what has to look right first.
       slices: TPU slices that seconds are predicted for; the first is that of `plan` and `launch`.
+      shots: numbers of solved examples with which the runs that count are asked the papers' tasks (extra harness).
       kept: names of runs whose directories stay after their records are written, as for probes.
       exploratory: whether nothing in it is more than something to test, the primary contrast included.
     """
@@ -151,6 +152,7 @@ class Study:
     seeds: tuple[int, ...] = (1, 2, 3)
     gates: tuple[Gate, ...] = ()
     slices: tuple[str, ...] = ("v5e:4x4",)
+    shots: tuple[int, ...] = ()
     kept: tuple[str, ...] = ()
     exploratory: bool = False
 

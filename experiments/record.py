@@ -111,6 +111,8 @@ class Record:
       curve: rows (step, tokens, nats of training), at most 200 of the run's; nats are means of the steps between.
       evaluation: by name of the texts, as "validation"; empty unless the run finished.
       by_depth: correct answers and questions by task and depth of what they depend on; empty for most studies.
+      tasks: by number of solved examples before each question, the numbers of the LM Evaluation Harness, as
+        {"5": {"piqa/acc_norm": 0.7}}; empty where the study asks none.
     """
 
     study: str
@@ -137,6 +139,7 @@ class Record:
     curve: tuple[tuple[int, int, float], ...]
     evaluation: dict[str, Evaluation]
     by_depth: dict[str, dict[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, evaluation in self.evaluation.items():
@@ -224,7 +227,8 @@ def _value(hint: Any, value: Any, field: str) -> Any:
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, Mapping), field or "the record", value, "a JSON object")
         hints, prefix = typing.get_type_hints(hint), f"{field}." if field else ""
-        unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
+        needed = {field.name for field in dataclasses.fields(hint) if field.default_factory is dataclasses.MISSING}
+        unknown, missing = sorted(value.keys() - hints.keys()), sorted(needed - value.keys())
         if unknown or missing:
             raise SpiralError(f"{prefix}{(unknown or missing)[0]} is {'unknown' if unknown else 'missing'}; "
                               f"allowed: all of {', '.join(hints)}")  # fmt: skip

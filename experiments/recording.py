@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -17,6 +18,7 @@ from experiments.record import MOST_DOCUMENTS, Code, Evaluation, Flops, Paramete
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json_object
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.evaluation.catalogue import values_of
 from spiral_jax.hardware import usable_cores
 from spiral_jax.run.directory import validation_store_of
 from spiral_jax.run.metrics import read_rows, rows_of
@@ -39,7 +41,7 @@ def record_of(
       status: how it ended.
       reason: why, in a line; empty if it finished.
       workdir: of the run.
-      folder: with `documents.json`.
+      folder: with `documents.json`, and `tasks-N.json` for each of the study's shots.
 
     Raises:
       SpiralError: it finished, but something is missing or damaged.
@@ -69,6 +71,7 @@ def record_of(
         curve=thinned(losses),
         evaluation={"validation": evaluation_of(folder / "documents.json")} if finished else {},
         by_depth=depths_of(folder / "documents.json") if finished else {},
+        tasks=tasks_of(folder, study.shots) if finished and run.stage == "seed" else {},
     )  # fmt: skip
 
 
@@ -93,6 +96,22 @@ def depths_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     if "by_group" not in found:
         return {}
     return {found["input"]: {group: (int(n[0]), int(n[1])) for group, n in found["by_group"].items()}}
+
+
+def tasks_of(folder: Path, shots: Sequence[int]) -> dict[str, dict[str, float]]:
+    """What `evaluate --tasks` wrote, by number of solved examples.
+
+    Raises:
+      SpiralError: a file is missing or damaged.
+    """
+    found = {}
+    for number in shots:
+        path = folder / f"tasks-{number}.json"
+        try:
+            found[str(number)] = values_of(read_json_object(path))
+        except (KeyError, AttributeError) as error:
+            raise SpiralError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    return found
 
 
 def data_hashes(workdir: epath.Path) -> dict[str, str]:

@@ -51,6 +51,7 @@ HERE = (
     "--config.summary.sample_tokens=0",
     "--config.summary.plot=False",
 )
+ASKED = ("paper", "wikitext")  # of the LM Evaluation Harness: what the paper's tables have numbers of
 _TAIL_BYTES = 8192
 Say = Callable[[str], None]
 
@@ -64,12 +65,14 @@ class Places:
       records: folder of its records.
       study: as the command line names it.
       bucket: where `launch` has trained the runs, which are then only scored and recorded; empty to train them here.
+      tasks_data: folder with the data of the papers' tasks; empty for the Hugging Face hub.
     """
 
     work: Path
     records: Path
     study: str
     bucket: str = ""
+    tasks_data: str = ""
 
 
 class Runner:
@@ -166,8 +169,7 @@ class Runner:
                 check_trained(run, workdir)
             else:
                 self._train_to_the_end(run, folder, advance)
-            documents = f"--documents={folder / 'documents.json'}"
-            self._wait_for(folder, [self._evaluate, f"--workdir={workdir}", documents], advance)
+            self._evaluate_all(run, folder, advance)
         except ChildFailed as failure:
             status = "diverged" if failure.status == DIVERGED else "failed"
             reason = str(failure)
@@ -194,6 +196,18 @@ class Runner:
         except Killed:
             self._say(f"{run.name}: was killed, and goes on")
             self._wait_for(folder, arguments, advance)
+
+    def _evaluate_all(self, run: Run, folder: Path, advance: Callable[[], None]) -> None:
+        """On the validation text, and on the study's tasks if the run's result counts."""
+        of_run = [self._evaluate, f"--workdir={self._workdir(run)}"]
+        self._wait_for(folder, [*of_run, f"--documents={folder / 'documents.json'}"], advance)
+        data = [f"--tasks_data={self.places.tasks_data}"] * bool(self.places.tasks_data)
+        for shots in self.study.shots if run.stage == "seed" else ():
+            output = folder / f"tasks-{shots}.json"
+            if not output.exists():
+                tasks = ",".join(ASKED if shots == 0 else ASKED[:1])  # examples are for questions, not for texts
+                asked = [f"--tasks={tasks}", f"--num_fewshot={shots}", f"--output={output}", *data]
+                self._wait_for(folder, [*of_run, *asked], advance)
 
     def records(self) -> dict[str, Record]:
         """Those that are there, by run.

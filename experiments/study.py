@@ -24,8 +24,9 @@ from experiments.child import Stopped
 from experiments.design import Run, Study, is_over, load
 from experiments.elsewhere import check_overrides, job_name
 from experiments.record import RESULTS, folder_of
-from experiments.runner import OK, Places, Runner, outcome
+from experiments.runner import ASKED, OK, Places, Runner, outcome
 from spiral_jax.errors import SpiralError, require
+from spiral_jax.evaluation import catalogue
 from spiral_jax.hardware import parse_slice
 from spiral_jax.progress import duration
 from tpu.job import Parser
@@ -65,6 +66,7 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("--work", default="runs/studies", help="run: folder of what is needed until records are there")
     parser.add_argument("--results", default=str(RESULTS), help="folder of records and reports")
     parser.add_argument("--bucket", default="", help="run: score and record what launch trained there; launch: where")
+    parser.add_argument("--tasks_data", default="", help="run: folder with the papers' tasks; default: the hub")
     parser.add_argument("--commit", action="store_true", help="run: commit each record to git as soon as it is written")
     values, rest = parser.parse_known_args(arguments)
     strange = [flag for flag in rest if values.verb != "launch" and not is_override(flag, values.verb)]
@@ -78,6 +80,7 @@ def _main(arguments: list[str]) -> int:
         folder_of(study.name, study.edition, Path(values.results).resolve()),
         values.study,
         values.bucket.rstrip("/"),
+        values.tasks_data,
     )
     runner = Runner(study, places, lambda line: print(line, flush=True), values.commit, rest)
     names = selected(study, values.only)
@@ -86,6 +89,7 @@ def _main(arguments: list[str]) -> int:
             return plan(study, names, values.slice or study.slices[0])
         case "run":
             check_overrides(study, rest, trains=not places.bucket)
+            check_tasks(study, values.tasks_data)
             for line in matching.check(study):
                 print(line, flush=True)
             return runner.run(names)
@@ -101,6 +105,14 @@ def _main(arguments: list[str]) -> int:
 
 def is_override(flag: str, verb: str) -> bool:
     return verb == "run" and flag.startswith("--config.")
+
+
+def check_tasks(study: Study, tasks_data: str) -> None:
+    """Raises SpiralError if the tasks that the runs are asked cannot be opened."""
+    require(bool(study.shots) or not tasks_data, "--tasks_data", tasks_data, "none, as this study asks no tasks")
+    if study.shots:
+        catalogue.check_extra(f"{study.name} {study.edition}")
+        catalogue.resolve(ASKED, tasks_data, field="--tasks")
 
 
 def selected(study: Study, only: str) -> list[str]:

@@ -51,9 +51,9 @@ class Arm:
         """One of `runs`, for what all of them share, as counts."""
         return next(iter(self.runs.values()))
 
-    def nats(self, text: str = TEXT) -> list[float]:
-        """Loss on a text by each run that was evaluated on it, in nats per token."""
-        return [run.evaluation[text].nats for run in self.runs.values() if text in run.evaluation]
+    def nats(self) -> list[float]:
+        """Loss on the validation text by each run, in nats per token."""
+        return [run.evaluation[TEXT].nats for run in self.runs.values() if TEXT in run.evaluation]
 
     def measured_seconds(self) -> float:
         """Of training, mean over the runs; nan without any."""

@@ -2,14 +2,19 @@
 
 import csv
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.record import Entry
+from spiral_jax.evaluation.catalogue import PAPER
 
 FOLDER = Path(__file__).parents[1] / "paper"
-TEXTS = {"pile": "Pile", "wikitext": "Wiki", "lambada_openai": "LD-O", "lambada_standard": "LD-S"}
-TASKS = {"zero_shot": "0-shot", "five_shot": "5-shot"}
+# Columns of its tables, as they are headed there.
+COLUMNS = {"pile": "Pile", "wikitext": "Wiki", "lambada_openai": "LD-O", "lambada_standard": "LD-S",
+           "zero_shot": "0-shot", "five_shot": "5-shot"}  # fmt: skip
+_PERPLEXITIES = {"wikitext": "wikitext/word_perplexity", "lambada_openai": "lambada_openai/perplexity",
+                 "lambada_standard": "lambada_standard/perplexity"}  # fmt: skip
 
 PaperRow = dict[str, str]
 
@@ -29,6 +34,17 @@ def row_of(factors: Mapping[str, Entry]) -> PaperRow:
     if "change" in factors:
         return ablation().get(factors["change"], {})
     return main_table().get((factors.get("size", ""), factors.get("family", "")), {})
+
+
+def of_tasks(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Columns of the tables that the tasks of a record give: perplexities, and accuracies over all nine in per cent."""
+    plain = tasks.get("0", {})
+    found = {column: plain[name] for column, name in _PERPLEXITIES.items() if name in plain}
+    for column, shots in (("zero_shot", "0"), ("five_shot", "5")):
+        names = [f"{task}/{metric}" for task, metric in PAPER.items()]
+        if tasks.get(shots, {}).keys() >= set(names):  # a mean over fewer is of something else
+            found[column] = 100 * statistics.fmean(tasks[shots][name] for name in names)
+    return found
 
 
 def differences(ours: Mapping[str, Entry], theirs: Mapping[str, Entry]) -> dict[str, float]:

@@ -10,9 +10,6 @@ from experiments.report.evidence import TEXT, Arm, Evidence
 from experiments.report.findings import COSTS, AtLeast, Cost, Finding, Missing, OnTheCurve, cost_of, gain, pairs
 from experiments.statistics import Interval
 
-# What the report says of a text in the paper's table: the Pile is what full editions are validated on.
-_TEXTS = {"pile": TEXT, **{name: name for name in paper.TEXTS if name != "pile"}}
-
 
 def command_of(run: str, evidence: Evidence) -> str:
     """What makes a run of this study, whether it has a record or not."""
@@ -91,7 +88,7 @@ def _paper_columns() -> list[tuple[str, str, str]]:
         ("total_millions", "parameters, M", ".1f"),
         ("non_embedding_millions", "non-embedding, M", ".1f"),
         ("prefill_teraflop", "prefill TFLOP", ".2f"),
-        *((name, title, ".2f") for name, title in (paper.TEXTS | paper.TASKS).items()),
+        *((name, title, ".2f") for name, title in paper.COLUMNS.items()),
     ]
 
 
@@ -112,13 +109,11 @@ def _beside_the_paper(arm: Arm, theirs: dict[str, str]) -> dict[str, Cell]:
         ours["prefill_teraflop"] = run.flops.per_token * 4096 / 3 / 1e12
         ours["total_millions"] = run.parameters.total / 1e6
         ours["non_embedding_millions"] = run.parameters.non_embedding / 1e6
-    for name, text in _TEXTS.items():
-        if losses := arm.nats(text):
-            ours[name] = math.exp(statistics.fmean(losses))
-    for name in paper.TASKS:
-        shares = [100 * share for run in arm.runs.values() if not math.isnan(share := accuracy(run, f"{name}."))]
-        if shares:
-            ours[name] = statistics.fmean(shares)
+    if losses := arm.nats():
+        ours["pile"] = math.exp(statistics.fmean(losses))  # what full editions are validated on
+    of_runs = [paper.of_tasks(run.tasks) for run in arm.runs.values()]
+    for name in of_runs[0] if of_runs else ():
+        ours[name] = statistics.fmean(found.get(name, math.nan) for found in of_runs)
     row: dict[str, Cell] = {}
     for name, _, _ in _paper_columns():
         if name in theirs:
@@ -127,14 +122,13 @@ def _beside_the_paper(arm: Arm, theirs: dict[str, str]) -> dict[str, Cell]:
     return row
 
 
-def accuracy(run: Record, prefix: str = "") -> float:
-    """Mean over a run's tasks whose names begin so of the share of correct answers; nan without any."""
+def accuracy(run: Record) -> float:
+    """Share of correct answers, mean over the study's own tasks, or else over the paper's without examples; or nan."""
     shares = []
-    for task, depths in run.by_depth.items():
-        asked = sum(count for _, count in depths.values())
-        if task.startswith(prefix) and asked:
+    for depths in run.by_depth.values():
+        if asked := sum(count for _, count in depths.values()):
             shares.append(sum(correct for correct, _ in depths.values()) / asked)
-    return statistics.fmean(shares) if shares else math.nan
+    return statistics.fmean(shares) if shares else paper.of_tasks(run.tasks).get("zero_shot", math.nan) / 100
 
 
 def contrasts(found: list[Finding], evidence: Evidence) -> Table:

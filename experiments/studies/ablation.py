@@ -35,6 +35,7 @@ def get_study(edition: Edition) -> Study:
         others=tuple(Contrast("main", name, tolerance=tolerance) for name in names if name != "fine-to-coarse"),
         seeds=(0,) if edition == "full" else (1,),
         slices=("v5p:4x4x4",) if edition == "full" else ("v5e:1x1",),
+        shots=(0, 5) if edition == "full" else (),
     )
 
 

@@ -82,4 +82,5 @@ def full() -> Study:
         seeds=(0,),
         gates=(Gate("160m-vanilla-seed0", math.log(11.31) + 0.03, "perplexity 11.31 in the paper, and a little more"),),
         slices=("v5p:4x4x4",),
+        shots=(0, 5),
     )

@@ -1,4 +1,5 @@
-"""Which tasks of the LM Evaluation Harness run on local files, and the papers' tasks. Does not import the harness.
+"""Which tasks of the LM Evaluation Harness run on local files, the papers' tasks, and what results say. Does not
+import the harness.
 
 Every YAML file in tasks/ is a task of the harness whose data is a file of `--tasks_data`; under `metadata` it names
 that file and says how the numbers differ from those on the published data.
@@ -107,6 +108,24 @@ def remarks_on(name: str, num_fewshot: int) -> list[str]:
     if num_fewshot and "fewshot_remark" in metadata:
         remarks.append(metadata["fewshot_remark"])
     return [f"{name}: {remark}" for remark in remarks]
+
+
+def values_of(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers alone in results of the harness: `TASK/METRIC` to value, without standard errors."""
+    values = {}
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                values[f"{task}/{metric}" + (f",{filtered}" if filtered not in ("", "none") else "")] = value
+    return values
+
+
+def paper_values(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the papers' tasks, the metric that they report."""
+    values = values_of(results)
+    found = {task: metric for task, metric in PAPER.items() if f"{task}/{metric}" in values}
+    return {task: {"metric": metric, "value": values[f"{task}/{metric}"]} for task, metric in found.items()}
 
 
 def _check_local(names: Sequence[str], tasks_data: str, field: str) -> None:

@@ -29,7 +29,7 @@ from spiral_jax.data.json_files import finite
 from spiral_jax.data.storage import expanded
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER, is_file
+from spiral_jax.evaluation.catalogue import TASKS_FOLDER, is_file
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
@@ -189,24 +189,6 @@ def run(
         )
     results["config"] |= about or {}
     return results
-
-
-def values_of(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers alone: `TASK/METRIC` to value, without standard errors."""
-    values = {}
-    for task, metrics in results["results"].items():
-        for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            if isinstance(value, float) and not metric.endswith("_stderr"):
-                values[f"{task}/{metric}" + (f",{filtered}" if filtered not in ("", "none") else "")] = value
-    return values
-
-
-def paper_values(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of the papers' tasks, the metric that they report."""
-    values = values_of(results)
-    found = {task: metric for task, metric in PAPER.items() if f"{task}/{metric}" in values}
-    return {task: {"metric": metric, "value": values[f"{task}/{metric}"]} for task, metric in found.items()}
 
 
 def as_text(results: dict[str, Any]) -> str:

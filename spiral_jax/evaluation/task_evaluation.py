@@ -125,15 +125,13 @@ class TaskEvaluation:
             about=self._model | (about or {}),
         )
         self._lm.params = None  # in training they are donated to the next step
-        return results | {"paper": harness.paper_values(results), "notes": list(opened.remarks)}
+        return results | {"paper": catalogue.paper_values(results), "notes": list(opened.remarks)}
 
     def metrics(self, params: Any, check: Callable[[], None]) -> dict[str, float]:
         """The tasks' numbers for a row of metrics: `task/NAME/METRIC`; `check` may raise between batches."""
-        from spiral_jax.evaluation import harness
-
         self._lm.check = check
         results = self(params, standard_errors=False)
-        return {f"task/{name}": value for name, value in harness.values_of(results).items()}
+        return {f"task/{name}": value for name, value in catalogue.values_of(results).items()}
 
 
 class TasksOfRun:

@@ -123,7 +123,7 @@ def compare(monkeypatch, pair, names, *, num_fewshot, limit, folder=EVAL):
             assert answer == pytest.approx(other, abs=1e-3 * max(1, windows)), args
         else:
             assert answer == other, args
-    values, others = harness.values_of(results), harness.values_of(expected)
+    values, others = catalogue.values_of(results), catalogue.values_of(expected)
     assert values.keys() == others.keys() and values
     for name, value in values.items():
         assert value == pytest.approx(others[name], rel=1e-4), name
@@ -143,12 +143,10 @@ def test_a_few_requests_against_the_hugging_face_model(monkeypatch, pair):
 @pytest.mark.parametrize("num_fewshot", [0, 5])
 def test_every_task_against_the_hugging_face_model(monkeypatch, pair, num_fewshot):
     """The metrics of the papers, prompts that are cut on the left, and flags of both kinds."""
-    from spiral_jax.evaluation.harness import paper_values
-
     names, _ = catalogue.resolve(["paper"], str(EVAL))
     results, answers = compare(monkeypatch, pair, names, num_fewshot=num_fewshot, limit=12)
     assert {answer[1] for _, answer in answers} == {True, False}
-    assert list(paper_values(results)) == names
+    assert list(catalogue.paper_values(results)) == names
     longest = max(len(pair[0]._tokenizer.encode("".join(args))) for args, _ in answers)
     assert (longest > MAX_LENGTH + 100) == (num_fewshot == 5)
 
@@ -360,8 +358,8 @@ def test_a_group_of_tasks(folder, monkeypatch, tmp_path):
     tasks = harness.load_tasks(["mmlu_continuation"], str(folder / "data"), 64)
     results = harness.run(Chooser(), tasks, num_fewshot=0, limit=4)
     assert [random.random(), np.random.random()] == [random.Random(5).random(), np.random.RandomState(5).random()]
-    assert harness.values_of(results)["mmlu_continuation/acc"] == 0
-    assert harness.paper_values(results) == {"mmlu_continuation": {"metric": "acc", "value": 0}}
+    assert catalogue.values_of(results)["mmlu_continuation/acc"] == 0
+    assert catalogue.paper_values(results) == {"mmlu_continuation": {"metric": "acc", "value": 0}}
     assert "mmlu_continuation" in harness.as_text(results) and " - part_2" in harness.as_text(results)
 
 

@@ -42,10 +42,16 @@ def train():
 
 
 def evaluate():
+    if "tasks" in flags:
+        shots = int(flags["num_fewshot"])
+        results = {"piqa": {"acc_norm,none": 0.5 + shots / 100, "acc_norm_stderr,none": 0.1, "alias": "piqa"}}
+        results |= {"wikitext": {"word_perplexity,none": 30.0}} if "wikitext" in flags["tasks"] else {}
+        Path(flags["output"]).write_text(json.dumps({"results": results}))
+        return
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     documents = {"nats": [last * 10, last * 30 + 1], "tokens": [10, 30]}
     Path(flags["documents"]).write_text(json.dumps(documents))
 
 
 if __name__ == "__main__":
-    evaluate() if "documents" in flags else train()
+    evaluate() if "documents" in flags or "tasks" in flags else train()

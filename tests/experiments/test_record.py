@@ -17,7 +17,7 @@ RECORD = Record(
     machine="m", versions={"jax": "1"}, parameters=Parameters(10, 20), flops=Flops(1.5, 3.0), tokens=64,
     seconds=Seconds(1.0, {"v5e:4x4": None, "v5p:4x4x4": 2.0}), curve=((1, 32, 5.0), (2, 64, 4.5)),
     evaluation={"validation": Evaluation(3.123456789, (3.14159265, 2.0), (5, 6))},
-    by_depth={"listops": {"1": (3, 4)}},
+    by_depth={"listops": {"1": (3, 4)}}, tasks={"0": {"piqa/acc_norm": 0.5}},
 )  # fmt: skip
 
 

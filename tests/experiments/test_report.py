@@ -23,6 +23,7 @@ from experiments.report.findings import AtLeast, Finding, Missing, OnTheCurve, f
 from experiments.report.write import write_report
 from experiments.statistics import Interval
 from spiral_jax.errors import SpiralError
+from spiral_jax.evaluation.catalogue import PAPER
 from spiral_jax.run.config import default_config
 
 RATES = (1e-3, 2e-3, 4e-3)
@@ -359,6 +360,7 @@ def test_table_1_beside_the_papers(papers):
     )
     assert ours["pile_difference"] == pytest.approx(0, abs=1e-9)
     assert abs(ours["non_embedding_millions_difference"]) < 0.05 and abs(ours["prefill_teraflop_difference"]) < 0.05
+    assert math.isnan(ours["five_shot_ours"])  # no task was asked
     assert math.isnan(found["1b-mesh"]["pile_ours"]) and found["1b-mesh"]["pile_paper"] == 7.90
     assert [column.title for column in table.columns if column.key.startswith("five_shot")][:2] == [
         "5-shot, ours", "5-shot, paper",
@@ -368,6 +370,13 @@ def test_table_1_beside_the_papers(papers):
     assert isinstance(interval, Interval)
     assert interval.mean == pytest.approx(math.log(8.73 / 9.07), abs=1e-3)
     assert by_name["410m-spiral_l"].label == "not resolved"  # one seed
+
+
+def test_tasks_beside_the_papers():
+    accuracies = {f"{task}/{metric}": 0.3 + i / 100 for i, (task, metric) in enumerate(PAPER.items())}
+    others = {"wikitext/word_perplexity": 30.0, "lambada_openai/perplexity": 40.0}
+    found = paper.of_tasks({"0": accuracies | others, "5": dict(list(accuracies.items())[:8])})
+    assert found == {"wikitext": 30.0, "lambada_openai": 40.0, "zero_shot": pytest.approx(34.0)}  # 5: not all nine
 
 
 def test_table_2_beside_the_papers(tmp_path):

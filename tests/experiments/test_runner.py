@@ -70,6 +70,16 @@ def test_trials_decide_the_learning_rate_and_finished_runs_are_skipped(tmp_path,
     assert {path: path.stat().st_mtime_ns for path in runner.places.records.iterdir()} == stamps
 
 
+def test_runs_that_count_are_asked_the_tasks(tmp_path, monkeypatch):
+    runner, _, names = runner_of(tmp_path, monkeypatch, arms="plain", shots=(0, 5))
+    assert runner.run(names[:3]) == 0
+    records = runner.records()
+    assert records["plain-lr0.002"].tasks == {}
+    assert records["plain-seed1"].tasks == {
+        "0": {"piqa/acc_norm": 0.5, "wikitext/word_perplexity": 30.0}, "5": {"piqa/acc_norm": 0.55},
+    }  # fmt: skip
+
+
 def test_status_says_what_is_there(tmp_path, monkeypatch, capsys):
     runner, _, names = runner_of(tmp_path, monkeypatch)
     assert runner.run(names[:4]) == 0

@@ -153,6 +153,7 @@ def test_launch_hands_over_what_no_gate_holds_back(tmp_path, monkeypatch, capsys
     (["plan", "ablation", "--slice=v9:1"], "--slice is 'v9:1'; allowed: "),
     (["plain", "ablation"], "argument VERB: invalid choice: 'plain'"),
     (["run", "main_table", "--edition=full"], "data.stores is (); allowed: --config.data.stores="),
+    (["run", "ablation", "--tasks_data=x"], "--tasks_data is 'x'; allowed: none, as this study asks no tasks"),
     (["run", "ablation", "--config.model.d_model=8"], "--config.model.d_model changes what comes of the runs"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(capsys, arguments, expected):
