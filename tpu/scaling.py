@@ -9,7 +9,6 @@ import math
 
 from experiments.pile import SIZES, get_config
 from spiral_jax.hardware import GENERATIONS, Generation, Slice
-from spiral_jax.model.config import Remat
 from spiral_jax.roofline import search
 from spiral_jax.roofline.on_paper import estimate
 from spiral_jax.roofline.predict import Prediction
@@ -19,9 +18,6 @@ from spiral_jax.training.config import StepConfig
 
 COUNTS = tuple(2**i for i in range(4, 13))
 BATCHES = (512, 4096)
-REMATS: tuple[Remat, ...] = ("keep_all", "keep_attention", "keep_inputs")
-# Of a device's memory; the compiler adds to what the closed forms count.
-SHARE = 0.7
 
 HEAD = """# From 16 to 4,096 chips, on paper
 
@@ -56,16 +52,13 @@ def slices(generation: Generation, chips: int) -> tuple[Slice, int] | None:
 def layouts(config: StepConfig, chips: Slice, num_slices: int) -> list[tuple[StepConfig, Prediction]]:
     """What fits: with `tensor` 1, or where nothing does, 2."""
     devices = chips.devices * num_slices
-    usable = SHARE * chips.generation.hbm_bytes
     state_on = functools.cache(lambda mesh: costs.state_on(dataclasses.replace(config, mesh=mesh), devices))
-    every = [
-        one for one in search.layouts(config, devices) if one.mesh.data == num_slices and one.model.remat in REMATS
-    ]
+    every = [one for one in search.layouts(config, devices) if one.mesh.data == num_slices]
     for tensor in (1, 2):
         fitting = [
             (one, estimate(one, chips, num_slices, state_on(one.mesh)))
             for one in every
-            if one.mesh.tensor == tensor and sum(costs.memory(one, devices, state_on(one.mesh)).values()) < usable
+            if one.mesh.tensor == tensor and search.should_fit(one, chips, num_slices, state_on(one.mesh))
         ]
         if fitting:
             return fitting

@@ -140,8 +140,7 @@ def in_order(
     def promise(one: StepConfig) -> tuple[bool, int, int, int, float]:
         state = state_on(one.mesh)
         seconds = estimate(one, chips, num_slices, state).step_seconds
-        fits = peak_bytes(one, chips.devices * num_slices, state) < SURE * chips.generation.hbm_bytes
-        mesh = one.mesh
+        mesh, fits = one.mesh, should_fit(one, chips, num_slices, state)
         return not fits, round(math.log(seconds) / TIE), mesh.tensor + mesh.data, one.train.accumulation, seconds
 
     promises = sorted(((promise(one), i) for i, one in enumerate(waiting)))
@@ -151,6 +150,11 @@ def in_order(
         place = places[waiting[i].model.remat] = places.get(waiting[i].model.remat, -1) + 1
         order.append((does_not_fit, place, rest, i))
     return [waiting[i] for *_, i in sorted(order)]
+
+
+def should_fit(config: StepConfig, chips: Slice, num_slices: int, state: TrainState | None = None) -> bool:
+    """Whether a layout fits by closed forms, with a little left for what they leave out."""
+    return peak_bytes(config, chips.devices * num_slices, state) < SURE * chips.generation.hbm_bytes
 
 
 def _needs_as_much(layout: StepConfig, other: StepConfig) -> bool:
