@@ -58,7 +58,8 @@ def record_of(
         status=status, reason=reason, command=command, code=code,
         data=data_hashes(workdir) if finished else {},
         config_hash=comparable_hash(config), config=shaping(config),
-        machine=("" if is_bucket(workdir) else f"{processor()}, {usable_cores()} cores; ") + (start["devices"] or "?"),
+        machine=("" if is_bucket(workdir) else f"{processor()}, cores used: {usable_cores()}; ")
+        + (start["devices"] or "?"),
         versions={name: version for name, version in start["packages"].items() if version}
         | {"python": platform.python_version()},
         parameters=Parameters(config.model.non_embedding_parameters, config.model.total_parameters),

@@ -237,7 +237,7 @@ def frontier(family: list[Arm], of: Cost, on_slice: str) -> tuple[list[float], l
 
 
 def pairs(found: list[Finding], evidence: Evidence) -> dict[tuple[str, str], list[Finding]]:
-    """Contrasts by what is compared, whatever they are matched in: those of the same families at the same size."""
+    """Contrasts by what is compared, whatever they are matched in: those of the same families at one task and size."""
     grouped: dict[tuple[str, str], list[Finding]] = {}
     for finding in found:
         ours, theirs = evidence.arms[finding.contrast.arm], evidence.arms[finding.contrast.against]
@@ -246,5 +246,6 @@ def pairs(found: list[Finding], evidence: Evidence) -> dict[tuple[str, str], lis
 
 
 def _kind(arm: Arm) -> str:
-    rest = [f"{value}" for name, value in arm.factors.items() if name in ("size", "change", "ratio")]
-    return " ".join([*rest, arm.family])
+    if "family" not in arm.factors:
+        return arm.name
+    return " ".join(str(arm.factors[name]) for name in ("task", "size", "family") if name in arm.factors)

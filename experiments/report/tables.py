@@ -170,7 +170,7 @@ def contrasts(found: list[Finding], evidence: Evidence) -> Table:
         "Difference in nats per token: negative where `arm` is better. The interval is a paired t interval over seeds "
         "of per-document differences; `error from documents` is the standard error that the choice of documents adds "
         "within one seed. `x`: how much of it `arm` took, `against` being 1. The paper's differences are logarithms of "
-        "ratios of its Pile perplexities, over its four sizes where ours is none of them."
+        "ratios of its Pile perplexities: at our size where it has it, at 410M for its table 2, otherwise at all four."
     )
     return Table("contrasts", "Contrasts", note, columns, tuple(rows))
 
