@@ -8,14 +8,18 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-from quick_flags import quick_flags
+from quick_flags import QUICKLY, known, quick_flags
 
 TESTS = Path(__file__).parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Where `make test-slow` (or whoever sets the flag) says otherwise, and where a test asks for it, users' code is made.
+# Where `make test-slow` (or whoever sets one of the flags) says otherwise, and where a test asks for it, users' code is
+# made.
+given = os.environ.get("XLA_FLAGS", "")
+says = any(name in given for name in QUICKLY)
 for flag in quick_flags(8).split():
-    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    name = flag.removeprefix("--").partition("=")[0]
+    if name not in given and not (says and name in QUICKLY):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -41,7 +45,9 @@ from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache  # noqa: E402
 
 # What XLA does where nothing is said.
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} | dict.fromkeys(
+    known(("xla_cpu_use_fusion_emitters",)), True
+)
 
 
 class Golden(NamedTuple):
