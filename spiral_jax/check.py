@@ -9,6 +9,7 @@ and training on a mesh of eight devices give what the plain program gives.
 """
 
 import contextlib
+import os
 
 import jax
 from absl import flags
@@ -17,6 +18,7 @@ from spiral_jax import command
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import invariants
 from spiral_jax.parallel.heap import keep_freed_memory
+from spiral_jax.parallel.xla_flags import quick_flags
 from spiral_jax.run import own_code
 
 define = command.define_config
@@ -55,4 +57,5 @@ def as_text(finding: invariants.Finding) -> str:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags()}".strip()
     command.run("check", __doc__, define, main)

@@ -8,19 +8,16 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-from quick_flags import QUICKLY, known, quick_flags
+from spiral_jax.parallel.xla_flags import QUICKLY, known, quick_flags
 
 TESTS = Path(__file__).parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Where `make test-slow` (or whoever sets one of the flags) says otherwise, and where a test asks for it, users' code is
-# made.
+# Code is generated quickly, unless `make test-slow`, or whoever sets one of the flags, says otherwise.
 given = os.environ.get("XLA_FLAGS", "")
-says = any(name in given for name in QUICKLY)
-for flag in quick_flags(8).split():
-    name = flag.removeprefix("--").partition("=")[0]
-    if name not in given and not (says and name in QUICKLY):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+more = [] if any(name in given for name in QUICKLY) else [quick_flags()]
+more += [] if "device_count" in given else ["--xla_force_host_platform_device_count=8"]
+os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *more]))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -39,7 +36,6 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from spiral_jax.convert.architecture import config_to_huggingface  # noqa: E402
 from spiral_jax.convert.tensors import params_from_tensors  # noqa: E402
-from spiral_jax.evaluation.invariants import QUICK  # noqa: E402
 from spiral_jax.hardware import parse_slice  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache  # noqa: E402
@@ -116,12 +112,6 @@ def x64():
 
 
 @pytest.fixture(scope="session")
-def quick() -> dict:
-    """`compiler_options` for `jax.jit` where a test runs a program once."""
-    return QUICK
-
-
-@pytest.fixture(scope="session")
 def forward(x64):
     """(config, params, tokens_BxL) to logits [B, L, V], compiled once per config and shape.
 
@@ -133,7 +123,7 @@ def forward(x64):
         model = SpiralFormer(config)
         return jax.jit(
             lambda params, tokens_BxL: model.apply({"params": params}, tokens_BxL),
-            compiler_options=OPTIMIZED if optimize else QUICK,
+            compiler_options=OPTIMIZED if optimize else None,
         )
 
     def run(config, params, tokens_BxL, optimize=False) -> np.ndarray:

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from quick_flags import quick_flags
 from verbs import call
 
 from spiral_jax import train
 from spiral_jax.data import pipeline
+from spiral_jax.parallel.xla_flags import quick_flags
 from spiral_jax.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def run_pair(folder, verb, *flags, sabotage="", first=(), second=(), timeout=300
 def start_pair(folder, verb, *flags, sabotage="", first=(), second=()) -> list[subprocess.Popen]:
     """As `run_pair`, but just started."""
     environment = os.environ | {
-        "XLA_FLAGS": quick_flags(4),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {quick_flags()}",
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_PROCESSES": "2",
     }

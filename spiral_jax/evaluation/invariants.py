@@ -30,8 +30,6 @@ from spiral_jax.training.step import make_program
 TOLERANCE = 1e-4
 # Of `sharded`.
 MESH = MeshConfig(2, 2, 2)
-# Code generation in less time; the operations are the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def scanned(model: ModelConfig) -> Finding:
             logits_BxLxV = SpiralFormer(model).apply({"params": params}, tokens_BxL)
             return jnp.mean(jnp.square(logits_BxLxV)), logits_BxLxV
 
-        return jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     grads, logits_BxLxV = logits_and_gradients(model)
     other = dataclasses.replace(model, unroll=True, remat="keep_inputs")
@@ -163,7 +161,7 @@ def decoded(model: ModelConfig) -> Finding:
         _, rest_MxBxV = jax.lax.scan(step, state, jnp.arange(L - longest))
         return jnp.concatenate([first_BxV[None], rest_MxBxV]).swapaxes(0, 1)
 
-    run = jax.jit(run, compiler_options=QUICK)
+    run = jax.jit(run)
     found: dict[str, float] = {}
     # A row alone runs a program of its own.
     for rows in (slice(None), slice(1)):
@@ -191,14 +189,14 @@ def sharded(config: StepConfig) -> Finding:
         state = program.init(jax.random.key(0))
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.abstract_state.params)
         compiled = program.train_step.lower(program.abstract_state, program.abstract_batch)
-        compiled = compiled.compile(compiler_options=QUICK)
+        compiled = compiled.compile()
         state, metrics = compiled(state.replace(params=placed), program.placed.put(windows_BxW))
         change = jax.tree.map(lambda x, before: np.asarray(x) - np.asarray(before), state.params, params)
         return {name: np.asarray(metrics[name]) for name in ("loss", "gradient_norm")}, change
 
     model = SpiralFormer(config.model)
     gradient = jax.grad(lambda params: mean_window_nats(model, params, jnp.asarray(windows_BxW), train.loss_block)[0])
-    grads = jax.jit(gradient, compiler_options=QUICK)(params)
+    grads = jax.jit(gradient)(params)
     metrics, change = step(MESH)
     plain_metrics, plain_change = step(MeshConfig(1, 1, 1))
     found = {name: difference(value, plain_metrics[name]) for name, value in metrics.items()}
@@ -237,7 +235,7 @@ def _programs(model: ModelConfig, classes: tuple[type, ...]) -> tuple[Callable, 
     """The compiled forward pass and the parameters."""
     del classes  # of the operators: a name may be registered anew
     module, rng = SpiralFormer(model), np.random.default_rng(1)
-    fresh = jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), np.zeros((1, 1), np.int32))
+    fresh = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 1), np.int32))
 
     def draw(x):
         x, noise = np.asarray(x), rng.standard_normal(x.shape).astype(np.float32)
@@ -245,7 +243,7 @@ def _programs(model: ModelConfig, classes: tuple[type, ...]) -> tuple[Callable, 
             return x + 0.3 * noise  # scales of LayerNorms
         return np.where(x, 2 * x, (0.3 if x.ndim < 2 else 2 / x.shape[0] ** 0.5) * noise)
 
-    apply = jax.jit(lambda params, tokens_BxL: module.apply({"params": params}, tokens_BxL), compiler_options=QUICK)
+    apply = jax.jit(lambda params, tokens_BxL: module.apply({"params": params}, tokens_BxL))
     return apply, jax.tree.map(draw, nn.unbox(fresh["params"]))
 
 

@@ -85,7 +85,7 @@ def tokens(rows: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, V, (rows, LENGTH))
 
 
-def decode(config, params, tokens_BxL, lengths_B, quick, padded=None):
+def decode(config, params, tokens_BxL, lengths_B, padded=None):
     """Logits [B, steps, V] of a prefill and then one token at a time; row b's first is that of token lengths[b] - 1."""
     steps = LENGTH - int(np.max(lengths_B))
     P = padded or int(np.max(lengths_B))
@@ -106,7 +106,7 @@ def decode(config, params, tokens_BxL, lengths_B, quick, padded=None):
         prompts_BxP[b, :length] = tokens_BxL[b, :length]
     next_BxM = np.stack([row[length : length + steps] for row, length in zip(tokens_BxL, lengths_B, strict=True)])
     # A new function each time, so that what a test replaces is what runs.
-    return np.asarray(jax.jit(run, compiler_options=quick)(params, prompts_BxP, next_BxM, jnp.asarray(lengths_B)))
+    return np.asarray(jax.jit(run)(params, prompts_BxP, next_BxM, jnp.asarray(lengths_B)))
 
 
 def expected(full_BxLxV, lengths_B, steps):
@@ -119,27 +119,27 @@ def error(found, wanted) -> float:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_cached_logits_are_those_of_the_full_pass(config, random_model, forward, quick):
+def test_cached_logits_are_those_of_the_full_pass(config, random_model, forward):
     """Ragged rows together; then a row alone, which has a program of its own, from its first token on."""
     _, _, params = random_model(config_of_reference(config))
     tokens_BxL = tokens(len(LENGTHS))
     full_BxLxV = forward(config, params, tokens_BxL)
-    found = decode(config, params, tokens_BxL, LENGTHS, quick)
+    found = decode(config, params, tokens_BxL, LENGTHS)
     assert error(found, expected(full_BxLxV, LENGTHS, LENGTH - max(LENGTHS))) < 1e-4
-    alone = decode(config, params, tokens_BxL[1:2], np.array([1]), quick)
+    alone = decode(config, params, tokens_BxL[1:2], np.array([1]))
     assert alone.shape == (1, LENGTH, V)
     assert error(alone, full_BxLxV[1:2]) < 1e-4
 
 
 @pytest.mark.slow
-def test_where_the_prefill_ends_does_not_matter(random_model, forward, quick):
+def test_where_the_prefill_ends_does_not_matter(random_model, forward):
     """From every length within a period of the schedule, in a bucket that is longer than the prompts."""
     config = FAST["spiral_b"]
     _, _, params = random_model(config)
     lengths_B = np.arange(1, 18)
     tokens_BxL = np.broadcast_to(tokens(1), (17, LENGTH))
     full_BxLxV = np.broadcast_to(forward(config, params, tokens(1)), (17, LENGTH, V))
-    found = decode(config, params, tokens_BxL, lengths_B, quick, padded=20)
+    found = decode(config, params, tokens_BxL, lengths_B, padded=20)
     assert error(found, expected(full_BxLxV, lengths_B, LENGTH - 17)) < 1e-4
 
 
@@ -190,7 +190,7 @@ BREAKS = [
     [BREAKS[1], *(pytest.param(*broken, marks=pytest.mark.slow) for broken in (BREAKS[0], *BREAKS[2:]))],
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, random_model, forward, quick):
+def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, random_model, forward):
     """Against the same comparison with nothing broken, the first case."""
     config = small(chunks=(4, 2), topology="mesh")
     _, _, params = random_model(config)
@@ -199,20 +199,20 @@ def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, ran
     if wrong is at_the_next_place:
         config = dataclasses.replace(config, pooling="kept_members")
     monkeypatch.setattr(module, name, wrong)
-    found = error(decode(config, params, tokens_BxL, lengths_B, quick), wanted)
+    found = error(decode(config, params, tokens_BxL, lengths_B), wanted)
     assert found < 1e-4 if wrong is LOCATE else found > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [misplaced, early], ids=lambda x: x.__name__)
 @pytest.mark.parametrize("config", [case for case in CONFIGS if any(g > 1 for g in case.values[0].chunks)])
-def test_the_comparison_sees_a_broken_step_in_every_case(config, wrong, monkeypatch, random_model, forward, quick):
+def test_the_comparison_sees_a_broken_step_in_every_case(config, wrong, monkeypatch, random_model, forward):
     """A place off by one; chunk 0 read before the shift is over."""
     _, _, params = random_model(config_of_reference(config))
     tokens_BxL, lengths_B = tokens(2), np.array([1, 4])
     wanted = expected(forward(config, params, tokens_BxL), lengths_B, LENGTH - 4)
     monkeypatch.setattr(entry, "locate" if wrong is misplaced else "update", wrong)
-    assert error(decode(config, params, tokens_BxL, lengths_B, quick), wanted) > 1e-3
+    assert error(decode(config, params, tokens_BxL, lengths_B), wanted) > 1e-3
 
 
 def test_work_that_is_not_due_is_in_a_branch(random_model):

@@ -171,14 +171,14 @@ CONFIG = RunConfig(
 
 
 @pytest.fixture(scope="module")
-def real(random_model, quick):
+def real(random_model):
     """(hf_config, tensors) for the reference; params on their devices, and the compiled scorer of windows."""
     hf_config, tensors, params = random_model(CONFIG.model)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 1))
     devices = make_mesh(config.mesh, jax.devices()[:4])
     placed = place(config.model, devices, backend_for(devices, config.model))
     nats_of = WindowScorer(config, placed)
-    nats_of.step = nats_of.lowered().compile(compiler_options=quick)
+    nats_of.step = nats_of.lowered().compile()
     params = jax.device_put(params, placed.param_shardings)
     return hf_config, tensors, params, nats_of
 

@@ -29,10 +29,10 @@ def output_and_gradients(attention, q, k, v, gradient):
     return out, *backward(gradient)
 
 
-def errors(B, L, H, K, dtype, quick):
+def errors(B, L, H, K, dtype):
     """Largest differences of the output and of the gradients of q, k, v."""
     results = [
-        jax.jit(functools.partial(output_and_gradients, attention), compiler_options=quick)(*inputs(B, L, H, K, dtype))
+        jax.jit(functools.partial(output_and_gradients, attention))(*inputs(B, L, H, K, dtype))
         for attention in (blocks.causal_attention, plain.causal_attention)
     ]
     for found, expected in zip(*results, strict=True):
@@ -47,40 +47,40 @@ CASES += [(1, 1300, 2, 16)]
 
 
 @pytest.mark.parametrize("shape", CASES)
-def test_output_and_gradients(shape, quick):
-    assert max(errors(*shape, np.float32, quick)) < 1e-5
+def test_output_and_gradients(shape):
+    assert max(errors(*shape, np.float32)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 2, 64), (2, 256, 3, 64), (1, 1300, 2, 16)])
-def test_output_and_gradients_float64(shape, quick, x64):
+def test_output_and_gradients_float64(shape, x64):
     with x64(True):
-        assert max(errors(*shape, np.float64, quick)) < 1e-12
+        assert max(errors(*shape, np.float64)) < 1e-12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [8, 32, 64, 80, 128, 256])
 @pytest.mark.parametrize("L", [1, 7, 100, 256, 1000, 2500])
-def test_output_and_gradients_of_all_sizes(L, K, quick, x64):
-    assert max(errors(2, L, 2, K, np.float32, quick)) < 1e-5
+def test_output_and_gradients_of_all_sizes(L, K, x64):
+    assert max(errors(2, L, 2, K, np.float32)) < 1e-5
     with x64(True):
-        assert max(errors(2, L, 2, K, np.float64, quick)) < 1e-12
+        assert max(errors(2, L, 2, K, np.float64)) < 1e-12
 
 
-def test_bfloat16_is_as_near_the_truth_as_the_plain_form(quick):
+def test_bfloat16_is_as_near_the_truth_as_the_plain_form():
     q, k, v, _ = inputs(1, 300, 2, 64, jnp.bfloat16)
     truth = plain.causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
 
     def error(attention):
-        out = jax.jit(attention, compiler_options=quick)(q, k, v)
+        out = jax.jit(attention)(q, k, v)
         assert out.dtype == jnp.bfloat16
         return float(jnp.abs(out.astype(jnp.float32) - truth).max())
 
     assert error(blocks.causal_attention) <= error(plain.causal_attention) * 1.01
 
 
-def test_no_future_reaches_the_past(quick):
+def test_no_future_reaches_the_past():
     """Bitwise: the weight of a later key is zero, whatever the key and its value are."""
-    attention = jax.jit(blocks.causal_attention, compiler_options=quick)
+    attention = jax.jit(blocks.causal_attention)
     q, k, v, other = inputs(1, 300, 2, 16)
     for cut in (1, 127, 128, 200, 299):
         changed = (x.at[:, cut:].set(other[:, cut:] * 5) for x in (q, k, v))
@@ -88,7 +88,7 @@ def test_no_future_reaches_the_past(quick):
 
 
 @pytest.mark.parametrize("remat", ["keep_products", pytest.param("keep_inputs", marks=pytest.mark.slow)])
-def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model, quick):
+def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model):
     """The backend of CPUs, unrolled as it is there, against the default one: loss and gradients."""
     fields = dict(vocab_size=29, d_model=32, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=1, chunks=(2, 1))
     config = ModelConfig(**fields, dtype="float32", remat=remat)
@@ -99,7 +99,7 @@ def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model, qui
     def value_and_grad(config, backend):
         model = SpiralFormer(config, backend)
         loss = jax.value_and_grad(lambda params: mean_window_nats(model, params, windows_BxW, 128)[0])
-        return jax.jit(loss, compiler_options=quick)(params)
+        return jax.jit(loss)(params)
 
     value, grads = value_and_grad(dataclasses.replace(config, unroll=True), backend_for(mesh, config))
     expected, expected_grads = value_and_grad(config, Backend())
@@ -108,10 +108,10 @@ def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model, qui
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
-def test_memory_is_linear_in_the_length(quick):
+def test_memory_is_linear_in_the_length():
     def temporary(attention, L):
         x = jax.ShapeDtypeStruct((1, L, 2, 16), jnp.float32)
-        program = jax.jit(functools.partial(output_and_gradients, attention), compiler_options=quick)
+        program = jax.jit(functools.partial(output_and_gradients, attention))
         return program.lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
 
     of_blocks, of_plain = ([temporary(f.causal_attention, L) for L in (2048, 4096)] for f in (blocks, plain))

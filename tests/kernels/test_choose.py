@@ -155,7 +155,7 @@ def test_a_program_for_another_platform_gets_its_attention(monkeypatch):
     assert asked == [(mesh, config.model, "splash"), (mesh, config.model, "splash", ("data", "fsdp"))]
 
 
-def test_cudnn_is_asked_for_causal_attention(monkeypatch, quick):
+def test_cudnn_is_asked_for_causal_attention(monkeypatch):
     """No GPU here: the same call, its implementation changed to XLA's, on a mesh, against the reference."""
     asked = []
     attend = jax.nn.dot_product_attention
@@ -173,7 +173,7 @@ def test_cudnn_is_asked_for_causal_attention(monkeypatch, quick):
         return out, *backward(gradient.astype(out.dtype))
 
     attention = per_device(make_mesh(MeshConfig(2, 2, 2)), cudnn.causal_attention)
-    found = jax.jit(lambda *qkv: both(attention, *qkv), compiler_options=quick)(q, k, v)
+    found = jax.jit(lambda *qkv: both(attention, *qkv))(q, k, v)
     assert asked == [("cudnn", (1, 22, 2, 32))]
     truth = both(plain.causal_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
     for a, b in zip(found, truth, strict=True):

@@ -25,10 +25,10 @@ def inputs(B, L, H, K, dtype=np.float32):
     return [rng.normal(size=(B, L, H, K)).astype(dtype) for _ in range(4)]
 
 
-def compare(attention, reference, q, k, v, gradient, quick):
+def compare(attention, reference, q, k, v, gradient):
     """Largest errors of the output and of the gradients of q, k, v."""
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=quick)
+    @functools.partial(jax.jit, static_argnums=0)
     def both(f, *qkv):
         out, backward = jax.vjp(f, *qkv)
         return out, *backward(gradient)
@@ -47,18 +47,18 @@ def compare(attention, reference, q, k, v, gradient, quick):
     + [pytest.param(L, K, marks=pytest.mark.slow) for L in (1, 100, 128, 200, 256, 512) for K in (32, 64, 128, 256)]
     + [pytest.param(1024, 64, marks=pytest.mark.slow)],
 )
-def test_output_and_gradients(L, K, quick):
-    errors = compare(INTERPRETED, plain.causal_attention, *inputs(1, L, 2, K), quick)
+def test_output_and_gradients(L, K):
+    errors = compare(INTERPRETED, plain.causal_attention, *inputs(1, L, 2, K))
     assert max(errors) < 1e-5
 
 
 @pytest.mark.parametrize("K", [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_bfloat16_is_as_near_the_truth_as_xla(K, quick):
+def test_bfloat16_is_as_near_the_truth_as_xla(K):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs(1, 256, 2, K))
     truth = plain.causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
 
     def error(attention):
-        out = jax.jit(attention, compiler_options=quick)(q, k, v)
+        out = jax.jit(attention)(q, k, v)
         assert out.dtype == jnp.bfloat16
         return float(jnp.sqrt(jnp.mean((out - truth) ** 2)))
 
@@ -66,15 +66,15 @@ def test_bfloat16_is_as_near_the_truth_as_xla(K, quick):
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 1, 8), marks=pytest.mark.slow)], ids=str)
-def test_on_a_mesh(mesh, quick):
+def test_on_a_mesh(mesh):
     """Each device computes its rows and heads, which are those of the whole, and asks no other for anything."""
     mesh = make_mesh(MeshConfig(*mesh))
     attention = per_device(mesh, INTERPRETED)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
     q, k, v, gradient = (jax.device_put(x, sharding) for x in inputs(4, 128, 8, 64))
-    assert max(compare(attention, plain.causal_attention, q, k, v, gradient, quick)) < 1e-5
+    assert max(compare(attention, plain.causal_attention, q, k, v, gradient)) < 1e-5
 
-    text = jax.jit(attention).lower(q, k, v).compile(quick).as_text()
+    text = jax.jit(attention).lower(q, k, v).compile().as_text()
     assert not any(kind in text for kind in ("all-gather", "all-reduce", "all-to-all"))
 
 
@@ -92,7 +92,7 @@ MODEL = ModelConfig(vocab_size=64, d_model=128, num_heads=2, prelude_layers=0, c
         pytest.param(400, "keep_all", marks=pytest.mark.slow),
     ],
 )
-def test_a_model_has_the_same_loss_and_gradients(L, remat, random_model, quick):
+def test_a_model_has_the_same_loss_and_gradients(L, remat, random_model):
     """On a mesh, under `jax.checkpoint` and the scans."""
     config = ModelConfig(**{**MODEL.__dict__, "remat": remat})
     mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
@@ -108,7 +108,7 @@ def test_a_model_has_the_same_loss_and_gradients(L, remat, random_model, quick):
             log_p_BxLxV = jax.nn.log_softmax(model.apply({"params": params}, tokens_BxL)[:, :-1])
             return -jnp.mean(jnp.take_along_axis(log_p_BxLxV, tokens_BxL[:, 1:, None], axis=-1))
 
-        return jax.jit(jax.value_and_grad(loss), compiler_options=quick)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     value, grads = value_and_grad(Backend(per_device(mesh, INTERPRETED)))
     expected, expected_grads = value_and_grad(Backend())

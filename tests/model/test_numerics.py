@@ -108,11 +108,11 @@ def test_bfloat16_logits_are_close_to_float32(forward, random_model):
 
 
 @pytest.fixture(scope="module")
-def fresh(quick):
+def fresh():
     """A model wide enough for every std to be measured within 3 %."""
     config = ModelConfig(vocab_size=512, d_model=256, num_heads=4, prelude_layers=2, core_layers=2, coda_layers=1,
                          chunks=(4, 2, 2, 1), topology="mesh", dtype="float32")  # fmt: skip
-    params = jax.jit(SpiralFormer(config).init, compiler_options=quick)(jax.random.key(7), TOKENS_BxL)["params"]
+    params = jax.jit(SpiralFormer(config).init)(jax.random.key(7), TOKENS_BxL)["params"]
     return jax.tree.map(np.asarray, nn.meta.unbox(params))
 
 
@@ -161,16 +161,14 @@ def test_fresh_draws_are_independent(fresh):
 # Router entropies
 
 
-def entropies(config, params, x64, quick):
+def entropies(config, params, x64):
     model = SpiralFormer(config)
     with x64(config.dtype == "float64"):
-        apply = jax.jit(
-            lambda params: model.apply({"params": params}, TOKENS_BxL, method="hidden")[1], compiler_options=quick
-        )
+        apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS_BxL, method="hidden")[1])
         return {name: np.asarray(value) for name, value in apply(params).items()}
 
 
-def test_router_entropy(monkeypatch, random_model, x64, quick):
+def test_router_entropy(monkeypatch, random_model, x64):
     """Every row against the reference's routers, for scanned and unrolled iterations alike."""
     config = dataclasses.replace(SMALL, chunks=(3, 3, 1), dtype="float64")
     hf_config, tensors, params = random_model(config)
@@ -187,15 +185,15 @@ def test_router_entropy(monkeypatch, random_model, x64, quick):
     reference.logits(hf_config, tensors, TOKENS_BxL)
     expected_Kx2 = np.array([[np.mean(recorded[k, i]) for i in range(2)] for k in range(4)])
 
-    scanned_Kx2 = entropies(config, params, x64, quick)["router_entropy"]
+    scanned_Kx2 = entropies(config, params, x64)["router_entropy"]
     assert scanned_Kx2.shape == (4, 2)
     np.testing.assert_allclose(scanned_Kx2, expected_Kx2, rtol=0, atol=1e-9)
     assert ((scanned_Kx2 > 0) & (scanned_Kx2 < math.log(11))).all()
-    unrolled_Kx2 = entropies(dataclasses.replace(config, unroll=True), params, x64, quick)["router_entropy"]
+    unrolled_Kx2 = entropies(dataclasses.replace(config, unroll=True), params, x64)["router_entropy"]
     np.testing.assert_allclose(unrolled_Kx2, scanned_Kx2, rtol=0, atol=1e-12)
 
 
-def test_router_entropy_of_the_transition(random_model, x64, quick):
+def test_router_entropy_of_the_transition(random_model, x64):
     """k = 0 by hand: without a prelude its state is the scaled embeddings."""
     config = dataclasses.replace(SMALL, prelude_layers=0, chunks=(1,), dtype="float32")
     _, _, params = random_model(config)
@@ -205,15 +203,15 @@ def test_router_entropy_of_the_transition(random_model, x64, quick):
         score_BxLxS = state_BxLxD @ params["entry"][side]["kernel"] + params["entry"][side]["bias"]
         p_BxLxS = np.exp(score_BxLxS) / np.exp(score_BxLxS).sum(axis=-1, keepdims=True)
         expected.append(-(p_BxLxS * np.log(p_BxLxS)).sum(axis=-1).mean())
-    np.testing.assert_allclose(entropies(config, params, x64, quick)["router_entropy"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(entropies(config, params, x64)["router_entropy"][0], expected, rtol=1e-5)
 
 
-def test_equal_routers_have_the_entropy_of_all_slots(random_model, x64, quick):
+def test_equal_routers_have_the_entropy_of_all_slots(random_model, x64):
     config = dataclasses.replace(SMALL, dtype="float32", chunks=(1,))
     _, _, params = random_model(config)
     for group in ("entry", "steps_0"):
         params[group] = jax.tree.map(np.zeros_like, params[group])
-    np.testing.assert_allclose(entropies(config, params, x64, quick)["router_entropy"], math.log(11), rtol=1e-5)
+    np.testing.assert_allclose(entropies(config, params, x64)["router_entropy"], math.log(11), rtol=1e-5)
 
 
 @pytest.mark.parametrize("topology", ["base", "residual", "anchor", "anchor_star", "gated", "injection"])

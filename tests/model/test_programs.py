@@ -39,11 +39,11 @@ def relative(a, b) -> float:
 
 
 @pytest.fixture(scope="module")
-def scanned(request, random_model, quick):
+def scanned(request, random_model):
     """A model, random weights, and its loss, logits and gradients scanned and without remat."""
     config = MODELS[request.param]
     _, _, params = random_model(config, scale=0.5)
-    (value, logits_BxLxV), grads = value_and_grad(config, quick)(params)
+    (value, logits_BxLxV), grads = value_and_grad(config)(params)
     return config, params, value, logits_BxLxV, grads
 
 
@@ -64,10 +64,10 @@ def scanned(request, random_model, quick):
     ],
     indirect=["scanned"],
 )
-def test_same_logits_loss_and_gradients(scanned, fields, quick):
+def test_same_logits_loss_and_gradients(scanned, fields):
     config, params, value, logits_BxLxV, grads = scanned
     config = dataclasses.replace(config, **fields)
-    (other_value, other_logits_BxLxV), other_grads = value_and_grad(config, quick)(params)
+    (other_value, other_logits_BxLxV), other_grads = value_and_grad(config)(params)
     assert relative(other_logits_BxLxV, logits_BxLxV) < 1e-5
     assert abs(other_value - value) < 1e-5 * abs(value)
     other_grads = dict(jax.tree.leaves_with_path(other_grads))
@@ -113,11 +113,11 @@ def test_program_does_not_grow_with_depth(more):
 
 
 @pytest.mark.slow
-def test_compiled_program_does_not_grow_with_layers(quick):
+def test_compiled_program_does_not_grow_with_layers():
     def text(core_layers):
         config = dataclasses.replace(TINY, chunks=(3, 1), topology="mesh", core_layers=core_layers)
         model = SpiralFormer(config)
-        apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS_BxL), compiler_options=quick)
+        apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS_BxL))
         return apply.lower(abstract_params(config)).compile().as_text()
 
     shallow, deep = text(2), text(8)

@@ -180,12 +180,12 @@ def test_batches(monkeypatch):
     assert np.array_equal(chosen(3, seed=0, samples=20)[1], np.arange(20 * LENGTH))
 
 
-def test_a_full_resolution_loop_of_cores_of_its_own(random_model, forward, quick):
+def test_a_full_resolution_loop_of_cores_of_its_own(random_model, forward):
     """The pass is the model's own: the last state, normed and through the head, gives its logits."""
     _, tensors, params = random_model(LOOPED)
     tokens_BxL = np.random.default_rng(2).integers(0, LOOPED.vocab_size, (2, 9))
     every_BxK = jnp.tile(jnp.arange(9), (2, 1))
-    sums, states_SxBxLxD = jax.jit(look, static_argnums=0, compiler_options=quick)(
+    sums, states_SxBxLxD = jax.jit(look, static_argnums=0)(
         SpiralFormer(LOOPED), params, tokens_BxL, jnp.array([1, 0]), every_BxK
     )
     assert sums.entropy_TxCxH.shape == sums.local_mass_TxCxH.shape == (2, 2, 4)

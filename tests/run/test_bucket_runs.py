@@ -15,12 +15,12 @@ import jax
 import numpy as np
 import pytest
 from pairs import ROOT, finished, free_port
-from quick_flags import quick_flags
 from verbs import call
 
 import spiral_jax
 from spiral_jax import evaluate, export, generate, import_hf, train
 from spiral_jax.data.bucket import bucket_path
+from spiral_jax.parallel.xla_flags import quick_flags
 from spiral_jax.run.metrics import read_rows, rows_of
 
 STEPS, EVERY = 12, 4
@@ -213,7 +213,7 @@ def test_a_start_that_is_refused_leaves_nothing(emulator_url, folder):
 def start(folder, place, verb="train", *flags, url=None, **environment) -> subprocess.Popen:
     """A process of 2 devices."""
     environment = os.environ | (bucket.environment(url) if url else {}) | environment | {
-        "XLA_FLAGS": quick_flags(2),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {quick_flags()}",
         "PYTHONPATH": str(ROOT),
         "RUN": str(place),
     }  # fmt: skip

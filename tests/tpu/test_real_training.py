@@ -7,8 +7,8 @@ import signal
 import pytest
 from loopback import wait_for
 from pairs import flags_of, free_port, run_pair, write_inputs
-from quick_flags import quick_flags
 
+from spiral_jax.parallel.xla_flags import quick_flags
 from spiral_jax.run.metrics import read_rows
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ def pair(slice_of):
     two = slice_of()
     for host in two.hosts:
         host.variables |= {"JAX_PROCESS_ID": str(host.number), "JAX_PLATFORMS": "cpu",
-                           "XLA_FLAGS": quick_flags(4)}  # fmt: skip
+                           "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {quick_flags()}"}  # fmt: skip
 
     def start(attempt, argv, **changed):
         variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}

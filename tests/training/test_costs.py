@@ -29,7 +29,7 @@ def config_of(mesh=(1, 8, 1), model=None, **train) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def compiled(quick):
+def compiled():
     """A run's configuration to the operations of its compiled step."""
     cache = {}
 
@@ -38,7 +38,7 @@ def compiled(quick):
             sizes = dataclasses.astuple(config.mesh)
             program = make_program(config, make_mesh(config.mesh, jax.devices()[: math.prod(sizes)]))
             step = program.train_step.lower(program.abstract_state, program.abstract_batch)
-            cache[config] = work.operations(hlo.parse(step.compile(compiler_options=quick).as_text()))
+            cache[config] = work.operations(hlo.parse(step.compile().as_text()))
         return cache[config]
 
     return make

@@ -87,13 +87,13 @@ def windows_of(step: int, faults) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def programs(quick):
+def programs():
     """Name to (configuration, program, compiled step)."""
 
     def compiled(config):
         program = make_program(config, make_mesh(config.mesh))
         lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
-        return config, program, lowered.compile(compiler_options=quick)
+        return config, program, lowered.compile()
 
     listed = dataclasses.replace(CONFIG.train, skip_steps=PASSED_OVER)
     with pytest.MonkeyPatch.context() as patch:

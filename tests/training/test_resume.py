@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from quick_flags import quick_flags
 
 import spiral_jax
+from spiral_jax.parallel.xla_flags import quick_flags
 from spiral_jax.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def train(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     (folder / "config.py").write_text(CONFIG.replace("TEXT", str(folder / "text.txt")))
     environment = os.environ | {
-        "XLA_FLAGS": quick_flags(2),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {quick_flags()}",
         "PYTHONPATH": str(ROOT),
         "JAX_LOG_COMPILES": "1",
     }

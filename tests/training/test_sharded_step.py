@@ -86,7 +86,7 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def plain(random_model, quick):
+def plain(random_model):
     """The model's fields to (parameters, loss, gradients) of one program on one device, logits and all."""
     cache = {}
 
@@ -101,7 +101,7 @@ def plain(random_model, quick):
                 logits_BxLxV = model.apply({"params": params}, windows_BxW[:, :-1])
                 return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, windows_BxW[:, 1:]).mean()
 
-            step = jax.jit(jax.value_and_grad(loss), compiler_options=quick)
+            step = jax.jit(jax.value_and_grad(loss))
             cache[config] = (params, *jax.tree.map(np.asarray, step(params, WINDOWS_BxW)))
         return cache[config]
 
@@ -109,7 +109,7 @@ def plain(random_model, quick):
 
 
 @pytest.fixture(scope="module")
-def compiled(quick):
+def compiled():
     """A run's configuration to (its program, its compiled step), each compiled once."""
     cache = {}
 
@@ -118,7 +118,7 @@ def compiled(quick):
             mesh = make_mesh(config.mesh, jax.devices()[: math.prod(dataclasses.astuple(config.mesh))])
             program = make_program(config, mesh)
             step = program.train_step.lower(program.abstract_state, program.abstract_batch)
-            cache[config] = program, step.compile(compiler_options=quick)
+            cache[config] = program, step.compile()
         return cache[config]
 
     return make

@@ -46,7 +46,7 @@ def params(random_model):
 
 
 @pytest.fixture(scope="module")
-def step(params, quick):
+def step(params):
     """(mesh, accumulation, batch) to the loss and the gradients of the compiled step."""
     compiled = {}
 
@@ -62,7 +62,7 @@ def step(params, quick):
             )
             program = make_program(config, make_mesh(config.mesh, jax.devices()[: math.prod(mesh)]))
             lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
-            compiled[key] = program, lowered.compile(compiler_options=quick)
+            compiled[key] = program, lowered.compile()
         program, train_step = compiled[key]
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract_state).replace(params=params)
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.abstract_state))
@@ -77,7 +77,7 @@ def plain(step):
     return step((1, 1, 1), 1, WEIGHTED)
 
 
-def test_loss_and_gradient_are_those_of_the_mean_over_all_weights(plain, params, quick):
+def test_loss_and_gradient_are_those_of_the_mean_over_all_weights(plain, params):
     """The loss by NumPy from logits, the gradient by differentiating the formula, logits and all."""
     model = SpiralFormer(MODEL)
 
@@ -86,7 +86,7 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_weights(plain, params,
         nats_BxL = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, TARGETS_BxL)
         return (nats_BxL * WEIGHTS_BxL).sum() / WEIGHTS_BxL.sum(), logits_BxLxV
 
-    gradient, logits_BxLxV = jax.jit(jax.grad(formula, has_aux=True), compiler_options=quick)(params)
+    gradient, logits_BxLxV = jax.jit(jax.grad(formula, has_aux=True))(params)
     logits_BxLxV = np.asarray(logits_BxLxV, np.float64)
     log_p_BxLxV = logits_BxLxV - np.log(np.exp(logits_BxLxV).sum(-1, keepdims=True))
     nats_BxL = -np.take_along_axis(log_p_BxLxV, TARGETS_BxL[..., None], -1)[..., 0]
