@@ -19,6 +19,7 @@ import ml_collections
 
 from experiments.record import Entry, Record, Stage
 from spiral_jax.errors import SpiralError, guarded, require
+from spiral_jax.run import own_code
 from spiral_jax.run.config import MUTABLE, RunConfig, flatten
 
 Edition = Literal["small", "full"]
@@ -28,6 +29,8 @@ STUDIES = Path(__file__).parent / "studies"
 
 # Where tokens lie, which their hashes say better, and what changes how a run runs, not what comes of it.
 PLACES = ("data.paths", "data.exclude", "data.validation_paths", "data.stores", "data.validation_store")
+# Loss above which training goes back changes what comes of a run, although a run may be resumed with another.
+HOW = tuple(field for field in MUTABLE if field != "divergence.")
 OF_THE_RUN = ("seed", "optimizer.peak_learning_rate")
 OF_THE_ARM = ("model.", "train.steps", "data.examples")
 _NAME = r"[a-z0-9][-a-z0-9_.]{0,39}"
@@ -173,6 +176,14 @@ class Study:
         for field, given in (("a gate's run", [gate.run for gate in self.gates]), ("kept", self.kept)):
             for name in given:
                 require(name in runs, field, name, f"a run's name, as {runs[0]}")
+        counting = {run.name for run in self.runs() if run.stage == "seed"}
+        waiting = [gate.run for gate in self.gates if rates and gate.run in counting]
+        require(
+            not waiting,
+            "a gate's run",
+            waiting and waiting[0],
+            "a trial of a learning rate, as all other runs wait for those",
+        )
 
     def arm(self, name: str) -> Arm:
         """Raises SpiralError if there is none of that name."""
@@ -251,10 +262,14 @@ def validation_nats(record: Record) -> float:
 
 
 def shaping(config: RunConfig) -> dict[str, Any]:
-    """Dotted fields that shape what comes of a run and differ from their defaults, as JSON has them."""
+    """Dotted fields that shape what comes of a run and differ from their defaults, as JSON has them.
+
+    A field that names something of the user's own is followed by its file's hash, as `model.topology.file`.
+    """
     defaults, values = flatten(RunConfig().to_dict()), flatten(config.to_dict())
     changed = {name: value for name, value in values.items() if value != defaults[name]}
-    return json.loads(json.dumps({n: v for n, v in sorted(changed.items()) if not n.startswith((*PLACES, *MUTABLE))}))
+    changed |= {f"{field}.file": digest[:16] for field, digest in own_code.hashes(config.to_dict()).items()}
+    return json.loads(json.dumps({n: v for n, v in sorted(changed.items()) if not n.startswith((*PLACES, *HOW))}))
 
 
 def comparable_hash(config: RunConfig) -> str:
@@ -278,6 +293,6 @@ def difference(record: Record, run: Run) -> str:
     wanted = shaping(run_config(dataclasses.replace(run, learning_rate=record.learning_rate)))
     was = json.loads(json.dumps(record.config))
     for name in sorted(wanted.keys() | was.keys()):
-        if not name.startswith((*PLACES, *MUTABLE)) and was.get(name) != wanted.get(name):
+        if not name.startswith((*PLACES, *HOW)) and was.get(name) != wanted.get(name):
             return f"{name} was {was.get(name, 'the default')} and is {wanted.get(name, 'the default')}"
     return ""

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from etils import epath
 
 from experiments.child import Killed
-from experiments.design import PLACES, Run, Study
+from experiments.design import HOW, PLACES, Run, Study, run_config, shaping
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError, require
-from spiral_jax.run.config import MUTABLE
 from spiral_jax.run.reading import reading
 
 
@@ -27,7 +26,7 @@ def check_overrides(study: Study, overrides: Sequence[str], trains: bool) -> Non
     """
     for flag in overrides:
         field = flag.partition("=")[0].removeprefix("--config.")
-        if not field.startswith((*PLACES, *MUTABLE)):
+        if not field.startswith((*PLACES, *HOW)):
             raise SpiralError(f"--config.{field} changes what comes of the runs; allowed: another study, or flags that "
                               f"say where data is and how runs run")  # fmt: skip
     named = study.arms[0].config.data != DataConfig() or any(flag.startswith("--config.data.") for flag in overrides)
@@ -35,16 +34,24 @@ def check_overrides(study: Study, overrides: Sequence[str], trains: bool) -> Non
 
 
 def check_trained(run: Run, workdir: epath.Path) -> None:
-    """Raises Killed if a run that was trained elsewhere has not ended."""
+    """Raises Killed if a run that was trained elsewhere has not ended, or is not the one that the study declares."""
     steps = run.arm.config.train.steps
     try:
-        with reading(workdir, steps):
-            return
+        with reading(workdir, steps) as saved:
+            found = shaping(saved.config())
     except SpiralError as error:
         raise Killed(f"it is not trained to the end ({error})") from None
+    wanted = shaping(run_config(run))
+    for field in sorted(found.keys() | wanted.keys()):
+        was, now = found.get(field, "the default"), wanted.get(field, "the default")
+        if was != now:
+            raise Killed(f"{workdir} was trained with {field} {was}, which is {now} in the study")
 
 
 def job_name(study: Study, run: Run) -> str:
     """A run's name as Google Cloud takes names: at most 28 lower-case letters, digits and dashes, a letter first."""
-    name = re.sub(r"[^a-z0-9]+", "-", f"{study.name[:1]}-{run.name}").strip("-")
-    return name if len(name) <= 28 else f"{name[:21]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    name = re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{run.name}").strip("-")
+    if len(name) <= 28:
+        return name
+    short = re.sub(r"[^a-z0-9]+", "-", f"{study.name[:1]}-{run.name}").strip("-")
+    return f"{short[:21].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

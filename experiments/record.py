@@ -80,12 +80,12 @@ class Evaluation:
     Attributes:
       nats: mean over all tokens, float64.
       documents: nats per token of each document, rounded to float16, in the order of the store: paired across runs.
-      tokens: that were predicted in each document.
+      tokens: that were predicted in each document; of examples, the sum of the weights of what was asked.
     """
 
     nats: float
     documents: tuple[float, ...]
-    tokens: tuple[int, ...]
+    tokens: tuple[int | float, ...]
 
 
 @dataclasses.dataclass(frozen=True)

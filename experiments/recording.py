@@ -61,7 +61,7 @@ def record_of(
         machine=("" if is_bucket(workdir) else f"{processor()}, cores used: {usable_cores()}; ")
         + (start["devices"] or "?"),
         versions={name: version for name, version in start["packages"].items() if version}
-        | {"python": platform.python_version()},
+        | {"python": start.get("python", platform.python_version())},
         parameters=Parameters(config.model.non_embedding_parameters, config.model.total_parameters),
         flops=Flops(config.model.train_flops_per_token(config.train.sequence_length), train_flops(config)),
         tokens=tokens(config),
@@ -84,11 +84,14 @@ def evaluation_of(path: Path) -> Evaluation:
     """
     found = read_json_object(path)
     try:
-        nats, counts = [float(x) for x in found["nats"]], [int(n) for n in found["tokens"]]
-        documents = tuple(x / n for x, n in zip(nats, counts, strict=True))
+        pairs = [(float(x), float(n)) for x, n in zip(found["nats"], found["tokens"], strict=True)]
+        pairs = [(x, n) for x, n in pairs if n]  # of examples, the sum of weights: one that asks nothing says nothing
+        nats = sum(x for x, _ in pairs) / sum(n for _, n in pairs)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise SpiralError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-    return Evaluation(sum(nats) / sum(counts), documents[:MOST_DOCUMENTS], tuple(counts[:MOST_DOCUMENTS]))
+    kept = pairs[:MOST_DOCUMENTS]
+    counts = tuple(int(n) if n.is_integer() else round(n, 6) for _, n in kept)
+    return Evaluation(nats, tuple(x / n for x, n in kept), counts)
 
 
 def depths_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:

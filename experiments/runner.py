@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -118,6 +119,8 @@ class Runner:
           Stopped: by a signal; everything is kept.
         """
         with self._alone(), self._signals():
+            if self._commit and self.places.records.is_dir():  # of a runner that could not, or was killed before
+                commit(self.places.records, f"Records of {self.study.name} {self.study.edition}")
             return self._run(names)
 
     def _run(self, names: Sequence[str]) -> int:
@@ -170,6 +173,8 @@ class Runner:
             else:
                 self._train_to_the_end(run, folder, advance)
             self._evaluate_all(run, folder, advance)
+            if code_of_tree().package != code.package:
+                status, reason = "failed", "the package's files were changed while it ran"
         except ChildFailed as failure:
             status = "diverged" if failure.status == DIVERGED else "failed"
             reason = str(failure)
@@ -363,12 +368,23 @@ def outcome(record: Record) -> str:
 
 
 def commit(path: Path, message: str) -> None:
-    """Commits one file, whatever else is changed or staged.
+    """Commits a file or folder, if there is anything new in it, whatever else is changed or staged.
 
     Raises:
       SpiralError: git refuses.
     """
-    for command in (["add", "--", str(path)], ["commit", "--quiet", f"--message={message}", "--", str(path)]):
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, encoding="utf-8")
-        if done.returncode:
-            raise SpiralError(f"{path} cannot be committed ({' '.join(done.stderr.split())[:200]})")
+    for _ in range(20):
+        done = _git(path, "status", "--porcelain")
+        if done.returncode == 0 and not done.stdout.strip():
+            return
+        for command in (["add"], ["commit", "--quiet", f"--message={message}"]):
+            done = done if done.returncode else _git(path, *command)
+        if "index.lock" not in done.stderr:
+            break
+        time.sleep(0.5)  # another runner commits
+    if done.returncode:
+        raise SpiralError(f"{path} cannot be committed ({' '.join(done.stderr.split())[:200]})")
+
+
+def _git(path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *command, "--", str(path)], capture_output=True, encoding="utf-8")

@@ -60,7 +60,7 @@ class Interval:
 
 
 def seed_difference(
-    seed: int, ours_D: Sequence[float], theirs_D: Sequence[float], tokens_D: Sequence[int]
+    seed: int, ours_D: Sequence[float], theirs_D: Sequence[float], tokens_D: Sequence[int | float]
 ) -> SeedDifference:
     """Compares two runs of one seed document by document.
 

@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 from experiments import matching
-from experiments.child import Stopped
+from experiments.child import ROOT, Stopped
 from experiments.design import Run, Study, is_over, load
 from experiments.elsewhere import check_overrides, job_name
 from experiments.record import RESULTS, folder_of
@@ -131,7 +131,7 @@ def selected(study: Study, only: str) -> list[str]:
 def plan(study: Study, names: Sequence[str], slice: str) -> int:
     """Prints a line per run, and sums; nothing is compiled."""
     lines = matching.check(study)
-    runs = [run for run in study.runs() if run.name in names]
+    runs, left_out = [run for run in study.runs() if run.name in names], 0
     here = study.edition == "small"
     width = max(len(run.name) for run in runs)
     print(f"{study.name} {study.edition}: {study.question}")
@@ -141,6 +141,7 @@ def plan(study: Study, names: Sequence[str], slice: str) -> int:
     for run in runs:
         config = run.arm.config
         tokens, flops, hours = matching.tokens(config), matching.train_flops(config), _hours(run, here, slice)
+        left_out += hours is None
         sums = [a + b for a, b in zip(sums, (tokens, flops, hours or 0.0), strict=True)]
         print(f"{run.name:<{width}}  {run.stage:<5}  {config.model.non_embedding_parameters:>13,}  {tokens:>15,}  "
               f"{flops:>9.2e}  {_hours_shown(hours, here):>22}")  # fmt: skip
@@ -151,6 +152,8 @@ def plan(study: Study, names: Sequence[str], slice: str) -> int:
     for gate in study.gates:
         print(f"gate {gate.run}: up to {gate.most_nats:.4g} nats before others start ({gate.why})")
     print("\n".join(lines))
+    if left_out:
+        print(f"{left_out} of {len(runs)} runs do not divide over {slice}, and are not in the hours of all")
     how = "an estimate for two cores, from FLOPs alone" if here else "predicted: no run of it was on a TPU"
     print(f"hours are {how}; parameters are non-embedding")
     return OK
@@ -200,10 +203,14 @@ def launch(study: Study, runner: Runner, names: Sequence[str], slice: str, flags
       SpiralError: a flag that is not allowed, or runs whose learning rate is not known.
     """
     from tpu import several
+    from tpu.code import pack
 
     matching.check(study)
     check_overrides(study, [flag for flag in flags if flag.startswith("--config.")], trains=True)
     require(bool(runner.places.bucket), "--bucket", runner.places.bucket, "gs://BUCKET or gs://BUCKET/PREFIX")
+    called = runner.places.study
+    travels = not called.endswith(".py") or called in pack(ROOT).files
+    require(travels, "the study", called, f"one of this tree, as a path from {ROOT}, that git does not ignore")
     done = runner.records()
     jobs = []
     for run in study.runs(done.values()):

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,11 @@ class Arm:
     def family(self) -> str:
         """What the arm is whatever its size and budget; the name of one that does not say."""
         return str(self.factors.get("family", self.name))
+
+    @property
+    def task(self) -> str:
+        """What it is trained on, in a study of several tasks; losses on different ones are not compared."""
+        return str(self.factors.get("task", ""))
 
     def any_run(self) -> Record:
         """One of `runs`, for what all of them share, as counts."""
@@ -126,11 +131,15 @@ def gather(study: Study, folder: Path, called: str = "") -> Evidence:
 def _same_origin(records: list[Record]) -> tuple[list[Record], list[str]]:
     """Records of the code and data that most have (of as many, the first by name), and a line for each other one.
 
-    Data are compared between runs of one configuration hash, as a study may have several tasks. A run that did not
-    finish has no hashes of its data, and is not asked for them.
+    Data are compared between runs of one configuration hash that read data of the same names, as a study may have
+    several tasks. A run that did not finish has no hashes of its data, and is not asked for them.
     """
     left_out = []
-    for what, origin, group in (("code", _code, lambda one: ""), ("data", _data, lambda one: one.config_hash)):
+    groups: tuple[tuple[str, Callable[[Record], str], Callable[[Record], tuple]], ...] = (
+        ("code", _code, lambda one: ()),
+        ("data", _data, lambda one: (one.config_hash, *sorted(one.data))),
+    )
+    for what, origin, group in groups:
         kept = []
         usual = {
             name: collections.Counter(found for one in records if group(one) == name and (found := origin(one)))
@@ -174,6 +183,7 @@ def _arm(study: Study, arm: design.Arm, records: list[Record]) -> Arm:
 
 
 def _remarks(records: list[Record]) -> list[str]:
+    records = [one for one in records if one.status == "finished"]
     remarks = []
     machines = sorted({one.machine for one in records})
     if len(machines) > 1:

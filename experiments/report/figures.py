@@ -1,6 +1,7 @@
 """The pictures of a report. matplotlib (extra `plot`) is used without pyplot: no display, no global state."""
 
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,14 +11,13 @@ import numpy as np
 
 from experiments.report.document import Figure
 from experiments.report.evidence import TEXT, Arm, Evidence
-from experiments.report.findings import COSTS, Cost, Finding, cost, frontier
+from experiments.report.findings import COSTS, Cost, Finding, cost, frontier, power_law
 from experiments.report.tables import accuracy, by_depth, matched
-from experiments.statistics import Interval, PowerLaw, fit_power_law, pareto
+from experiments.statistics import Interval, PowerLaw, pareto
 from spiral_jax.errors import SpiralError
 
 NATS = "loss on held-out text, nats per token"
 DPI = 110
-_LEAST_WITH_FLOOR = 6  # points of a power law before a floor is fitted, too
 _PAPERS_BEST_RATIOS = (0.3, 0.4)
 
 
@@ -37,8 +37,9 @@ def _png(canvas: Any) -> bytes:
 
 
 def series(arm: Arm) -> str:
-    """What an arm is one point of: arms of a family are of one colour."""
-    return f"ratio {arm.factors['ratio']:g}" if "ratio" in arm.factors else arm.family
+    """What an arm is one point of: arms of a family, on one task, are of one colour."""
+    family = f"ratio {arm.factors['ratio']:g}" if "ratio" in arm.factors else arm.family
+    return f"{arm.task} {family}".strip()
 
 
 class Colours:
@@ -195,7 +196,7 @@ def loss_against_flops(evidence: Evidence, colours: Colours) -> Figure | str:
             axes.plot(
                 [cost(arm, "")["flops"]] * len(arm.nats()), arm.nats(), "o", color=colours[arm], markersize=4, alpha=0.7
             )
-        law = _law(*frontier(mine, "flops", ""))
+        law = power_law(*frontier(mine, "flops", ""))
         label = name
         if isinstance(law, PowerLaw):
             x = np.geomspace(*_span([cost(arm, "")["flops"] for arm in mine]), 100)
@@ -215,29 +216,24 @@ def loss_against_flops(evidence: Evidence, colours: Colours) -> Figure | str:
     return Figure("loss_flops", "Loss against training FLOPs", f"A dot is a seed. {fitted}", _png(canvas))
 
 
-def _law(x: Sequence[float], losses: Sequence[float]) -> PowerLaw | str:
-    try:
-        return fit_power_law(x, losses, with_floor=len(x) >= _LEAST_WITH_FLOOR)
-    except SpiralError as error:
-        return str(error)
-
-
 def _span(values: Sequence[float]) -> tuple[float, float]:
     return min(values) / 1.3, max(values) * 1.3
 
 
 def pareto_fronts(evidence: Evidence, colours: Colours) -> Figure | str:
     """Loss against each cost, with the arms that no other beats joined."""
-    arms, on_slice = _with_losses(evidence), evidence.study.slices[0]
-    if len(arms) < 2:
+    every, on_slice = _with_losses(evidence), evidence.study.slices[0]
+    if len(every) < 2:
         return "Pareto front: fewer than two arms were evaluated"
     titles: dict[Cost, str] = {of: COSTS[of] for of in ("parameters", "flops", "measured", "predicted")}
     titles["predicted"] += f"\non {on_slice}"
-    known = [of for of in titles if not any(math.isnan(cost(arm, on_slice)[of]) for arm in arms)]
-    canvas = _figure(3.4 * len(known), 4.4)
-    losses = [statistics.fmean(arm.nats()) for arm in arms]
-    for place, of in enumerate(known):
-        axes = canvas.add_subplot(1, len(known), place + 1)
+    known = [of for of in titles if not any(math.isnan(cost(arm, on_slice)[of]) for arm in every)]
+    tasks = list(dict.fromkeys(arm.task for arm in every))
+    canvas = _figure(3.4 * len(known), 4.4 * len(tasks))
+    for place, (task, of) in enumerate(itertools.product(tasks, known)):
+        axes = canvas.add_subplot(len(tasks), len(known), place + 1)
+        arms = [arm for arm in every if arm.task == task]
+        losses = [statistics.fmean(arm.nats()) for arm in arms]
         costs = [cost(arm, on_slice)[of] for arm in arms]
         front = pareto(costs, losses)
         axes.plot(
@@ -253,10 +249,10 @@ def pareto_fronts(evidence: Evidence, colours: Colours) -> Figure | str:
         else:
             axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
         axes.margins(x=0.25, y=0.12)
-        axes.set(xlabel=titles[of], ylabel=NATS if place == 0 else "")
+        axes.set(xlabel=titles[of], ylabel=NATS if of == known[0] else "", title=task)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-        if len(arms) > 8 and place == len(known) - 1:
+        if len(arms) > 8 and of == known[-1]:
             for name in dict.fromkeys(map(series, arms)):
                 one = next(arm for arm in arms if series(arm) == name)
                 axes.plot([], [], "o", color=colours[one], label=name)
@@ -335,7 +331,8 @@ def accuracy_by_depth(evidence: Evidence, colours: Colours) -> Figure | str:
                 spread = [100 * statistics.stdev(one) if len(one) > 1 else 0 for one in shares.values()]
                 depths = [float(depth) if depth.isdigit() else depth for depth in shares]
                 axes.errorbar(depths, means, spread, fmt="o-", capsize=3, color=colours[arm], label=arm.name)
-        axes.set(xlabel="depth", ylabel="correct answers, per cent" if place == 0 else "", title=task)
+        of = "level of the grammar" if task == "cfg3b" else "depth"
+        axes.set(xlabel=of, ylabel="correct answers, per cent" if place == 0 else "", title=task)
         _finish(axes)
     note = "Means over seeds; bars are standard deviations over seeds."
-    return Figure("by_depth", "Accuracy by depth of dependency", note, _png(canvas))
+    return Figure("by_depth", "Accuracy by depth of dependency, or level of the grammar", note, _png(canvas))

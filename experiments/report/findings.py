@@ -3,17 +3,19 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from experiments.design import Contrast
+from experiments.design import Contrast, is_over
 from experiments.report.evidence import TEXT, Arm, Evidence
-from experiments.statistics import Interval, Label, fit_power_law, label, paired_interval, seed_difference
+from experiments.statistics import Interval, Label, PowerLaw, fit_power_law, label, paired_interval, seed_difference
 from spiral_jax.errors import SpiralError
 
 # Budgets end at whole steps; two costs further apart than this are not equal.
 TOLERANCE = 0.03
+_LEAST_WITH_FLOOR = 6  # points of a power law before a floor is fitted, too
 
 Cost = Literal["parameters", "tokens", "flops", "predicted", "measured"]
 COSTS: dict[Cost, str] = {
@@ -78,7 +80,8 @@ def _finding(contrast: Contrast, evidence: Evidence) -> Finding:
     ratios = {of: costs[0][of] / costs[1][of] for of in COSTS}
     if not differences:
         lacking = [arm.name for arm in (ours, theirs) if not arm.runs]
-        why = f"no finished run of {' and '.join(lacking)}" if lacking else "no seed that both have"
+        without = f"no finished run of {' and '.join(lacking)}" if lacking else "no seed that both have"
+        why = without if lacking or not remarks else "; ".join(remarks)
         return Finding(contrast, primary, Missing(why), "missing", {}, ratios, tuple(remarks))
     interval = paired_interval(differences)
     return Finding(
@@ -88,7 +91,7 @@ def _finding(contrast: Contrast, evidence: Evidence) -> Finding:
         label(interval, primary=primary and not study.exploratory),
         {difference.seed: difference.nats for difference in differences},
         ratios,
-        (*remarks, *_unevenness(contrast, ours, theirs, ratios)),
+        (*remarks, *_unevenness(contrast, ours, theirs, ratios, len(study.learning_rates))),
     )
 
 
@@ -116,8 +119,8 @@ def equal(ratio: float) -> bool:
     return abs(ratio - 1) <= TOLERANCE
 
 
-def _unevenness(contrast: Contrast, ours: Arm, theirs: Arm, ratios: dict[Cost, float]) -> list[str]:
-    """What makes the two sides of a contrast less alike than they should be."""
+def _unevenness(contrast: Contrast, ours: Arm, theirs: Arm, ratios: dict[Cost, float], rates: int) -> list[str]:
+    """What makes the two sides of a contrast, for which so many learning rates were to be tried, less alike."""
     of, remarks = cost_of(contrast), []
     if math.isnan(ratios[of]):
         remarks.append(f"{COSTS[of]} of one side are unknown")
@@ -128,9 +131,10 @@ def _unevenness(contrast: Contrast, ours: Arm, theirs: Arm, ratios: dict[Cost, f
             remarks.append(f"the learning rate of {arm.name} is the {arm.edge} tried, a better one may lie beyond")
         if arm.missing_seeds:
             remarks.append(f"{arm.name} lacks seed {', '.join(map(str, arm.missing_seeds))}")
-    tried = [sum(trial.status == "finished" for trial in arm.trials.values()) for arm in (ours, theirs)]
-    if tried[0] != tried[1]:
-        remarks.append(f"learning rates tried: {tried[0]} for {ours.name}, {tried[1]} for {theirs.name}")
+    for arm in (ours, theirs):
+        tried = sum(map(is_over, arm.trials.values()))
+        if tried != rates:
+            remarks.append(f"of {rates} learning rates {tried} were tried with {arm.name}")
     return remarks
 
 
@@ -188,7 +192,7 @@ def gain(of: Cost, pair: list[Finding], evidence: Evidence) -> Gain:
     if of not in ("flops", "predicted", "measured"):
         return Missing("no contrast matched in this")
     ours, theirs = evidence.arms[pair[0].contrast.arm], evidence.arms[pair[0].contrast.against]
-    family = [arm for arm in evidence.arms.values() if arm.family == theirs.family]
+    family = [arm for arm in evidence.arms.values() if (arm.family, arm.task) == (theirs.family, theirs.task)]
     found = _on_the_curve(ours, family, of, evidence.study.slices[0])
     ratio = pair[0].ratios[of]
     return Missing(f"{ratio:.2f} x; {found.why}") if isinstance(found, Missing) and ratio == ratio else found
@@ -203,9 +207,8 @@ def _on_the_curve(arm: Arm, family: list[Arm], of: Cost, on_slice: str) -> OnThe
     points, here = frontier(family, of, on_slice), cost(arm, on_slice)[of]
     if not arm.nats() or math.isnan(here):
         return Missing(f"nothing says the {COSTS[of]} of {arm.name}" if arm.runs else f"no finished run of {arm.name}")
-    try:
-        law = fit_power_law(*points)
-    except SpiralError:
+    law = power_law(*points)
+    if isinstance(law, str):
         return Missing("no pair, and no curve through 3 budgets")
     if not min(points[0]) / 2 <= here <= max(points[0]) * 2:
         return Missing("no pair, and outside the other family's budgets")
@@ -236,8 +239,16 @@ def frontier(family: list[Arm], of: Cost, on_slice: str) -> tuple[list[float], l
     return list(costs), list(losses)
 
 
+def power_law(costs: Sequence[float], losses: Sequence[float]) -> PowerLaw | str:
+    """The law through a frontier, with a floor where there are points enough for one; or why there is none."""
+    try:
+        return fit_power_law(costs, losses, with_floor=len(costs) >= _LEAST_WITH_FLOOR)
+    except SpiralError as error:
+        return str(error)
+
+
 def pairs(found: list[Finding], evidence: Evidence) -> dict[tuple[str, str], list[Finding]]:
-    """Contrasts by what is compared, whatever they are matched in: those of the same families at one task and size."""
+    """Contrasts by what is compared, whatever they are matched in: families at one task, size and budget."""
     grouped: dict[tuple[str, str], list[Finding]] = {}
     for finding in found:
         ours, theirs = evidence.arms[finding.contrast.arm], evidence.arms[finding.contrast.against]
@@ -248,4 +259,5 @@ def pairs(found: list[Finding], evidence: Evidence) -> dict[tuple[str, str], lis
 def _kind(arm: Arm) -> str:
     if "family" not in arm.factors:
         return arm.name
-    return " ".join(str(arm.factors[name]) for name in ("task", "size", "family") if name in arm.factors)
+    budget = [f"at {arm.factors['budget']:g} FLOPs"] if "budget" in arm.factors else []
+    return " ".join([*(str(arm.factors[name]) for name in ("task", "size", "family") if name in arm.factors), *budget])

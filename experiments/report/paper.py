@@ -16,6 +16,10 @@ COLUMNS = {"pile": "Pile", "wikitext": "Wiki", "lambada_openai": "LD-O", "lambad
 _PERPLEXITIES = {"wikitext": "wikitext/word_perplexity", "lambada_openai": "lambada_openai/perplexity",
                  "lambada_standard": "lambada_standard/perplexity"}  # fmt: skip
 
+# Of its models, trained on equal tokens, what a contrast may be matched in, and how far apart equal ones may be.
+_AMOUNTS = {"parameters": "non_embedding_millions", "flops": "prefill_teraflop"}
+_APART = 0.03
+
 PaperRow = dict[str, str]
 
 
@@ -47,24 +51,32 @@ def of_tasks(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def differences(ours: Mapping[str, Entry], theirs: Mapping[str, Entry]) -> dict[str, float]:
+def differences(ours: Mapping[str, Entry], theirs: Mapping[str, Entry], matched: str) -> dict[str, float]:
     """By size, how much less the paper's first model loses on the Pile than its second, in nats per token.
 
     Args:
       ours: factors of the first; a size that the paper has not is answered with all of the paper's sizes.
       theirs: of the second.
+      matched: see `Contrast.matched`. The paper's two models have to have as much of the same; nothing else compares.
     """
     if "change" in ours:
         return _nats({"410m": row_of(ours)}, {"410m": row_of(theirs)})
+    if "task" in ours or matched not in _AMOUNTS:
+        return {}
     sizes = list(dict.fromkeys(str(size) for size, _ in main_table()))
     own = str(ours.get("size", ""))
-    return _nats(*({size: row_of({**factors, "size": size}) for size in ([own] if own in sizes else sizes)}
-                   for factors in (ours, theirs)))  # fmt: skip
+    of = [own] if own in sizes else sizes
+    rows = [{size: row_of({**factors, "size": size}) for size in of} for factors in (ours, theirs)]
+    return _nats(rows[0], rows[1], _AMOUNTS[matched])
 
 
-def _nats(ours: dict[str, PaperRow], theirs: dict[str, PaperRow]) -> dict[str, float]:
-    return {size: math.log(float(row["pile"]) / float(theirs[size]["pile"])) for size, row in ours.items()
-            if row and theirs[size]}  # fmt: skip
+def _nats(ours: dict[str, PaperRow], theirs: dict[str, PaperRow], amount: str = "") -> dict[str, float]:
+    found = {}
+    for size, row in ours.items():
+        other = theirs[size]
+        if row and other and (not amount or math.isclose(float(row[amount]), float(other[amount]), rel_tol=_APART)):
+            found[size] = math.log(float(row["pile"]) / float(other["pile"]))
+    return found
 
 
 def _rows(name: str) -> list[PaperRow]:

@@ -30,7 +30,8 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
     for arm in evidence.arms.values():
         row: dict[str, Cell] = {"arm": arm.name, "seeds": f"{len(arm.runs)} of {len(arm.seeds)}"}
         # Absolute numbers are of the paper's models alone; of others only differences can stand beside its own.
-        theirs = paper.row_of(arm.factors) if evidence.study.edition == "full" else {}
+        is_theirs = evidence.study.edition == "full" and "budget" not in arm.factors
+        theirs = paper.row_of(arm.factors) if is_theirs else {}
         if arm.runs:
             row |= _counts(arm.any_run())
             row["learning_rate"] = f"{arm.any_run().learning_rate:g}{' (edge)' if arm.edge else ''}"
@@ -112,8 +113,8 @@ def _beside_the_paper(arm: Arm, theirs: dict[str, str]) -> dict[str, Cell]:
     if losses := arm.nats():
         ours["pile"] = math.exp(statistics.fmean(losses))  # what full editions are validated on
     of_runs = [paper.of_tasks(run.tasks) for run in arm.runs.values()]
-    for name in of_runs[0] if of_runs else ():
-        ours[name] = statistics.fmean(found.get(name, math.nan) for found in of_runs)
+    for name in dict.fromkeys(name for found in of_runs for name in found):
+        ours[name] = statistics.fmean(found[name] for found in of_runs if name in found)
     row: dict[str, Cell] = {}
     for name, _, _ in _paper_columns():
         if name in theirs:
@@ -193,7 +194,7 @@ def _difference(finding: Finding) -> dict[str, Cell]:
 
 def _papers_differences(finding: Finding, evidence: Evidence) -> dict[str, float]:
     ours, theirs = (evidence.arms[name] for name in (finding.contrast.arm, finding.contrast.against))
-    return paper.differences(ours.factors, theirs.factors)
+    return paper.differences(ours.factors, theirs.factors, finding.contrast.matched)
 
 
 def matched(finding: Finding) -> str:
@@ -326,9 +327,9 @@ def depths(evidence: Evidence) -> Table:
             rows.append(row)
     names = sorted({key for row in rows for key in row} - {"arm", "task", "seeds"}, key=_number)
     columns = [Column(name, name, ".1f") for name in names if not name.endswith("_spread")]
+    asked = {(row["task"], key) for row in rows for key in row}
     for row in rows:  # a depth that a task does not have is not missing
-        asked = {key for other in rows if other["task"] == row["task"] for key in other}
-        row |= {column.key: "-" for column in columns if column.key not in asked}
+        row |= {column.key: "-" for column in columns if (row["task"], column.key) not in asked}
     note = "Correct answers in per cent by depth, mean over seeds; the CSV file also has the standard deviations."
     fixed = (Column("arm", "arm"), Column("task", "task"), Column("seeds", "seeds"))
     return Table("by_depth", "Accuracy by depth", note, (*fixed, *columns), tuple(rows))

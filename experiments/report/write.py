@@ -155,7 +155,10 @@ def _what_is_not_there(found: list[Finding], without: list[str], evidence: Evide
     for gate in study.gates:
         one = evidence.records.get(gate.run)
         nats = one.evaluation[TEXT].nats if one and TEXT in one.evaluation else None
-        came = "missing" if nats is None else f"{nats:.4f}, {'passed' if nats <= gate.most_nats else 'not passed'}"
+        if one and nats is None:
+            came = f"{one.status}, not passed"
+        else:
+            came = "missing" if nats is None else f"{nats:.4f}, {'passed' if nats <= gate.most_nats else 'not passed'}"
         gates.append(f"`{gate.run}`: at most {gate.most_nats:.4f} nats ({gate.why}): {came}")
     return [
         Heading("Negative and open results"),

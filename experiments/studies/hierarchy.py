@@ -54,6 +54,7 @@ def get_study(edition: Edition) -> Study:
         learning_rates=(3e-4, 6e-4, 1.2e-3) if is_full else (2e-3, 4e-3),
         seeds=(1, 2, 3),
         slices=("v5p:4x4x4",) if is_full else ("v5e:1x1",),
+        exploratory=True,
     )
 
 

@@ -28,6 +28,7 @@ STUDY = Study("s", "small", "?", ARMS, Contrast("b", "a"), learning_rates=(1e-3,
     ({"tuning_seed": 2}, r"tuning_seed is 2; allowed: none of the seeds \(1, 2\)"),
     ({"seeds": ()}, "seeds is "),
     ({"gates": (Gate("c-seed1", 1.0, ""),)}, "a gate's run is 'c-seed1'; allowed: a run's name"),
+    ({"gates": (Gate("a-seed1", 1.0, ""),)}, "a gate's run is 'a-seed1'; allowed: a trial of a learning rate"),
     ({"kept": ("c",)}, "kept is 'c'; allowed: a run's name"),
 ])  # fmt: skip
 def test_mistakes_in_a_declaration(change, expected):

@@ -205,10 +205,40 @@ def test_strangers_are_named_and_not_averaged(study, folder):
     assert all(nats < 5 for found in evidence.arms.values() for nats in found.nats())
 
 
-def test_tasks_have_data_of_their_own(study, folder):
-    for name in (path.stem for path in folder.glob("mesh-*.json")):
-        changed(folder, name, data={"train": "another task"}, config_hash="of another task")
-    assert not gather(study, folder).left_out
+def test_a_study_of_two_tasks(tmp_path):
+    """Whose runs share a configuration hash: each task has data, depths, curves and fronts of its own."""
+    study = design.load("hierarchy", "small")
+    depths = {"listops": {"1": (40, 40), "8": (10, 40)}, "cfg3b": {"3": (20, 40)}}
+    write_records(
+        study,
+        tmp_path,
+        lambda run: {"vanilla": 4.0, "mesh": 3.9, "spiral_l": 3.8}[run.arm.factors["family"]] + 0.01 * noise(run),
+        lambda run: {
+            "data": {run.arm.factors["task"]: "made on the fly"},
+            "by_depth": {run.arm.factors["task"]: depths[run.arm.factors["task"]]} if run.stage == "seed" else {},
+        },
+    )
+    evidence = gather(study, tmp_path)
+    assert not evidence.left_out and len(evidence.records) == len(study.runs())
+    found = findings(evidence)
+    assert {finding.label for finding in found} == {"exploratory"}  # the study says so, the primary one included
+    assert {row["arm"] for row in tables.matchings(found, evidence).rows} >= {"listops spiral_l", "cfg3b spiral_l"}
+    assert all(row["paper"] == "-" for row in tables.contrasts(found, evidence).rows)
+    for row in tables.depths(evidence).rows:
+        others = {"1", "8"} if row["task"] == "cfg3b" else {"3"}
+        assert {key for key in ("1", "3", "8") if row[key] == "-"} == others
+    assert len({figures.series(arm) for arm in evidence.arms.values()}) == 6
+    assert isinstance(figures.pareto_fronts(evidence, figures.Colours(evidence)), Figure)
+
+
+def test_the_papers_differences_are_of_models_that_are_matched_alike():
+    def of(ours, theirs, matched="parameters"):
+        return paper.differences({"family": ours}, {"family": theirs}, matched)
+
+    assert list(of("spiral_l", "vanilla")) == ["160m", "410m", "1b", "1.4b"]
+    assert of("mesh", "vanilla") == {}  # of which the loop has two thirds of the parameters
+    assert list(of("mesh", "vanilla", "flops")) == ["160m", "410m", "1b", "1.4b"]
+    assert of("spiral_l", "vanilla", "seconds") == {}
 
 
 def test_what_is_missing_is_shown(study, folder):

@@ -80,6 +80,14 @@ def test_runs_that_count_are_asked_the_tasks(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_tree_that_changes_while_a_run_runs(tmp_path, monkeypatch):
+    runner, _, names = runner_of(tmp_path, monkeypatch, arms="plain")
+    hashes = iter("pq")
+    monkeypatch.setattr(runner_module, "code_of_tree", lambda: Code("c", "", next(hashes)))
+    assert runner.run(names[:1]) == 1
+    assert runner.records()[names[0]].reason == "the package's files were changed while it ran"
+
+
 def test_status_says_what_is_there(tmp_path, monkeypatch, capsys):
     runner, _, names = runner_of(tmp_path, monkeypatch)
     assert runner.run(names[:4]) == 0

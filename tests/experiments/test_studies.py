@@ -133,7 +133,7 @@ def test_launch_hands_over_what_no_gate_holds_back(tmp_path, monkeypatch, capsys
              "--bucket=gs://mine/", "--zone=us-east5-a"]  # fmt: skip
     assert study.main([*flags, "--config.data.stores=('gs://mine/pile',)"]) == 0
     jobs = json.loads((tmp_path / "main_table" / "full" / "jobs.json").read_text())
-    assert jobs == [{"name": "m-160m-vanilla-seed0", "flags": [
+    assert jobs == [{"name": "m-160m-vanilla-seed0-93dfe1", "flags": [
         "--accelerator=v5p:4x4x4", "--config=experiments/arm.py:main_table,full,160m-vanilla", "--config.seed=0",
         "--config.optimizer.peak_learning_rate=0.0006"]}]  # fmt: skip
     path = tmp_path / "main_table" / "full" / "jobs.json"
