@@ -7,7 +7,7 @@
 SIZE is 160m, 410m, 1b or 1.4b; FAMILY is vanilla, vanilla_mesh, base, residual, anchor, anchor_star, mesh (the
 full-resolution loops), spiral_b or spiral_l. PILE is where the deduplicated Pile is in the GPT-NeoX tokenizer's ids, a
 path or a URL (`gs://...`): a folder written by `python -m spiral_jax.prepare`, or one with EleutherAI's published
-`document.idx` and `document-000NN-of-00020.bin` as they are, and the tokenizer as `tokenizer.json`; for validation
+`.idx` and parts of its `.bin` as they are (docs/pile.md), and the tokenizer as `tokenizer.json`; for validation
 losses, also a token store `validation/` (prepare one from the Pile's `val.jsonl.zst`, or name it with
 `--config.data.validation_store`). The 207B tokens are 1.2 epochs of the run; each epoch has its own order.
 
