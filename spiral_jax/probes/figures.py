@@ -61,8 +61,9 @@ def _heads_of(models: Sequence[tuple[str, Findings]]) -> Any:
             axes.plot(range(len(uniform_T)), uniform_T, "--", color="gray", linewidth=1, label="equal weights")
             labels = [f"{t}\nr = {r}" for t, r in enumerate(findings.resolutions)]
             axes.set_xticks(range(len(labels)), labels)
-            model = f"{name}: {findings.config.notation}\n" if len(models) > 1 else ""
-            axes.set(title=f"{model}{only} ({value_TxN.shape[1]})" if metric == metrics[0] else "")
+            model = f"{name}\n{findings.config.notation}\n" if len(models) > 1 else ""
+            if metric == metrics[0]:
+                axes.set_title(f"{model}{only} ({value_TxN.shape[1]})", fontsize="medium")
             axes.grid(axis="y", alpha=0.3)
         row[0].set_ylabel(_TITLES[metric])
     for axes in grid[-1]:
