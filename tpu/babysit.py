@@ -18,10 +18,10 @@ from tpu.decide import (
     Decision,
     JobStatus,
     affordable,
-    created,
     decide,
+    not_created,
+    not_deleted,
     started,
-    undeleted,
 )
 from tpu.gcloud import GcloudError, shown
 from tpu.host.report import STOP, attempt_folder
@@ -284,16 +284,14 @@ class Babysitter:
                 self._gcloud.deadline = float("inf")
 
     def _create(self) -> None:
-        kind, line = "", ""
         seconds = affordable(self.job, self.memory)
         self.say(f"creating: {shown(self._gcloud.command(*self.provider.create_command(seconds)))}")
         try:
             self.provider.create(seconds)
         except GcloudError as error:
-            kind, line = error.kind, str(error)
-        self.memory, lines = created(self.job, self.memory, kind, line, self.clock())
-        for line in lines:
-            self.say(line)
+            self.memory, lines = not_created(self.job, self.memory, error.kind, str(error), self.clock())
+            for line in lines:
+                self.say(line)
 
     def _start(self, seconds: float) -> None:
         trouble = ""
@@ -310,7 +308,7 @@ class Babysitter:
             self.provider.delete()
         except GcloudError as error:
             self.say(f"not deleted, tried again: {error}")
-            self.memory = undeleted(self.memory, self.clock())
+            self.memory = not_deleted(self.memory, self.clock())
         self.sleep(LOOK)
 
     def _report(self, decision: Decision) -> None:

@@ -59,7 +59,7 @@ class Bucket:
         self.name, folder = match.groups()
         self.url = f"gs://{self.name}{folder}"
         self._prefix = f"{folder[1:]}/" if folder else ""
-        self._patience = patience
+        self._patience, self._known = patience, False  # whether the bucket is there
         emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
         self._token = None if emulator else _Token()
         address = emulator or "https://storage.googleapis.com"
@@ -176,8 +176,6 @@ class Bucket:
             answer = _Answer(response.read(), response.headers)
         self._known = True
         return answer
-
-    _known = False  # whether the bucket is there
 
 
 class _ConflictAtSecondTry(Conflict):

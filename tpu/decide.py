@@ -107,17 +107,9 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
     return _wait(replace(m, repaired=m.repaired or seen.state is State.TRANSIENT))
 
 
-def created(job: Job, memory: Memory, kind: str, line: str, now: float) -> tuple[Memory, tuple[str, ...]]:
-    """What came of a create.
-
-    Args:
-      job: the launch.
-      memory: before.
-      kind: of the GcloudError; empty if there was none.
-      line: its message.
-      now: Unix time.
-    """
-    if kind in ("", "exists"):
+def not_created(job: Job, memory: Memory, kind: str, line: str, now: float) -> tuple[Memory, tuple[str, ...]]:
+    """What came of a create that failed, as a GcloudError says it by its kind and in a line; and what to say of it."""
+    if kind == "exists":
         return memory, ()
     if kind == "denied":
         return replace(memory, phase="ended", ending=line, result=2), ()
@@ -136,7 +128,7 @@ def started(memory: Memory, trouble: str, now: float) -> Memory:
     return replace(memory, started=now, trouble=trouble, beat_seen=now, ended_seen=now if trouble else 0)
 
 
-def undeleted(memory: Memory, now: float) -> Memory:
+def not_deleted(memory: Memory, now: float) -> Memory:
     """What came of a deletion that failed: it is soon sent again."""
     return replace(memory, deleted=now - LEAVES + LOOK)
 
