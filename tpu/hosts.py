@@ -25,6 +25,7 @@ SCRIPT = Path(__file__).parent / "host" / "setup.sh"
 ON_HOST = "spiral_jax_setup.sh"
 TEST = 0  # the attempt that sets up and tests, and runs no job
 BEAT, GRACE, SAVE = 10.0, 60.0, 300.0  # seconds: between reports; for a host whose sibling failed; to save in
+READY = 3600.0  # seconds for set-up and smoke test
 END = 30.0  # seconds for what was asked before and has not ended
 ANSWER, POLL = 30.0, 2.0  # seconds for hosts that were told to answer, and between looks
 
@@ -113,15 +114,13 @@ def bring_up(provider: Provider, bucket: Bucket, attempt: int, code: Code, secon
     )
 
 
-def wait_until_tested(
-    job: Job, bucket: Bucket, attempt: int, say: Callable[[str], object] = print, seconds: float = 3600.0
-) -> None:
+def wait_until_tested(job: Job, bucket: Bucket, attempt: int, say: Callable[[str], object]) -> None:
     """Waits until all hosts are set up and tested: until the job runs on them, or has run.
 
     Raises:
-      SpiralError: an end before that, with its reason, or none of it in so many seconds.
+      SpiralError: an end before that, with its reason, or none of it in an hour.
     """
-    deadline, said = time.monotonic() + seconds, ""
+    deadline, said = time.monotonic() + READY, ""
     while True:
         found = states(bucket, attempt)
         counts = Counter(state["state"] for state in found.values())
@@ -134,7 +133,7 @@ def wait_until_tested(
         if counts["running"] + counts["ended"] >= job.hosts:
             return
         if time.monotonic() > deadline:
-            raise SpiralError(f"attempt {attempt} is not under way after {seconds:.0f} s ({line})")
+            raise SpiralError(f"attempt {attempt} is not under way after {READY:.0f} s ({line})")
         time.sleep(POLL)
 
 
