@@ -2,107 +2,34 @@
 
 import contextlib
 import dataclasses
-import json
-import os
 import random
 import shlex
-import socket
 import time
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from spiral_jax.errors import SpiralError
 from tpu import hosts
-from tpu.bucket import Bucket, Conflict, Unreachable
+from tpu.bucket import Bucket, Unreachable
 from tpu.decide import (
     LOOK,
     SILENCE,
     Action,
     Decision,
     JobStatus,
-    Memory,
     affordable,
-    created,
     decide,
-    job_status,
+    not_created,
+    not_deleted,
     started,
-    undeleted,
 )
-from tpu.gcloud import Gcloud, GcloudError, shown
+from tpu.gcloud import GcloudError, shown
 from tpu.host.report import STOP, attempt_folder
 from tpu.job import Job
-from tpu.providers import Observation, Provider, State, provider_of
+from tpu.memory import HELD, Memory, Store, Taken, held, this_launcher
+from tpu.providers import Observation, Provider, State
 
-MEMORY = "launch.json"
-_HELD = 4 * LOOK  # seconds that a launcher is believed to live on
 _LONGEST = 3600  # seconds for one set-up, or one create
-
-
-class Taken(SpiralError):
-    """Another launcher holds the job."""
-
-
-class Store:
-    """The memory, on the bucket. Of two launchers that write it one is told.
-
-    Args:
-      bucket: of the job, at its root.
-      owner: this launcher.
-    """
-
-    def __init__(self, bucket: Bucket, owner: str, clock: Callable[[], float] = time.time) -> None:
-        self._bucket, self._owner, self._clock, self._generation = bucket, owner, clock, 0
-
-    def load(self) -> Memory:
-        """What is remembered, by whomever."""
-        found = self._bucket.get(MEMORY)
-        self._generation = found[1] if found else 0
-        return Memory(**json.loads(found[0])) if found else Memory()
-
-    def save(self, memory: Memory, seconds: float = _HELD) -> Memory:
-        """Writes it, and says that this launcher lives on for a while.
-
-        Raises:
-          Taken: another launcher has written it since.
-          Unreachable: the bucket cannot be reached.
-        """
-        memory = dataclasses.replace(memory, owner=self._owner, until=self._clock() + seconds)
-        try:
-            self._generation = self._bucket.put(MEMORY, vars(memory), self._generation)
-        except Conflict:
-            raise Taken(f"{MEMORY} was written by another launcher ({self.load().owner or 'unknown'})") from None
-        return memory
-
-    def release(self, memory: Memory) -> None:
-        """For the next launcher to go on at once."""
-        self._bucket.put(MEMORY, vars(dataclasses.replace(memory, owner="", until=0)), self._generation)
-
-
-def read_memory(bucket: Bucket) -> Memory:
-    """What is remembered of a job, for those who change nothing."""
-    found = bucket.read(MEMORY)
-    return Memory(**found) if found else Memory()
-
-
-def this_launcher() -> str:
-    """A name for this process that no other has."""
-    return f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
-
-
-def held(memory: Memory, now: float) -> bool:
-    """Whether a launcher that is not known to be dead holds the job."""
-    host, _, rest = memory.owner.partition(":")
-    if not host or memory.until < now:
-        return False
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(int(rest.partition(":")[0]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def where(job: Job) -> str:
@@ -110,17 +37,33 @@ def where(job: Job) -> str:
     return f"{job.zone} {job.provider} {job.slice} x {job.num_slices}"
 
 
-def read_status(bucket: Bucket, job: Job, attempt: int) -> tuple[JobStatus, dict[int, dict[str, Any]]]:
-    """What hosts wrote about an attempt, together and one by one."""
+def read_status(bucket: Bucket, job: Job, attempt: int) -> JobStatus:
+    """What the hosts of an attempt have written. Of several ends the first decides."""
     try:
         stop = bucket.get(STOP) is not None
         if not attempt:
-            return JobStatus(stop=stop), {}
+            return JobStatus(stop=stop)
         states = hosts.states(bucket, attempt)
+        # Without it, what the hosts' own times say.
         first = bucket.read(f"{attempt_folder(attempt)}/first_exit.json")
     except SpiralError:  # credentials that ran out, too, may be renewed
-        return JobStatus(known=False), {}
-    return job_status(states, job.hosts, stop, first), states
+        return JobStatus(known=False)
+    beat = min(state["beat"] for state in states.values()) if len(states) == job.hosts else 0
+    ends = [{**state, "host": host} for host, state in states.items() if state["state"] == "ended"]
+    if not ends and first is None:
+        counts = Counter(state["state"] for state in states.values())
+        return JobStatus(stop=stop, beat=beat, line=", ".join(f"{n} {word}" for word, n in sorted(counts.items())))
+    end = first or min(ends, key=lambda state: state["first_exit"] or state["beat"])
+    how = "died silently" if end["status"] is None else f"exit status {end['status']}"
+    return JobStatus(
+        stop=stop,
+        beat=beat,
+        ended=True,
+        all_ended=len(ends) == job.hosts,
+        status=end["status"],
+        line=f"host {end['host']}: {how}: {end['line']}",
+        kernel=tuple(end["kernel"]),
+    )
 
 
 def command_line(job: Job, verb: str) -> str:
@@ -150,35 +93,32 @@ def what_bills(job: Job, seen: Observation, memory: Memory, now: float) -> str:
     return f"{what}; delete it with: {command_line(job, 'delete')}"
 
 
+@dataclasses.dataclass
 class Babysitter:
     """Looks, decides, remembers, acts, until there is nothing left to do.
 
-    Args:
-      job: the launch.
-      gcloud: the CLI.
+    Attributes:
+      provider: of the job's slice.
       bucket: of the job, at its root.
       bring_up: starts an attempt on all hosts, by its number, in so many seconds; a SpiralError or GcloudError says
         why not.
       say, clock, sleep, uniform: the world.
+      owner: a name for this launcher that no other has.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        gcloud: Gcloud,
-        bucket: Bucket,
-        bring_up: Callable[[Provider, int, float], None],
-        say: Callable[[str], None] = print,
-        clock: Callable[[], float] = time.time,
-        sleep: Callable[[float], None] = time.sleep,
-        uniform: Callable[[float, float], float] = random.uniform,
-        owner: str = "",
-    ) -> None:
-        self._job, self._gcloud, self._bucket, self._bring_up = job, gcloud, bucket, bring_up
-        self._say, self._clock, self._sleep, self._uniform = say, clock, sleep, uniform
-        self._provider = provider_of(job, gcloud)
-        self._store = Store(bucket, owner or this_launcher(), clock)
-        self._memory, self._seen = Memory(), Observation(State.UNKNOWN, message="it was not asked")
+    provider: Provider
+    bucket: Bucket
+    bring_up: Callable[[int, float], None]
+    say: Callable[[str], None] = print
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+    uniform: Callable[[float, float], float] = random.uniform
+    owner: str = dataclasses.field(default_factory=this_launcher)
+
+    def __post_init__(self) -> None:
+        self.job, self._gcloud = self.provider.job, self.provider.gcloud
+        self.store = Store(self.bucket, self.owner, self.clock)
+        self.memory, self._seen = Memory(), Observation(State.UNKNOWN, message="it was not asked")
         self._said, self._words = set[str](), ""
 
     def run(self) -> int:
@@ -188,10 +128,9 @@ class Babysitter:
           SpiralError: another launcher holds the job, or the slice is somewhere else.
         """
         try:
-            self._memory = self._take()
+            self.memory = self._take()
         except Unreachable:
-            self._look_again()
-            self._say_what_bills()
+            self._say_what_bills(look_again=True)
             raise
         return self._watch()
 
@@ -200,26 +139,23 @@ class Babysitter:
         action = Action.WAIT
         try:
             while action is not Action.END:
-                self._seen = self._provider.observe()
-                status, _ = read_status(self._bucket, self._job, self._memory.attempt)
-                decision = decide(self._job, self._memory, self._seen, status, self._clock())
-                self._report(decision)
+                self._seen = self.provider.observe()
+                decision = self._decide()
                 self._act(decision)
                 action = decision.action
         except Taken:
             raise  # the other one sees to what bills
         except BaseException as error:
-            self._look_again()
-            self._say_what_bills()
+            self._say_what_bills(look_again=True)
             if isinstance(error, KeyboardInterrupt):
                 self._release()
                 return 130
             raise
-        spent = f"{self._memory.chip_seconds / 3600:.1f} chip-hours, attempts: {self._memory.attempt}"
-        self._say(f"the end: {self._memory.ending} ({spent})")
+        spent = f"{self.memory.chip_seconds / 3600:.1f} chip-hours, attempts: {self.memory.attempt}"
+        self.say(f"the end: {self.memory.ending} ({spent})")
         self._say_what_bills()
         self._release()
-        return self._memory.result
+        return self.memory.result
 
     def create(self) -> int:
         """Asks for the slice once, and leaves it to whoever watches next.
@@ -227,43 +163,34 @@ class Babysitter:
         Returns:
           0 if it is there or asked for, otherwise 2.
         """
-        self._memory = self._take()
-        try:
-            if self._memory.phase == "ended":
-                raise SpiralError(f"{self._job.name} has finished; allowed: another NAME, or an empty {self._job.root}")
-            self._seen = self._provider.observe()
+        with self._holding():
+            if self.memory.phase == "ended":
+                raise SpiralError(f"{self.job.name} has finished; allowed: another NAME, or an empty {self.job.root}")
+            self._seen = self.provider.observe()
             if self._seen.state is State.GONE:
-                status, _ = read_status(self._bucket, self._job, self._memory.attempt)
-                decision = decide(self._job, self._memory, self._seen, status, self._clock())
-                self._report(decision)
+                decision = self._decide()
                 if decision.action is Action.CREATE:
                     self._act(decision)
-                    if self._memory.ending:
-                        self._say(self._memory.ending)
-                self._seen = self._provider.observe()
+                    if self.memory.ending:
+                        self.say(self.memory.ending)
+                self._seen = self.provider.observe()
             self._say_what_bills()
-        finally:
-            self._release()
-        coming = self._seen.state is State.GONE and self._memory.phase == "creating"
+        coming = self._seen.state is State.GONE and self.memory.phase == "creating"
         return 0 if coming or self._seen.state in (State.WAITING, State.READY, State.TRANSIENT) else 2
 
     def start(self) -> int:
         """Starts an attempt once, unless one runs. Returns 0, or 1 if it could not be started."""
-        self._memory = self._take()
-        try:
-            self._seen = self._provider.observe()
+        with self._holding():
+            self._seen = self.provider.observe()
             if self._seen.state is not State.READY:
-                raise SpiralError(f"{self._job.name} is {self._seen.words or 'not known'}; allowed: a READY slice")
-            status, _ = read_status(self._bucket, self._job, self._memory.attempt)
-            now = self._clock()
-            if self._memory.started and status.beat > now - SILENCE and not status.ended:
-                self._say(f"attempt {self._memory.attempt} runs")
+                raise SpiralError(f"{self.job.name} is {self._seen.words or 'not known'}; allowed: a READY slice")
+            status, now = read_status(self.bucket, self.job, self.memory.attempt), self.clock()
+            if self.memory.started and status.beat > now - SILENCE and not status.ended:
+                self.say(f"attempt {self.memory.attempt} runs")
                 return 0
-            self._memory = dataclasses.replace(self._memory, phase="present", started=0, starting=False, resume_at=0)
-            self._act(decide(self._job, self._memory, self._seen, JobStatus(), now))
-            return 1 if self._memory.trouble or not self._memory.started else 0
-        finally:
-            self._release()
+            self.memory = dataclasses.replace(self.memory, phase="present", started=0, resume_at=0)
+            self._act(decide(self.job, self.memory, self._seen, JobStatus(), now))
+            return 1 if self.memory.trouble or not self.memory.started else 0
 
     def delete(self) -> int:
         """Deletes the slice, whoever watches it, and waits until it is gone.
@@ -271,46 +198,62 @@ class Babysitter:
         Returns:
           0 if it is gone, 2 if not, 130 if interrupted.
         """
-        self._job = dataclasses.replace(self._job, delete_at_success=True)
+        self.job = dataclasses.replace(self.job, delete_at_success=True)
         for last in (False, False, False, True):
             try:
-                memory = self._checked(self._store.load())
+                memory = self._checked(self.store.load())
                 if memory.phase != "ended" or memory.result:  # what has finished stays so
                     memory = dataclasses.replace(memory, ending="deleted, as `delete` asked", result=2)
-                self._memory = dataclasses.replace(memory, phase="deleting", since=0, kept=False)
-                self._memory = self._store.save(self._memory)
+                self.memory = dataclasses.replace(memory, phase="deleting", deleted=0, kept=False)
+                self.memory = self.store.save(self.memory)
                 break
             except Taken:  # its launcher has just written; after this it finds that it is held by another
                 if last:
                     raise
             except Unreachable as error:
-                self._say(f"what is remembered cannot be read: {error}")
-                self._memory = Memory(phase="deleting", ending="deleted, as `delete` asked", result=2)
+                self.say(f"what is remembered cannot be read: {error}")
+                self.memory = Memory(phase="deleting", ending="deleted, as `delete` asked", result=2)
                 break
         return 130 if self._watch() == 130 else 0 if self._seen.state is State.GONE else 2
 
+    def _decide(self) -> Decision:
+        """What to do next, once the slice was looked at."""
+        status = read_status(self.bucket, self.job, self.memory.attempt)
+        decision = decide(self.job, self.memory, self._seen, status, self.clock())
+        self._report(decision)
+        return decision
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """No other launcher holds the job in the block."""
+        self.memory = self._take()
+        try:
+            yield
+        finally:
+            self._release()
+
     def _take(self) -> Memory:
         """The memory, once no other launcher holds it."""
-        memory = self._store.load()
-        if held(memory, self._clock()):
-            seconds = memory.until - self._clock()
-            self._say(f"{self._job.name} is held by {memory.owner}; if that is dead, this goes on in {seconds:.0f} s")
+        memory = self.store.load()
+        if held(memory, self.clock()):
+            seconds = memory.until - self.clock()
+            self.say(f"{self.job.name} is held by {memory.owner}; if that is dead, this goes on in {seconds:.0f} s")
             before = memory
-            while held(memory, self._clock()):
-                self._sleep(LOOK)
-                memory = self._store.load()
+            while held(memory, self.clock()):
+                self.sleep(LOOK)
+                memory = self.store.load()
                 if memory.until > before.until:
-                    raise Taken(f"{self._job.name} is held by {memory.owner}; allowed: one launcher at a time")
+                    raise Taken(f"{self.job.name} is held by {memory.owner}; allowed: one launcher at a time")
         memory = self._checked(memory)
         if memory.phase == "ended" and memory.result:  # whoever starts it again wants it to go on
             memory = Memory(attempt=memory.attempt, chip_seconds=memory.chip_seconds, where=memory.where)
-        return self._store.save(memory)
+        return self.store.save(memory)
 
     def _checked(self, memory: Memory) -> Memory:
         """Raises SpiralError if its slice may be somewhere else."""
-        place = where(self._job)
+        place = where(self.job)
         if (memory.phase not in ("absent", "ended") or memory.kept) and memory.where not in ("", place):
-            name, there = self._job.name, memory.where
+            name, there = self.job.name, memory.where
             raise SpiralError(f"{name} is {place}; allowed, until it is deleted: {there}, where it has a slice")
         return dataclasses.replace(memory, where=place)
 
@@ -318,57 +261,55 @@ class Babysitter:
         """Remembers, then acts; what cannot be remembered is not begun, only ended."""
         action = decision.action
         long = action in (Action.CREATE, Action.START)
-        seconds = min(affordable(self._job, decision.memory), _LONGEST) if long else 0
+        seconds = min(affordable(self.job, decision.memory), _LONGEST) if long else 0
         try:
-            self._memory = self._store.save(decision.memory, _HELD + seconds)
+            self.memory = self.store.save(decision.memory, HELD + seconds)
         except Taken:
             raise
         except SpiralError as error:
-            self._say(f"not remembered, so nothing new is begun: {error}")
+            self.say(f"not remembered, so nothing new is begun: {error}")
             if action is Action.END:
-                self._memory = decision.memory
+                self.memory = decision.memory
             action = action if action is Action.DELETE else Action.WAIT
         if action is Action.WAIT:
             # Who asks directly for chips asks at random moments, not all at once.
-            self._sleep(decision.seconds * (self._uniform(1, 2) if self._memory.phase == "absent" else 1))
+            self.sleep(decision.seconds * (self.uniform(1, 2) if self.memory.phase == "absent" else 1))
         elif action is Action.DELETE:
             self._delete()
         elif action is not Action.END:
-            self._gcloud.deadline = self._clock() + seconds
+            self._gcloud.deadline = self.clock() + seconds
             try:
                 self._create() if action is Action.CREATE else self._start(seconds)
             finally:
                 self._gcloud.deadline = float("inf")
 
     def _create(self) -> None:
-        kind, line = "", ""
-        seconds = affordable(self._job, self._memory)
-        self._say(f"creating: {shown(self._gcloud.command(*self._provider.create_command(seconds)))}")
+        seconds = affordable(self.job, self.memory)
+        self.say(f"creating: {shown(self._gcloud.command(*self.provider.create_command(seconds)))}")
         try:
-            self._provider.create(seconds)
+            self.provider.create(seconds)
         except GcloudError as error:
-            kind, line = error.kind, str(error)
-        self._memory, lines = created(self._job, self._memory, kind, line, self._clock())
-        for line in lines:
-            self._say(line)
+            self.memory, lines = not_created(self.job, self.memory, error.kind, str(error), self.clock())
+            for line in lines:
+                self.say(line)
 
     def _start(self, seconds: float) -> None:
         trouble = ""
         try:
-            self._bring_up(self._provider, self._memory.attempt, seconds)
+            self.bring_up(self.memory.attempt, seconds)
         except (SpiralError, GcloudError) as error:
             trouble = str(error)
-            self._say(f"attempt {self._memory.attempt} could not be started: {trouble}")
-        self._memory = started(self._memory, trouble, self._clock())
+            self.say(f"attempt {self.memory.attempt} could not be started: {trouble}")
+        self.memory = started(self.memory, trouble, self.clock())
 
     def _delete(self) -> None:
-        self._say(f"deleting: {shown(self._gcloud.command(*self._provider.delete_command()))}")
+        self.say(f"deleting: {shown(self._gcloud.command(*self.provider.delete_command()))}")
         try:
-            self._provider.delete()
+            self.provider.delete()
         except GcloudError as error:
-            self._say(f"not deleted, tried again: {error}")
-            self._memory = undeleted(self._memory, self._clock())
-        self._sleep(LOOK)
+            self.say(f"not deleted, tried again: {error}")
+            self.memory = not_deleted(self.memory, self.clock())
+        self.sleep(LOOK)
 
     def _report(self, decision: Decision) -> None:
         """What is new."""
@@ -377,23 +318,21 @@ class Babysitter:
             self._words = seen.words
             what = f"{seen.words or 'the slice'}: {seen.state.value}"
             spent = f" ({decision.memory.chip_seconds / 3600:.1f} chip-hours)"
-            self._say(what + spent + (f": {seen.message}" if seen.message and seen.state is not State.GONE else ""))
-        if decision.memory.ending and not self._memory.ending:
-            self._say(f"ending: {decision.memory.ending}")
+            self.say(what + spent + (f": {seen.message}" if seen.message and seen.state is not State.GONE else ""))
+        if decision.memory.ending and not self.memory.ending:
+            self.say(f"ending: {decision.memory.ending}")
         new = [f"symptom: {symptom}" for symptom in seen.symptoms if symptom not in self._said]
         for line in (*new, *decision.lines):
-            self._say(line)
+            self.say(line)
         self._said.update(seen.symptoms)
 
-    def _say_what_bills(self) -> None:
-        self._say(what_bills(self._job, self._seen, self._memory, self._clock()))
-
-    def _look_again(self) -> None:
+    def _say_what_bills(self, look_again: bool = False) -> None:
         try:
-            self._seen = self._provider.observe()
+            self._seen = self.provider.observe() if look_again else self._seen
         except BaseException:  # Ctrl-C, once more
             self._seen = dataclasses.replace(self._seen, state=State.UNKNOWN, billing=None)
+        self.say(what_bills(self.job, self._seen, self.memory, self.clock()))
 
     def _release(self) -> None:
-        with contextlib.suppress(Conflict, SpiralError):  # then the next launcher waits for two minutes
-            self._store.release(self._memory)
+        with contextlib.suppress(SpiralError):  # then the next launcher waits for two minutes
+            self.store.save(self.memory, seconds=0)

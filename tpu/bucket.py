@@ -5,10 +5,7 @@ object is only written if it still has the generation that was read (0: if there
 is told.
 """
 
-import contextlib
 import http.client
-import io
-import itertools
 import json
 import os
 import random
@@ -21,18 +18,16 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
+from tpu.gcloud import execute
 
+URL = r"gs://([a-z0-9][-a-z0-9_.]{1,220}[a-z0-9])((?:/[A-Za-z0-9_][-\w.]*)*)"
 _AGAIN = {408, 429, 500, 502, 503, 504}
 _SECONDS = 60.0  # that a connection may be silent
 
 
 class Conflict(Exception):
     """The object does not have the generation that was asked for."""
-
-
-class Unreachable(SpiralError):
-    """The bucket did not answer for as long as a call is tried again."""
 
 
 class Object(NamedTuple):
@@ -58,13 +53,13 @@ class Bucket:
         Raises:
           SpiralError: the URL is not one.
         """
-        match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])((?:/[A-Za-z0-9._-]+)*)/?", url)
+        match = re.fullmatch(f"{URL}/?", url, re.ASCII)
         if not match:
             raise SpiralError(f"--bucket is {url!r}; allowed: gs://BUCKET or gs://BUCKET/FOLDER")
         self.name, folder = match.groups()
         self.url = f"gs://{self.name}{folder}"
         self._prefix = f"{folder[1:]}/" if folder else ""
-        self._patience = patience
+        self._patience, self._known = patience, False  # whether the bucket is there
         emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
         self._token = None if emulator else _Token()
         address = emulator or "https://storage.googleapis.com"
@@ -80,16 +75,19 @@ class Bucket:
         found = self.get(name)
         return found and json.loads(found[0])
 
-    def put(self, name: str, content: bytes | dict | Path, if_generation_match: int | None = None) -> int:
-        """Writes an object whole and returns its generation; a file is streamed, a dict written as JSON.
+    def put(self, name: str, content: bytes | dict, if_generation_match: int | None = None) -> int:
+        """Writes an object whole and returns its generation; a dict is written as JSON.
 
         Raises:
           Conflict: the object has another generation than `if_generation_match` (0: there is one).
         """
         content = json.dumps(content, indent=1).encode() if isinstance(content, dict) else content
-        query = urllib.parse.urlencode({"uploadType": "multipart"} | _match(if_generation_match))
+        query = {"uploadType": "multipart"}
+        if if_generation_match is not None:
+            query["ifGenerationMatch"] = str(if_generation_match)
         try:
-            answer = self._call("POST", f"/upload/storage/v1/b/{self.name}/o?{query}", content, self._prefix + name)
+            path = f"/upload/storage/v1/b/{self.name}/o?{urllib.parse.urlencode(query)}"
+            answer = self._call("POST", path, content, written=self._prefix + name)
         except _ConflictAtSecondTry:
             # The first try may have been the one that wrote it, its answer lost.
             found = self.get(name)
@@ -99,13 +97,9 @@ class Bucket:
         assert answer is not None
         return int(json.loads(answer.body)["generation"])
 
-    def delete(self, name: str, if_generation_match: int | None = None) -> None:
-        """Deletes an object, or does nothing if there is none.
-
-        Raises:
-          Conflict: it has another generation.
-        """
-        self._call("DELETE", f"{self._object(name)}?{urllib.parse.urlencode(_match(if_generation_match))}")
+    def delete(self, name: str) -> None:
+        """Deletes an object, or does nothing if there is none."""
+        self._call("DELETE", self._object(name))
 
     def list(self, prefix: str = "") -> list[Object]:
         """Objects whose names begin with `prefix`, by name."""
@@ -133,7 +127,7 @@ class Bucket:
         return f"/storage/v1/b/{self.name}/o/{urllib.parse.quote(self._prefix + name, safe='')}"
 
     def _call(
-        self, method: str, path: str, content: bytes | Path | None = None, written: str = "", bucket: bool = False
+        self, method: str, path: str, content: bytes | None = None, written: str = "", bucket: bool = False
     ) -> "_Answer | None":
         """An answer, or None if the object is not there; `bucket`: it is the bucket that is asked."""
         deadline, delay, tries, refreshed = time.monotonic() + self._patience, 0.5, 0, False
@@ -169,29 +163,19 @@ class Bucket:
             time.sleep(wait)
             delay = min(2 * delay, 30.0)
 
-    def _once(self, method: str, path: str, content: bytes | Path | None, written: str) -> "_Answer":
+    def _once(self, method: str, path: str, content: bytes | None, written: str) -> "_Answer":
         request = urllib.request.Request(self._api + path, method=method)
+        if content is not None:
+            mark, kind = os.urandom(16).hex().encode(), b"\r\nContent-Type: application/"
+            parts = (b"json\r\n\r\n" + json.dumps({"name": written}).encode(), b"octet-stream\r\n\r\n" + content)
+            request.data = b"".join(b"--" + mark + kind + part + b"\r\n" for part in parts) + b"--" + mark + b"--\r\n"
+            request.add_header("Content-Type", f"multipart/related; boundary={mark.decode()}")
         if self._token:
             request.add_header("Authorization", f"Bearer {self._token()}")
-        with contextlib.ExitStack() as closing:
-            if content is not None:
-                mark = os.urandom(16).hex()
-                kind = "Content-Type: application/"
-                meta = json.dumps({"name": written})
-                head = f"--{mark}\r\n{kind}json\r\n\r\n{meta}\r\n--{mark}\r\n{kind}octet-stream\r\n\r\n".encode()
-                tail = f"\r\n--{mark}--\r\n".encode()
-                file = closing.enter_context(content.open("rb") if isinstance(content, Path) else io.BytesIO(content))
-                size = file.seek(0, io.SEEK_END)
-                file.seek(0)
-                request.data = itertools.chain([head], iter(lambda: file.read(1 << 20), b""), [tail])
-                request.add_header("Content-Type", f"multipart/related; boundary={mark}")
-                request.add_header("Content-Length", str(len(head) + size + len(tail)))
-            with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-                answer = _Answer(response.read(), response.headers)
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            answer = _Answer(response.read(), response.headers)
         self._known = True
         return answer
-
-    _known = False  # whether the bucket is there
 
 
 class _ConflictAtSecondTry(Conflict):
@@ -243,21 +227,14 @@ def metadata(key: str) -> str:
 
 
 def _token_of_gcloud() -> str:
-    command = ["gcloud", "auth", "print-access-token", "--quiet"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=120, stdin=subprocess.DEVNULL
-        )
-        reason = " ".join(done.stderr.split())[:200]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        done, reason = None, str(error)
-    if done is None or done.returncode or not done.stdout.strip():
+        status, out, reason = execute(["gcloud", "auth", "print-access-token", "--quiet"], timeout=120)
+    except subprocess.TimeoutExpired as error:
+        status, out, reason = 1, "", str(error)
+    if status or not out.strip():
+        reason = " ".join(reason.split())[:200]
         raise SpiralError(f"credentials of gcloud is missing; allowed: an account (`gcloud auth login`; {reason})")
-    return done.stdout.strip()
-
-
-def _match(generation: int | None) -> dict[str, str]:
-    return {} if generation is None else {"ifGenerationMatch": str(generation)}
+    return out.strip()
 
 
 def _message(said: str) -> str:

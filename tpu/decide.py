@@ -8,10 +8,10 @@
 
 import dataclasses
 import enum
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from tpu.job import Job
+from tpu.memory import Memory
 from tpu.providers import Observation, State
 
 # Seconds:
@@ -35,62 +35,6 @@ class Action(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What outlives the launcher, on the bucket.
-
-    Attributes:
-      owner: the launcher that holds it, `until` a Unix time, if it does not say so again before.
-      where: zone, provider and accelerator of the slice.
-      phase: absent, creating, present, deleting or ended.
-      since: when the phase began, or its deletion was last sent.
-      asked: when the last create was sent.
-      attempt: the last one.
-      started: when it was begun on this slice; 0 if it was not.
-      starting: hosts are being told.
-      trouble: why they could not be told.
-      failures: of the job and of requests, `faults` those with status 1 among them.
-      preemptions: and other interruptions that are no failures.
-      streak: of failures and preemptions in a row, with little training between.
-      resume_at: before which nothing is begun.
-      chip_seconds: that have billed, as far as was seen.
-      looked: when they were last counted.
-      billing: whether chips billed then.
-      beat: of the host that spoke last longest ago, by its clock; `beat_seen`, when that changed, by ours.
-      ended_seen: when the end of the attempt was first seen.
-      repaired: the slice was not usable for a while since the attempt began.
-      kept: the end has left a slice.
-      ending: why everything ends; empty while it does not.
-      result: exit status of the launcher then.
-    """
-
-    owner: str = ""
-    until: float = 0
-    where: str = ""
-    phase: str = "absent"
-    since: float = 0
-    asked: float = 0
-    attempt: int = 0
-    started: float = 0
-    starting: bool = False
-    trouble: str = ""
-    failures: int = 0
-    faults: int = 0
-    preemptions: int = 0
-    streak: int = 0
-    resume_at: float = 0
-    chip_seconds: float = 0
-    looked: float = 0
-    billing: bool = False
-    beat: float = 0
-    beat_seen: float = 0
-    ended_seen: float = 0
-    repaired: bool = False
-    kept: bool = False
-    ending: str = ""
-    result: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class JobStatus:
     """What the hosts of an attempt have written.
 
@@ -100,7 +44,7 @@ class JobStatus:
       beat: the oldest of the hosts' last signs of life; 0 while some host has given none.
       ended: whether the job has ended on some host, and `all_ended` on all of them.
       status: with which it ended where that was first; None for a death without one.
-      line: of that host, `host 3: ...`.
+      line: of that host, `host 3: ...`; before an end, how many hosts are in which state.
       kernel: the last lines of its kernel, after a silent death.
     """
 
@@ -124,34 +68,6 @@ class Decision:
     lines: tuple[str, ...] = ()
 
 
-def job_status(
-    hosts: Mapping[int, Mapping[str, Any]], count: int, stop: bool = False, first: Mapping[str, Any] | None = None
-) -> JobStatus:
-    """The status of an attempt. Of several ends the first decides.
-
-    Args:
-      hosts: `attempts/000N/host-I.json`, by host.
-      count: of hosts.
-      stop: whether `stop` was asked for.
-      first: `attempts/000N/first_exit.json`; without one, what the hosts' own times say.
-    """
-    beat = min(host["beat"] for host in hosts.values()) if len(hosts) == count else 0
-    ends = [{**host, "host": i} for i, host in hosts.items() if host["state"] == "ended"]
-    if not ends and first is None:
-        return JobStatus(stop=stop, beat=beat)
-    end = first or min(ends, key=lambda host: host["first_exit"] or host["beat"])
-    how = "died silently" if end["status"] is None else f"exit status {end['status']}"
-    return JobStatus(
-        stop=stop,
-        beat=beat,
-        ended=True,
-        all_ended=len(ends) == count,
-        status=end["status"],
-        line=f"host {end['host']}: {how}: {end['line']}",
-        kernel=tuple(end["kernel"]),
-    )
-
-
 def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: float) -> Decision:
     """The next step.
 
@@ -167,63 +83,54 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
     m = _counted(job, memory, seen, status, now)
     if not seen.ours:
         text = f"{job.name} is there and is not labelled spiral-jax={job.name}; allowed: another NAME"
-        return Decision(_replace(m, phase="ended", kept=True, ending=text, result=2), Action.END)
+        return Decision(replace(m, phase="ended", kept=True, ending=text, result=2), Action.END)
     if not m.ending:
         m = _ending(job, m, seen, status, now)
     if m.ending:
         if m.result == 0 and not job.delete_at_success:
-            return Decision(_replace(m, phase="ended", kept=True), Action.END)
+            return Decision(replace(m, phase="ended", kept=True), Action.END)
         return _torn_down(m, seen, now)
     if seen.state is State.UNKNOWN or not status.known:
         return _wait(m)  # above all, nothing is created: the slice may be there, the job may have finished
     if m.phase == "deleting" and seen.state is not State.GONE:
-        return _deleted(m, now) if now - m.since >= LEAVES else _wait(m)
+        return _deleted(m, now) if now - m.deleted >= LEAVES else _wait(m)
     if status.stop and (status.all_ended or not m.started):
-        m = _replace(m, phase="ended", kept=seen.state is not State.GONE)
-        return Decision(_replace(m, ending="stopped, as `stop` asked", result=42), Action.END)
+        m = replace(m, phase="ended", kept=seen.state is not State.GONE)
+        return Decision(replace(m, ending="stopped, as `stop` asked", result=42), Action.END)
     if seen.state is State.GONE:
         return _absent(job, m, now)
-    if m.phase != "present":
-        m = _replace(m, phase="present", since=now)
+    m = replace(m, phase="present")
     if seen.state is State.LOST:
         return _lost(job, m, seen, now)
     if seen.state is State.READY:
         return _ready(job, m, status, now)
-    return _wait(_replace(m, repaired=m.repaired or seen.state is State.TRANSIENT))
+    return _wait(replace(m, repaired=m.repaired or seen.state is State.TRANSIENT))
 
 
-def created(job: Job, memory: Memory, kind: str, line: str, now: float) -> tuple[Memory, tuple[str, ...]]:
-    """What came of a create.
-
-    Args:
-      job: the launch.
-      memory: before.
-      kind: of the GcloudError; empty if there was none.
-      line: its message.
-      now: Unix time.
-    """
-    if kind in ("", "exists"):
+def not_created(job: Job, memory: Memory, kind: str, line: str, now: float) -> tuple[Memory, tuple[str, ...]]:
+    """What came of a create that failed, as a GcloudError says it by its kind and in a line; and what to say of it."""
+    if kind == "exists":
         return memory, ()
     if kind == "denied":
-        return _replace(memory, phase="ended", ending=line, result=2), ()
+        return replace(memory, phase="ended", ending=line, result=2), ()
     if kind == "invalid":
-        return _replace(memory, ending=line, result=2), ()
+        return replace(memory, ending=line, result=2), ()
     if kind == "capacity":
-        return _replace(memory, phase="absent", resume_at=now + LOOK), (line,)
+        return replace(memory, phase="absent", resume_at=now + LOOK), (line,)
     if kind == "quota":
         # What is still being given back counts against it for a while; what was never granted does so for ever.
-        return _failure(job, _replace(memory, phase="absent"), line, now, result=2)
+        return _failure(job, replace(memory, phase="absent"), line, now, result=2)
     return memory, (f"not known whether the slice was created: {line}",)
 
 
 def started(memory: Memory, trouble: str, now: float) -> Memory:
     """What came of a start: `trouble` is a line, empty if all hosts run."""
-    return _replace(memory, starting=False, trouble=trouble, beat_seen=now, ended_seen=now if trouble else 0)
+    return replace(memory, started=now, trouble=trouble, beat_seen=now, ended_seen=now if trouble else 0)
 
 
-def undeleted(memory: Memory, now: float) -> Memory:
+def not_deleted(memory: Memory, now: float) -> Memory:
     """What came of a deletion that failed: it is soon sent again."""
-    return _replace(memory, since=now - LEAVES + LOOK)
+    return replace(memory, deleted=now - LEAVES + LOOK)
 
 
 def affordable(job: Job, memory: Memory) -> float:
@@ -238,18 +145,18 @@ def _counted(job: Job, m: Memory, seen: Observation, status: JobStatus, now: flo
     if m.billing or seen.billing:
         # Nobody may have looked for days while it stood in the queue.
         since = m.looked if m.billing else max(m.looked, seen.since) or now
-        m = _replace(m, chip_seconds=m.chip_seconds + job.chips * max(now - since, 0))
-    m = _replace(m, looked=now, billing=m.billing if seen.billing is None else seen.billing)
+        m = replace(m, chip_seconds=m.chip_seconds + job.chips * max(now - since, 0))
+    m = replace(m, looked=now, billing=m.billing if seen.billing is None else seen.billing)
     if status.beat != m.beat:
-        m = _replace(m, beat=status.beat, beat_seen=now)
-    return _replace(m, ended_seen=now) if status.ended and not m.ended_seen else m
+        m = replace(m, beat=status.beat, beat_seen=now)
+    return replace(m, ended_seen=now) if status.ended and not m.ended_seen else m
 
 
 def _ending(job: Job, m: Memory, seen: Observation, status: JobStatus, now: float) -> Memory:
     """With the reason why everything ends, if there is one that holds whatever the slice is."""
     all_in = status.all_ended or now - m.ended_seen >= SETTLES or seen.state is not State.READY
     if m.attempt and status.ended and status.status in DECISIVE and all_in:
-        return _replace(m, ending=f"{DECISIVE[status.status]} ({status.line})", result=status.status)
+        return replace(m, ending=f"{DECISIVE[status.status]} ({status.line})", result=status.status)
     if (m.billing or m.phase == "present") and affordable(job, m) <= LOOK:
         return _capped(job, m)
     return m
@@ -257,14 +164,14 @@ def _ending(job: Job, m: Memory, seen: Observation, status: JobStatus, now: floa
 
 def _capped(job: Job, m: Memory) -> Memory:
     spent = f"{m.chip_seconds / 3600:.1f} chip-hours are spent"
-    return _replace(m, ending=f"{spent}; allowed: a larger --max_chip_hours than {job.max_chip_hours:g}", result=2)
+    return replace(m, ending=f"{spent}; allowed: a larger --max_chip_hours than {job.max_chip_hours:g}", result=2)
 
 
 def _torn_down(m: Memory, seen: Observation, now: float) -> Decision:
     """Towards the end: nothing may be left."""
     if seen.state is State.GONE:
-        return _wait(m) if now - m.asked < LANDS else Decision(_replace(m, phase="ended"), Action.END)
-    return _deleted(m, now) if m.phase != "deleting" or now - m.since >= LEAVES else _wait(m)
+        return _wait(m) if now - m.asked < LANDS else Decision(replace(m, phase="ended"), Action.END)
+    return _deleted(m, now) if m.phase != "deleting" or now - m.deleted >= LEAVES else _wait(m)
 
 
 def _absent(job: Job, m: Memory, now: float) -> Decision:
@@ -274,16 +181,16 @@ def _absent(job: Job, m: Memory, now: float) -> Decision:
         return _wait(m)
     if m.phase == "present":
         if job.provider == "qr":  # the service suspends, it does not delete
-            return Decision(_replace(m, phase="ended", ending="the slice was deleted by hand", result=2), Action.END)
+            return Decision(replace(m, phase="ended", ending="the slice was deleted by hand", result=2), Action.END)
         m, lines = _interruption(job, m, "the node is not there any more", now)
-    m = _replace(m, phase="absent", started=0, starting=False)
+    m = replace(m, phase="absent", started=0)
     if m.ending:
-        return Decision(_replace(m, phase="ended"), Action.END, lines=lines)
+        return Decision(replace(m, phase="ended"), Action.END, lines=lines)
     if now < m.resume_at:
         return _wait(m, m.resume_at - now, lines)
     if affordable(job, m) < LOOK + WORTH:
-        return Decision(_replace(_capped(job, m), phase="ended"), Action.END, lines=lines)
-    return Decision(_replace(m, phase="creating", since=now, asked=now, repaired=False), Action.CREATE, lines=lines)
+        return Decision(replace(_capped(job, m), phase="ended"), Action.END, lines=lines)
+    return Decision(replace(m, phase="creating", asked=now, repaired=False), Action.CREATE, lines=lines)
 
 
 def _lost(job: Job, m: Memory, seen: Observation, now: float) -> Decision:
@@ -291,23 +198,20 @@ def _lost(job: Job, m: Memory, seen: Observation, now: float) -> Decision:
     why = ": ".join(filter(None, [seen.words, seen.message]))
     lines: tuple[str, ...] = ()
     if seen.by_user:
-        m = _replace(m, ending=f"the slice was taken away by hand: {why}", result=2)
+        m = replace(m, ending=f"the slice was taken away by hand: {why}", result=2)
     elif seen.capacity:
         m, lines = _interruption(job, m, f"preempted: {why}", now)
     else:
         m, lines = _failure(job, m, why, now)
-    return _deleted(_replace(m, started=0, starting=False), now, lines)
+    return _deleted(replace(m, started=0), now, lines)
 
 
 def _ready(job: Job, m: Memory, status: JobStatus, now: float) -> Decision:
     """The slice can be worked on."""
-    if m.starting:  # the launcher that began it is dead
-        m = _replace(m, started=0, starting=False)
     if not m.started:
         if now < m.resume_at:
             return _wait(m, m.resume_at - now)
-        m = _replace(m, attempt=m.attempt + 1, started=now, starting=True, trouble="", repaired=False)
-        m = _replace(m, beat=0, beat_seen=now, ended_seen=0)
+        m = replace(m, attempt=m.attempt + 1, trouble="", repaired=False, beat=0, beat_seen=now, ended_seen=0)
         return Decision(m, Action.START, lines=(f"attempt {m.attempt}: set-up, smoke test, start",))
     if m.trouble or status.ended:
         if now - m.ended_seen < SETTLES:
@@ -325,15 +229,15 @@ def _ready(job: Job, m: Memory, status: JobStatus, now: float) -> Decision:
         return _wait(m)
     if m.ending:
         return _deleted(m, now, lines)
-    return _wait(_replace(m, started=0), max(m.resume_at - now, 0), lines)
+    return _wait(replace(m, started=0), max(m.resume_at - now, 0), lines)
 
 
 def _interruption(job: Job, m: Memory, why: str, now: float) -> tuple[Memory, tuple[str, ...]]:
     """Counted as a preemption."""
-    m = _later(_replace(m, preemptions=m.preemptions + 1), now)
+    m = _later(replace(m, preemptions=m.preemptions + 1), now)
     line = f"interruption {m.preemptions} (at most {job.max_preemptions} are taken): {why}"
     if m.preemptions > job.max_preemptions:
-        m = _replace(m, ending=f"{line}; allowed: a larger --max_preemptions", result=42)
+        m = replace(m, ending=f"{line}; allowed: a larger --max_preemptions", result=42)
     return m, (line,)
 
 
@@ -341,11 +245,11 @@ def _failure(
     job: Job, m: Memory, why: str, now: float, fault: bool = False, result: int = 1
 ) -> tuple[Memory, tuple[str, ...]]:
     """Counted as a failure; a `fault` (status 1) is tried once again only."""
-    m = _later(_replace(m, failures=m.failures + 1, faults=m.faults + fault), now)
+    m = _later(replace(m, failures=m.failures + 1, faults=m.faults + fault), now)
     line = f"failure {m.failures} (at most {job.max_failures} are taken): {why}"
     if m.failures > job.max_failures or m.faults > 1:
         reason = "a fault of ours, twice" if m.faults > 1 else "allowed: a larger --max_failures"
-        m = _replace(m, ending=f"{line}; {reason}", result=result)
+        m = replace(m, ending=f"{line}; {reason}", result=result)
     return m, (line,)
 
 
@@ -353,16 +257,12 @@ def _later(m: Memory, now: float) -> Memory:
     """With a pause that doubles from 30 seconds to half an hour while nothing lasts."""
     lived = m.started and now - m.started >= LIVED
     streak = 1 if lived else m.streak + 1
-    return _replace(m, streak=streak, resume_at=now + min(30 * 2 ** min(streak - 1, 6), 1800))
+    return replace(m, streak=streak, resume_at=now + min(30 * 2 ** min(streak - 1, 6), 1800))
 
 
 def _deleted(m: Memory, now: float, lines: tuple[str, ...] = ()) -> Decision:
-    return Decision(_replace(m, phase="deleting", since=now), Action.DELETE, lines=lines)
+    return Decision(replace(m, phase="deleting", deleted=now), Action.DELETE, lines=lines)
 
 
 def _wait(m: Memory, seconds: float = LOOK, lines: tuple[str, ...] = ()) -> Decision:
     return Decision(m, Action.WAIT, min(seconds, LOOK), lines)
-
-
-def _replace(m: Memory, **changes: Any) -> Memory:
-    return dataclasses.replace(m, **changes)

@@ -1,5 +1,6 @@
 """Runs gcloud: argument lists in, JSON out, and "there is no such thing" told apart from every other failure."""
 
+import dataclasses
 import json
 import os
 import re
@@ -78,29 +79,25 @@ def execute(arguments: Sequence[str], timeout: float) -> tuple[int, str, str]:
     return child.returncode, out, err
 
 
+@dataclasses.dataclass
 class Gcloud:
     """The CLI, for one project.
 
-    Args:
+    Attributes:
       project: where it is empty, gcloud's own setting holds.
       dry_run: print commands, and run none; each answers nothing, `{}` as JSON.
       say: where they are printed.
       execute: runs a program.
-
-    Attributes:
+      clock: of Unix time.
       deadline: Unix time at which a command that still runs is ended.
     """
 
-    def __init__(
-        self,
-        project: str = "",
-        dry_run: bool = False,
-        say: Callable[[str], None] = print,
-        execute: Execute = execute,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.project, self.dry_run, self.deadline = project, dry_run, float("inf")
-        self._say, self._execute, self._clock = say, execute, clock
+    project: str = ""
+    dry_run: bool = False
+    say: Callable[[str], None] = print
+    execute: Execute = execute
+    clock: Callable[[], float] = time.time
+    deadline: float = float("inf")
 
     def command(self, *arguments: str) -> list[str]:
         """The whole argument list. Flags come after positionals, and after `--` nothing is added."""
@@ -120,14 +117,14 @@ class Gcloud:
         """
         command = self.command(*arguments)
         if self.dry_run:
-            self._say(shown(command))
+            self.say(shown(command))
             return ""
         verb = " ".join(word for word in arguments[:6] if not word.startswith("-"))
-        seconds = min(timeout, self.deadline - self._clock())
+        seconds = min(timeout, self.deadline - self.clock())
         if seconds <= 0:
             raise GcloudError("unknown", f"gcloud {verb}: no time is left for it")
         try:
-            status, out, err = self._execute(command, seconds)
+            status, out, err = self.execute(command, seconds)
         except subprocess.TimeoutExpired:
             raise GcloudError("unknown", f"gcloud {verb}: no answer in {seconds:.0f} s") from None
         if status:

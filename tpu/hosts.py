@@ -15,7 +15,8 @@ from pathlib import Path
 from spiral_jax.errors import SpiralError
 from tpu.bucket import Bucket
 from tpu.code import Code
-from tpu.gcloud import Gcloud, GcloudError
+from tpu.gcloud import GcloudError
+from tpu.host.machine import wait_until
 from tpu.host.report import STOP, attempt_folder
 from tpu.job import Job
 from tpu.providers import Provider
@@ -24,6 +25,7 @@ SCRIPT = Path(__file__).parent / "host" / "setup.sh"
 ON_HOST = "spiral_jax_setup.sh"
 TEST = 0  # the attempt that sets up and tests, and runs no job
 BEAT, GRACE, SAVE = 10.0, 60.0, 300.0  # seconds: between reports; for a host whose sibling failed; to save in
+READY = 3600.0  # seconds for set-up and smoke test
 END = 30.0  # seconds for what was asked before and has not ended
 ANSWER, POLL = 30.0, 2.0  # seconds for hosts that were told to answer, and between looks
 
@@ -64,7 +66,6 @@ def plan_of(job: Job, attempt: int, code: Code) -> dict:
     """attempts/000N/job.json: all that a supervisor has to know."""
     per_host = job.slice.devices // job.slice.hosts
     return {
-        "attempt": attempt,
         "argv": [] if attempt == TEST else ["-m", *job.arguments],
         "smoke": ["-m", "tpu.host.smoke", f"--hosts={job.hosts}", f"--devices={per_host}"],
         "env": environment(job),
@@ -72,16 +73,13 @@ def plan_of(job: Job, attempt: int, code: Code) -> dict:
         "sha256": code.sha256,
         "hosts": job.hosts,
         "slices": job.num_slices,
-        "started": time.time(),
         "seconds": BEAT,
         "grace": GRACE,
         "stop_seconds": SAVE,
     }
 
 
-def bring_up(
-    job: Job, provider: Provider, gcloud: Gcloud, bucket: Bucket, attempt: int, code: Code, seconds: float = 900.0
-) -> None:
+def bring_up(provider: Provider, bucket: Bucket, attempt: int, code: Code, seconds: float = 900.0) -> None:
     """Starts an attempt on all hosts: code, environment, smoke test, job. Returns when every host has answered once.
 
     What is under way already goes on; a supervisor of an earlier attempt is ended first. How it goes from there is in
@@ -95,10 +93,10 @@ def bring_up(
     Raises:
       SpiralError: hosts that did not answer, by name.
     """
-    if gcloud.dry_run:
-        _tell(job, provider, gcloud, plan_of(job, attempt, code), f"--attempt={attempt}")
+    job, folder = provider.job, attempt_folder(attempt)
+    if provider.gcloud.dry_run:
+        _tell(provider, plan_of(job, attempt, code), f"--attempt={attempt}")
         return
-    folder = attempt_folder(attempt)
     if attempt == TEST:
         for file in bucket.list(f"{folder}/"):
             bucket.delete(file.name)
@@ -110,21 +108,19 @@ def bring_up(
         bucket.put(f"{folder}/job.json", plan)
     bucket.delete(STOP)
     _until_answered(
-        lambda host: _tell(job, provider, gcloud, plan, f"--attempt={attempt}", host),
+        lambda host: _tell(provider, plan, f"--attempt={attempt}", host),
         lambda: set(range(job.hosts)) - set(states(bucket, attempt)),
         seconds,
     )
 
 
-def wait_until_tested(
-    job: Job, bucket: Bucket, attempt: int, say: Callable[[str], object] = print, seconds: float = 3600.0
-) -> None:
+def wait_until_tested(job: Job, bucket: Bucket, attempt: int, say: Callable[[str], object]) -> None:
     """Waits until all hosts are set up and tested: until the job runs on them, or has run.
 
     Raises:
-      SpiralError: an end before that, with its reason, or none of it in so many seconds.
+      SpiralError: an end before that, with its reason, or none of it in an hour.
     """
-    deadline, said = time.monotonic() + seconds, ""
+    deadline, said = time.monotonic() + READY, ""
     while True:
         found = states(bucket, attempt)
         counts = Counter(state["state"] for state in found.values())
@@ -137,20 +133,18 @@ def wait_until_tested(
         if counts["running"] + counts["ended"] >= job.hosts:
             return
         if time.monotonic() > deadline:
-            raise SpiralError(f"attempt {attempt} is not under way after {seconds:.0f} s ({line})")
+            raise SpiralError(f"attempt {attempt} is not under way after {READY:.0f} s ({line})")
         time.sleep(POLL)
 
 
-def stop(
-    job: Job, provider: Provider, gcloud: Gcloud, bucket: Bucket, attempt: int, seconds: float = SAVE + 60
-) -> None:
+def stop(provider: Provider, bucket: Bucket, attempt: int, seconds: float = SAVE + 60) -> None:
     """Ends an attempt on all hosts: asks by the bucket, then by ssh those that have not ended in time.
 
     Raises:
       SpiralError: hosts on which it has not ended, by name.
     """
-    if gcloud.dry_run:
-        _tell(job, provider, gcloud, {"code": "CODE", "sha256": "SHA256"}, f"--end={END:g}")
+    if provider.gcloud.dry_run:
+        _tell(provider, {"code": "CODE", "sha256": "SHA256"}, f"--end={END:g}")
         return
     plan = bucket.read(f"{attempt_folder(attempt)}/job.json")
     if plan is None:
@@ -160,20 +154,18 @@ def stop(
     def left() -> set[int]:
         return {host for host, state in states(bucket, attempt).items() if state["state"] != "ended"}
 
-    deadline = time.monotonic() + seconds
-    while left() and time.monotonic() < deadline:
-        time.sleep(POLL)
-    if not left():
+    if wait_until(lambda: not left(), seconds, POLL):
         return
-    told: dict[int, bool] = {}
+    told = set[int]()
 
     def end(host: int | None) -> str:
-        line = _tell(job, provider, gcloud, plan, f"--end={END:g}", host)
-        # A supervisor that was killed says nothing any more: that the command came to its end is the answer.
-        told.update({} if line or host is None else {host: True})
+        line = _tell(provider, plan, f"--end={END:g}", host)
+        if not line and host is not None:
+            # A supervisor that was killed says nothing any more: that the command came to its end is the answer.
+            told.add(host)
         return line
 
-    _until_answered(end, lambda: left() - set(told), 600.0)
+    _until_answered(end, lambda: left() - told, 600.0)
 
 
 def states(bucket: Bucket, attempt: int) -> dict[int, dict]:
@@ -215,16 +207,12 @@ def logs(
         time.sleep(POLL)
 
 
-def _tell(job: Job, provider: Provider, gcloud: Gcloud, plan: dict, order: str, host: int | None = None) -> str:
+def _tell(provider: Provider, plan: dict, order: str, host: int | None = None) -> str:
     """Has all hosts, or one, become a supervisor with this argument; what went wrong, or nothing."""
-    at = {}
-    if host is not None:
-        node, worker = divmod(host, job.slice.hosts)
-        at = {"worker": str(worker), "node": str(node)}
-    command = shlex.join(["bash", ON_HOST, "start", job.root, plan["code"], plan["sha256"], order])
+    command = shlex.join(["bash", ON_HOST, "start", provider.job.root, plan["code"], plan["sha256"], order])
     try:
-        gcloud.run(*provider.scp([str(SCRIPT)], ON_HOST, **at))
-        gcloud.run(*provider.ssh(command, **at))
+        provider.gcloud.run(*provider.scp(str(SCRIPT), ON_HOST, host))
+        provider.gcloud.run(*provider.ssh(command, host))
     except GcloudError as error:
         return str(error)
     return ""
@@ -235,10 +223,7 @@ def _until_answered(tell: Callable[[int | None], str], left: Callable[[], set[in
     deadline = time.monotonic() + seconds
     line = tell(None)
     while True:
-        patient_until = time.monotonic() + (ANSWER / 3 if line else ANSWER)
-        while (missing := left()) and time.monotonic() < patient_until:
-            time.sleep(POLL)
-        if not missing:
+        if wait_until(lambda: not left(), ANSWER / 3 if line else ANSWER, POLL) or not (missing := left()):
             return
         if time.monotonic() > deadline:
             names = ", ".join(map(str, sorted(missing)))

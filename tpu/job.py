@@ -8,9 +8,12 @@ from typing import Any, NoReturn
 
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import Slice, parse_slice, region_of
+from tpu.bucket import URL
 
 PROVIDERS = ("qr", "vm", "gke")
 PRICINGS = ("spot", "reserved", "on_demand", "flex_start")
+
+LABEL = "spiral-jax"  # of whatever is created for a job, with its name; `reap` looks for it
 
 _FILE = r"(?!.*\.\./)\w[-\w./]*\.py"
 # Of each field that goes into commands, paths and labels: what it may be, and in words. None may begin with a dash.
@@ -19,10 +22,7 @@ _TEXTS = {
         r"[a-z]([-a-z0-9]{0,26}[a-z0-9])?",
         "at most 28 lower-case letters, digits and dashes, a letter first, no dash last",
     ),
-    "--bucket": (
-        r"gs://[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9](/[A-Za-z0-9_][-\w.]*)*",
-        "gs://BUCKET or gs://BUCKET/PREFIX of letters, digits and -_.",
-    ),
+    "--bucket": (URL, "gs://BUCKET or gs://BUCKET/PREFIX of letters, digits and -_."),
     "--project": (
         r"([a-z0-9][a-z0-9.-]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]",
         "a project's id, 6 to 30 lower-case letters, digits and dashes",
@@ -41,64 +41,52 @@ _TEXTS = {
 }
 
 
+def _flag(what: str, default: Any = dataclasses.MISSING, **how: Any) -> Any:
+    """A field of `Job` that is a flag: what it is, as `--help` says it, and how argparse takes it."""
+    return dataclasses.field(default=default, metadata={"help": what, **how})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One launch, whose fields are the flags of the same names (`slice` is `--accelerator`).
+    """One launch. Its fields are its flags, and say what they are; all of them are checked when it is made."""
 
-    Attributes:
-      name: of the queued resource, its node and the folder on the bucket.
-      zone: of Google Cloud.
-      slice: that it runs on.
-      bucket: `gs://BUCKET` or `gs://BUCKET/PREFIX`; everything of the job lies under it.
-      num_slices: connected by the data-center network.
-      project: of Google Cloud; where it is empty, gcloud's own setting holds.
-      provider: `qr` queued resources, `vm` created directly, `gke`.
-      pricing: `spot`, `reserved`, `on_demand` or `flex_start`.
-      network: where it is empty, the project's default; so `subnetwork` and `service_account`.
-      config: of the run, as in `experiments/pile.py:1.4b,spiral_b`; it may be missing for verbs that start nothing.
-      overrides: of the configuration, each as `--config.a.b=value`.
-      imports: files of the user's own (`--import`).
-      price: of a chip-hour, in whatever money.
-      max_chip_hours: that end everything when they are spent.
-      max_failures: of the job's own, after which it is not started again.
-      max_preemptions: after which it is not started again.
-      delete_at_success: whether a finished job gives its slice back.
-      internal_ips: whether hosts have no addresses of their own outside the network.
-      tunnel_through_iap: whether ssh goes through Google's proxy.
-    """
-
-    name: str
-    zone: str
-    slice: Slice
-    bucket: str
-    num_slices: int = 1
-    project: str = ""
-    provider: str = "qr"
-    pricing: str = "spot"
-    network: str = ""
-    subnetwork: str = ""
-    service_account: str = ""
-    config: str = ""
-    overrides: tuple[str, ...] = ()
-    imports: tuple[str, ...] = ()
-    price: float | None = None
-    max_chip_hours: float | None = None
-    max_failures: int = 3
-    max_preemptions: int = 100
-    delete_at_success: bool = True
-    internal_ips: bool = False
-    tunnel_through_iap: bool = False
+    name: str = _flag(
+        "of the queued resource, its node and the folder on the bucket: letters, digits and dashes", metavar="NAME"
+    )
+    slice: Slice = _flag("TPU slice, as in v5p-128 or v5p:4x4x4", type=lambda text: parse_slice(text, "--accelerator"))
+    num_slices: int = _flag("how many of it, joined by the data-center network", 1, type=int)
+    zone: str = _flag("of Google Cloud, as in us-east5-a")
+    bucket: str = _flag(
+        "gs://BUCKET or gs://BUCKET/PREFIX, in the region of the zone; everything of the job lies under it",
+        type=lambda url: url.rstrip("/"),
+    )
+    project: str = _flag("of Google Cloud; default: gcloud's", "")
+    provider: str = _flag("qr (queued resources), vm (created directly) or gke", "qr")
+    pricing: str = "spot"  # a flag for each
+    network: str = _flag("default: the project's", "")
+    subnetwork: str = _flag("default: the project's", "")
+    service_account: str = _flag("of the hosts; default: the project's", "")
+    config: str = _flag(
+        "of the run; followed by --config.FIELD=VALUE for what differs; not for verbs that start none", ""
+    )
+    imports: tuple[str, ...] = _flag("file of your own; may be repeated", (), action="append")
+    overrides: tuple[str, ...] = ()  # of the configuration, each as `--config.a.b=value`
+    price: float | None = _flag("of a chip-hour, for the whole run's", None, type=float)
+    max_chip_hours: float | None = _flag("spent by all attempts together; then everything ends", None, type=float)
+    max_failures: int = _flag("of the job's own, after which it is not started again", 3, type=int)
+    max_preemptions: int = _flag("after which it is not started again", 100, type=int)
+    delete_at_success: bool = _flag(
+        "whether a finished job gives its slice back", True, action=argparse.BooleanOptionalAction
+    )
+    internal_ips: bool = _flag("hosts without addresses outside the network", False, action="store_true")
+    tunnel_through_iap: bool = _flag("ssh through Google's proxy", False, action="store_true")
 
     def __post_init__(self) -> None:
         """Raises SpiralError, one line, for the first field that is not allowed."""
-        generation, zones = self.slice.generation, ", ".join(self.slice.generation.zones)
+        generation = self.slice.generation
         _match("NAME", self.name)
-        require(
-            self.zone in generation.zones,
-            "--zone",
-            self.zone,
-            f"for {generation.name}: {zones} (spiral_jax/hardware.py)",
-        )
+        zones = f"for {generation.name}: {', '.join(generation.zones)} (spiral_jax/hardware.py)"
+        require(self.zone in generation.zones, "--zone", self.zone, zones)
         require(1 <= self.num_slices <= 256, "--num_slices", self.num_slices, "1 to 256")
         _match("--bucket", self.bucket)
         require(self.provider in PROVIDERS, "--provider", self.provider, ", ".join(PROVIDERS))
@@ -106,9 +94,8 @@ class Job:
         require(not only_gke, "--provider", self.provider, f"gke: nothing else rents out {generation.name}")
         require(self.pricing in PRICINGS, "the pricing", self.pricing, ", ".join(PRICINGS))
         if self.provider == "vm":
-            require(
-                self.num_slices == 1, "--num_slices", self.num_slices, "1 with --provider=vm; qr and gke join slices"
-            )
+            one = "1 with --provider=vm; qr and gke join slices"
+            require(self.num_slices == 1, "--num_slices", self.num_slices, one)
             require(self.pricing != "flex_start", "--flex_start", True, "with --provider=qr or gke")
         for field in ("project", "network", "subnetwork", "service_account", "config"):
             if value := getattr(self, field):
@@ -145,11 +132,6 @@ class Job:
         return f"{self.bucket}/{self.name}"
 
     @property
-    def labels(self) -> dict[str, str]:
-        """Of whatever is created for the job; `reap` looks for the key."""
-        return {"spiral-jax": self.name}
-
-    @property
     def arguments(self) -> tuple[str, ...]:
         """What every host runs after `python -m`. Raises SpiralError without a configuration."""
         return ("spiral_jax.train", *self.config_arguments, f"--workdir={self.root}/run")
@@ -174,29 +156,19 @@ class Parser(argparse.ArgumentParser):
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Adds NAME and the flags of a job."""
-    parser.add_argument("name", metavar="NAME", help="of the job: lower-case letters, digits and dashes")
-    parser.add_argument("--accelerator", required=True, help="TPU slice, as in v5p-128 or v5p:4x4x4")
-    parser.add_argument("--num_slices", type=int, default=1, help="how many of it, joined by the data-center network")
-    parser.add_argument("--zone", required=True, help="as in us-east5-a")
-    parser.add_argument("--bucket", required=True, help="gs://BUCKET or gs://BUCKET/PREFIX, in the region of the zone")
-    parser.add_argument("--project", default="", help="of Google Cloud; default: gcloud's")
-    parser.add_argument("--provider", default="qr", help=f"one of {', '.join(PROVIDERS)}; default: qr")
     pricing = parser.add_mutually_exclusive_group()
-    for word in PRICINGS:
-        pricing.add_argument(f"--{word}", dest="pricing", action="store_const", const=word, default="spot")
-    for field in ("network", "subnetwork", "service_account"):
-        parser.add_argument(f"--{field}", default="", help="default: the project's")
-    parser.add_argument("--config", default="", help="of the run; followed by --config.FIELD=VALUE for what differs")
-    parser.add_argument(
-        "--import", dest="imports", action="append", default=[], help="file of your own; may be repeated"
-    )
-    parser.add_argument("--price", type=float, help="of a chip-hour, for the whole run's")
-    parser.add_argument("--max_chip_hours", type=float, help="spent by all attempts together; then everything ends")
-    parser.add_argument("--max_failures", type=int, default=3, help="of the job's own")
-    parser.add_argument("--max_preemptions", type=int, default=100)
-    parser.add_argument("--delete_at_success", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--internal_ips", action="store_true", help="hosts without addresses outside the network")
-    parser.add_argument("--tunnel_through_iap", action="store_true", help="ssh through Google's proxy")
+    named = {"name": "name", "slice": "--accelerator", "imports": "--import"}  # the others have their field's name
+    for field in dataclasses.fields(Job):
+        if field.name == "pricing":
+            for word in PRICINGS:
+                pricing.add_argument(f"--{word}", dest="pricing", action="store_const", const=word, default="spot")
+        elif field.metadata:
+            flag, how = named.get(field.name, f"--{field.name}"), dict(field.metadata)
+            if flag.startswith("--"):
+                how |= {"dest": field.name, "required": field.default is dataclasses.MISSING}
+            if field.default is not dataclasses.MISSING:
+                how["default"] = [] if field.default == () else field.default
+            parser.add_argument(flag, **how)
 
 
 def job_of(values: argparse.Namespace, rest: list[str]) -> Job:
@@ -209,10 +181,9 @@ def job_of(values: argparse.Namespace, rest: list[str]) -> Job:
     Raises:
       SpiralError: a flag that is not allowed.
     """
-    given = vars(values)
-    same = {field.name: given[field.name] for field in dataclasses.fields(Job) if field.name in given}
-    same["bucket"], same["imports"] = given["bucket"].rstrip("/"), tuple(given["imports"])
-    return Job(**same, slice=parse_slice(given["accelerator"], "--accelerator"), overrides=tuple(rest))
+    names = {field.name for field in dataclasses.fields(Job)}
+    given = {name: value for name, value in vars(values).items() if name in names}
+    return Job(**given | {"imports": tuple(values.imports)}, overrides=tuple(rest))
 
 
 def _match(field: str, value: str) -> str:

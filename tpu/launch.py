@@ -15,17 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spiral_jax.errors import SpiralError, escape_unprintable, require
-from spiral_jax.hardware import GENERATIONS
-from tpu import hosts, several
-from tpu.babysit import Babysitter, read_memory, read_status, what_bills
+from tpu import hosts, reap, several
+from tpu.babysit import Babysitter, read_status, what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
-from tpu.decide import Memory
 from tpu.gcloud import Execute, Gcloud, GcloudError, execute, shown
 from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
-from tpu.plan import ROOT, make_plan, skipped
-from tpu.providers import Provider, gke, provider_of, resources
+from tpu.memory import Store
+from tpu.plan import ROOT, plan_unless_skipped
+from tpu.providers import gke, provider_of
 
 VERBS = {
     "plan": "check everything, compile, say what it costs; creates nothing",
@@ -43,12 +42,13 @@ VERBS = {
 
 @dataclasses.dataclass
 class Launcher:
-    """One call of a verb: the job, and the world.
+    """One call of a verb, each of which is a method.
 
     Attributes:
       job: the launch.
       values: flags that are none of the job's.
       execute, make_bucket, say, clock, sleep: the world.
+      code: what all attempts run; without it, what lies here when one is started.
     """
 
     job: Job
@@ -58,98 +58,70 @@ class Launcher:
     say: Callable[[str], None] = print
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
+    code: Code | None = None
 
     def __post_init__(self) -> None:
-        self.dry = self.values.dry_run
-        self.gcloud = Gcloud(self.job.project, self.dry, self.say, self.execute, self.clock)
-        if self.job.provider != "gke":
-            self.provider = provider_of(self.job, self.gcloud)
         self.bucket = self.make_bucket(self.job.root, patience=20)
+        gcloud = Gcloud(self.job.project, self.values.dry_run, self.say, self.execute, self.clock)
+        self.provider = provider_of(self.job, gcloud)  # of GKE, whose cluster does the rest, nothing is asked
+        self.babysitter = Babysitter(self.provider, self.bucket, self._bring_up, self.say, self.clock, self.sleep)
 
     def plan(self) -> int:
-        if self.values.skip_plan:
-            skipped(self.say)
-        else:
-            make_plan(self.job, lambda url: self.make_bucket(url).location(), self.say)
+        def locate(url: str) -> str:
+            return self.make_bucket(url).location()
+
+        plan_unless_skipped(self.job, self.values.skip_plan, locate, self.say)
         return 0
 
     def create(self) -> int:
         self.plan()
-        if self.dry:
-            self.provider.create(float("inf"))
-            return 0
-        return self._babysitter().create()
+        return self.babysitter.create()
 
     def babysit(self) -> int:
-        require(self.job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
-        if self.dry:
-            self.create()
-            self._bring_up(1)
-            self.provider.delete()
-            return 0
-        memory, code = read_memory(self.bucket), pack(ROOT)
+        memory, self.code = Store(self.bucket).load(), pack(ROOT)
         if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
             self.plan()
             with contextlib.suppress(SpiralError):  # asked for before this start
                 self.bucket.delete(STOP)
-        return self._babysitter(code).run()
+        return self.babysitter.run()
 
     def setup(self) -> int:
         self._bring_up(hosts.TEST)
-        if not self.dry:
-            hosts.wait_until_tested(self.job, self.bucket, hosts.TEST, self.say)
+        hosts.wait_until_tested(self.job, self.bucket, hosts.TEST, self.say)
         return 0
 
     def run(self) -> int:
-        if self.dry:
-            self._bring_up(1)
-            return 0
-        return self._babysitter().start()
+        return self.babysitter.start()
 
     def stop(self) -> int:
-        memory = Memory() if self.dry else read_memory(self.bucket)
-        if memory.attempt or self.dry:
-            hosts.stop(self.job, self.provider, self.gcloud, self.bucket, memory.attempt)
+        memory = Store(self.bucket).load()
+        if memory.attempt:
+            hosts.stop(self.provider, self.bucket, memory.attempt)
         else:
             self.say("no attempt was started")
-        seen = self.provider.observe()
-        if not self.dry:
-            self.say(what_bills(self.job, seen, memory, self.clock()))
+        self.say(what_bills(self.job, self.provider.observe(), memory, self.clock()))
         return 0
 
     def delete(self) -> int:
-        if self.dry:
-            self.provider.delete()
-            return 0
-        return self._babysitter().delete()
+        return self.babysitter.delete()
 
     def logs(self) -> int:
-        if not self.dry:
-            which = range(self.job.hosts) if self.values.host is None else [self.values.host]
-            hosts.logs(self.bucket, read_memory(self.bucket).attempt, which, self.values.follow)
+        which = range(self.job.hosts) if self.values.host is None else [self.values.host]
+        hosts.logs(self.bucket, Store(self.bucket).load().attempt, which, self.values.follow)
         return 0
 
     def status(self) -> int:
-        memory, now = Memory() if self.dry else read_memory(self.bucket), self.clock()
-        seen = self.provider.observe()
-        if self.dry:
-            return 0
-        status, states = read_status(self.bucket, self.job, memory.attempt)
-        words = [state["state"] for state in states.values()]
-        job, held = self.job, memory.owner if memory.until > now else "nobody"
-        what = (
-            status.line
-            if status.ended
-            else ", ".join(f"{words.count(w)} {w}" for w in sorted(set(words))) or "nothing yet"
-        )
-        spent = f"{memory.chip_seconds / 3600:,.1f}" + (f" of {job.max_chip_hours:,g}" if job.max_chip_hours else "")
+        job, now, memory = self.job, self.clock(), Store(self.bucket).load()
+        seen, status = self.provider.observe(), read_status(self.bucket, job, memory.attempt)
+        held, hours = memory.owner if memory.until > now else "nobody", memory.chip_seconds / 3600
+        spent = f"{hours:,.1f}" + (f" of {job.max_chip_hours:,g}" if job.max_chip_hours else "")
         for name, text in {
             "slice": f"{seen.words or seen.state.value} ({job.num_slices} x {job.slice}, {job.zone}, {job.provider})",
             "launcher": f"{memory.phase}{': ' + memory.ending if memory.ending else ''}; held by {held}",
             "attempts": f"{memory.attempt}; {memory.failures} failures, {memory.preemptions} interruptions",
-            "hosts": f"{what} (of {job.hosts})",
+            "hosts": f"{status.line or 'nothing yet'} (of {job.hosts})",
             "training": self._training(),
-            "spent": f"{spent} chip-hours" + (f", {memory.chip_seconds / 3600 * job.price:,.2f}" if job.price else ""),
+            "spent": f"{spent} chip-hours" + (f", {hours * job.price:,.2f}" if job.price else ""),
         }.items():
             self.say(f"{name:9} {text}")
         for line in (*status.kernel, *seen.symptoms):
@@ -157,15 +129,32 @@ class Launcher:
         self.say(what_bills(job, seen, memory, now))
         return 0
 
+    def dry_run(self) -> int:
+        """Prints the commands of the verb where all goes well; neither the cloud nor the bucket is asked anything."""
+        verb, provider = self.values.verb, self.provider
+        if verb in ("plan", "create", "babysit"):
+            self.plan()
+        if verb in ("create", "babysit"):
+            provider.create(float("inf"))
+        if verb in ("setup", "run", "babysit"):
+            self._bring_up(hosts.TEST if verb == "setup" else 1)
+        if verb == "stop":
+            hosts.stop(provider, self.bucket, 0)
+        if verb in ("stop", "status"):
+            provider.observe()
+        if verb in ("delete", "babysit"):
+            provider.delete()
+        return 0
+
     def of_gke(self) -> int:
         """What verbs do for a cluster, which does the rest: `create` writes the manifest; commands are printed."""
-        verb, job = self.values.verb, self.job
+        verb, job, dry = self.values.verb, self.job, self.values.dry_run
         require(verb in ("plan", "create"), "--provider", "gke", "qr or vm for this verb; `create` prints the commands")
         file = Path(f"{job.name}.jobset.yaml")
         text = gke.manifest(job, self.values.image) if verb == "create" else ""
-        if not self.dry:
+        if not dry:
             self.plan()
-        if text and not self.dry:
+        if text and not dry:
             file.write_text(text, encoding="utf-8")
             self.say(f"{file} is written")
         for command in gke.commands(job, str(file)):
@@ -186,46 +175,8 @@ class Launcher:
         speed = f"{row['tokens_per_second']:,.0f} tokens/s{mfu}"
         return f"step {row['step']:,} of {steps:,}, {loss}, {speed}, {left:,.1f} hours left"
 
-    def _babysitter(self, code: Code | None = None) -> Babysitter:
-        """`code`: what all attempts run; without it, what lies here when one is started."""
-
-        def bring_up(provider: Provider, attempt: int, seconds: float) -> None:
-            self._bring_up(attempt, code, seconds)
-
-        return Babysitter(self.job, self.gcloud, self.bucket, bring_up, self.say, self.clock, self.sleep)
-
-    def _bring_up(self, attempt: int, code: Code | None = None, seconds: float = 900) -> None:
-        given = self.job, self.provider, self.gcloud, self.bucket, attempt, code or pack(ROOT)
-        hosts.bring_up(*given, seconds=min(seconds, 900))
-
-
-def reap(arguments: Sequence[str], world: dict) -> int:
-    """Lists everything with our label, in all zones of the table; `--delete` deletes it."""
-    parser = Parser(prog="python -m tpu.launch reap")
-    parser.add_argument("name", nargs="?", help="of one job")
-    parser.add_argument("--project", default="")
-    parser.add_argument("--zone", action="append", help="default: all that are known")
-    parser.add_argument("--delete", action="store_true")
-    parser.add_argument("--dry_run", action="store_true")
-    values = parser.parse_args(arguments)
-    say = world.get("say", print)
-    known = {k: v for k, v in world.items() if k in ("say", "execute", "clock")}
-    gcloud = Gcloud(values.project, values.dry_run, **known)
-    zones = values.zone or sorted({zone for generation in GENERATIONS for zone in generation.zones})
-    found, failed = resources(gcloud, zones)
-    found = [one for one in found if values.name in (None, one.job)]
-    for one in found:
-        bills = "BILLS" if one.bills else "does not bill now, keeps its name and quota"
-        command = shown(gcloud.command(*one.delete_command))
-        say(f"{one.job}: {one.kind} {one.name} in {one.zone}: {one.words}: {bills}; {command}")
-        if values.delete:
-            gcloud.run(*one.delete_command)
-            say(f"{one.name}: is being deleted")
-    for line in failed:
-        say(f"not looked at: {line}")
-    bill, looked = sum(one.bills for one in found), len(zones) - len(failed)
-    say(f"{len(found)} found, {bill} of them bill, in {looked} of {len(zones)} zones")
-    return 2 if failed else 0
+    def _bring_up(self, attempt: int, seconds: float = 900) -> None:
+        hosts.bring_up(self.provider, self.bucket, attempt, self.code or pack(ROOT), seconds=min(seconds, 900))
 
 
 def main(arguments: Sequence[str] | None = None, **world) -> int:
@@ -243,7 +194,7 @@ def main(arguments: Sequence[str] | None = None, **world) -> int:
 
 def _main(arguments: list[str], world: dict) -> int:
     if arguments[:1] == ["reap"]:
-        return reap(arguments[1:], world)
+        return reap.main(arguments[1:], **world)
     if arguments[:1] == ["babysit"] and any(argument.startswith("--jobs") for argument in arguments):
         return several.main(arguments[1:])
     lines = "\n".join(f"  {verb:8} {text}" for verb, text in VERBS.items())
@@ -260,7 +211,12 @@ def _main(arguments: list[str], world: dict) -> int:
     parser.add_argument("--follow", action="store_true", help="logs: and what comes")
     values, rest = parser.parse_known_args(arguments)
     job = job_of(values, rest)
-    return getattr(Launcher(job, values, **world), "of_gke" if job.provider == "gke" else values.verb)()
+    launcher = Launcher(job, values, **world)
+    if job.provider == "gke":
+        return launcher.of_gke()
+    if values.verb == "babysit":
+        require(job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
+    return launcher.dry_run() if values.dry_run else getattr(launcher, values.verb)()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ class Plan:
     """What a launch was found to be.
 
     Attributes:
-      code: that the hosts would run.
       steps: of the run.
       step_seconds: predicted.
       mfu: predicted.
@@ -53,7 +52,6 @@ class Plan:
       start: chip-hours of every start.
     """
 
-    code: Code
     steps: int
     step_seconds: float
     mfu: float
@@ -98,13 +96,16 @@ def make_plan(job: Job, locate: Callable[[str], str], say: Say = print) -> Plan:
     _check_places(job, found["reads"], code, locate, say)
     say(f"  dependencies   {_resolve()}")
     mfu, is_compiled = _mfu(job, found, code, say)
-    plan = _costs(job, found, code, mfu, is_compiled)
+    plan = _costs(job, found, mfu, is_compiled)
     _say_costs(job, plan, say)
     return plan
 
 
-def skipped(say: Say = print) -> None:
-    """What `--skip_plan` says."""
+def plan_unless_skipped(job: Job, skip: bool, locate: Callable[[str], str], say: Say = print) -> None:
+    """What verbs that create something do first; with `--skip_plan` they say what that means. See `make_plan`."""
+    if not skip:
+        make_plan(job, locate, say)
+        return
     say("PLAN SKIPPED: nothing was checked; the step may not fit, the data may not open, and the costs are not known")
 
 
@@ -269,13 +270,13 @@ def _child(module: str, *arguments: str, say: Say | None = None, **variables: st
     )
 
 
-def _costs(job: Job, found: dict[str, Any], code: Code, mfu: float, is_compiled: bool) -> Plan:
+def _costs(job: Job, found: dict[str, Any], mfu: float, is_compiled: bool) -> Plan:
     train, per_token = found["train"], found["flops"]["train_per_token_causal"]
     evaluated = train["evaluations"] * (train["tokens_per_evaluation"] or found["data"].get("validation_tokens", 0))
     training = chip_hours(per_token * train["tokens"], mfu, job.slice)
     evaluation = chip_hours(per_token / 3 * evaluated, mfu, job.slice)  # forward passes
     seconds, start = training * 3600 / job.chips / train["steps"], job.chips * START_MINUTES / 60
-    return Plan(code, train["steps"], seconds, mfu, is_compiled, training, evaluation, start)
+    return Plan(train["steps"], seconds, mfu, is_compiled, training, evaluation, start)
 
 
 def _say_costs(job: Job, plan: Plan, say: Say) -> None:

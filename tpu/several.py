@@ -15,17 +15,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from spiral_jax.errors import SpiralError, require
-from tpu.babysit import read_memory
 from tpu.bucket import Bucket
 from tpu.job import Job, Parser, define, job_of
-from tpu.plan import START_MINUTES, make_plan, skipped
-
-Say = Callable[[str], None]
+from tpu.memory import Store
+from tpu.plan import START_MINUTES, Say, plan_unless_skipped
 
 
 class Run(NamedTuple):
@@ -37,6 +35,7 @@ class Run(NamedTuple):
       wanted: the most that it may spend by its own flags, None for no such bound.
       taken: chip-hours that it has spent, or while it is running may spend.
       state: waiting, running or done.
+      status: with which it ended.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Run(NamedTuple):
     wanted: float | None
     taken: float
     state: str = "waiting"
+    status: int | None = None
 
 
 def next_start(runs: Sequence[Run], budget: float, side_by_side: int) -> tuple[Run, float] | None:
@@ -114,7 +114,7 @@ class Spent(NamedTuple):
 
 def spent_by(job: Job) -> Spent:
     """What a job has spent, whichever launchers looked after it, by their memory on the bucket."""
-    memory = read_memory(Bucket(job.root))
+    memory = Store(Bucket(job.root)).load()
     over = not memory.billing and memory.phase in ("absent", "ended")
     return Spent(memory.chip_seconds / 3600, over, memory.result if memory.phase == "ended" else None)
 
@@ -138,23 +138,20 @@ def main(arguments: Sequence[str], say: Say = print) -> int:
     require(0 < values.max_chip_hours < float("inf"), "--max_chip_hours", values.max_chip_hours, "a number above 0")
     require(values.side_by_side >= 1, "--side_by_side", values.side_by_side, "1 or more")
     entries = read_entries(values.jobs, common)
-    extra = ["--skip_plan"] * values.skip_plan + ["--dry_run"] * values.dry_run
     for entry in entries:
-        if values.skip_plan:
-            skipped(say)
-        elif not values.dry_run:
-            make_plan(entry.job, lambda url: Bucket(url).location(), say)
+        if values.skip_plan or not values.dry_run:
+            plan_unless_skipped(entry.job, values.skip_plan, lambda url: Bucket(url).location(), say)
     before = {job.name: Spent() if values.dry_run else spent_by(job) for job, _ in entries}
     entries.sort(key=lambda entry: before[entry.job.name].over)  # what bills already comes first
-    runs, statuses = {}, {}
+    runs = {}
     for job, _ in entries:
-        spent = before[job.name]
-        runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, spent.chip_hours)
-        if spent.status in (0, 44):
-            runs[job.name], statuses[job.name] = runs[job.name]._replace(state="done"), spent.status
-            say(f"{job.name}: ended before with status {spent.status}, {spent.chip_hours:,.1f} chip-hours")
+        hours, _, status = before[job.name]
+        runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, hours)
+        if status in (0, 44):
+            runs[job.name] = runs[job.name]._replace(state="done", status=status)
+            say(f"{job.name}: ended before with status {status}, {hours:,.1f} chip-hours")
     try:
-        _babysit(entries, runs, statuses, values, extra, say)
+        _babysit({entry.job.name: entry for entry in entries}, runs, values, say)
     except KeyboardInterrupt:
         return 130
     left = [run.name for run in runs.values() if run.state == "waiting"]
@@ -162,41 +159,35 @@ def main(arguments: Sequence[str], say: Say = print) -> int:
     say(f"{spoken_for:,.1f} of {values.max_chip_hours:,.1f} chip-hours spent or spoken for")
     if left:
         say(f"not started, as the budget does not hold them: {', '.join(left)}")
-    return next((status for status in statuses.values() if status), 42 if left else 0)
+    return next((run.status for run in runs.values() if run.status), 42 if left else 0)
 
 
-def _babysit(
-    entries: Sequence[Entry],
-    runs: dict[str, Run],
-    statuses: dict[str, int],
-    values: argparse.Namespace,
-    extra: list[str],
-    say: Say,
-) -> None:
-    """Starts and awaits launchers until no run can be started; `runs` and `statuses` say what came of them."""
-    of_name, children = {entry.job.name: entry for entry in entries}, dict[str, subprocess.Popen[str]]()
+def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argparse.Namespace, say: Say) -> None:
+    """Starts and awaits launchers until no run can be started; `runs` say what came of them."""
+    extra = ["--skip_plan"] * values.skip_plan + ["--dry_run"] * values.dry_run
+    children = dict[str, subprocess.Popen[str]]()
     try:
         while True:
             while start := next_start(list(runs.values()), values.max_chip_hours, values.side_by_side):
                 run, cap = start
                 say(f"{run.name}: started, for at most {cap:,.1f} chip-hours")
                 capped = f"--max_chip_hours={math.floor(cap * 1000) / 1000}"
-                children[run.name] = _launcher([*of_name[run.name].arguments, capped, *extra], say)
+                children[run.name] = _launcher([*entries[run.name].arguments, capped, *extra], say)
                 runs[run.name] = run._replace(taken=cap, state="running")
             if not children:
                 return
             for name in [name for name, child in children.items() if child.poll() is not None]:
-                statuses[name] = children.pop(name).returncode
+                status = children.pop(name).returncode
                 try:
-                    spent = Spent() if values.dry_run else spent_by(of_name[name].job)
+                    spent = Spent() if values.dry_run else spent_by(entries[name].job)
                 except SpiralError as error:
                     say(f"{name}: {error}")
                     spent = Spent(over=False)
                 # What may bill on keeps its share.
                 taken = spent.chip_hours if spent.over else runs[name].taken
-                runs[name] = runs[name]._replace(state="done", taken=taken)
+                runs[name] = runs[name]._replace(state="done", taken=taken, status=status)
                 most = "" if spent.over else "at most "
-                say(f"{name}: ended with status {statuses[name]}, {most}{taken:,.1f} chip-hours")
+                say(f"{name}: ended with status {status}, {most}{taken:,.1f} chip-hours")
             time.sleep(0.2)
     finally:
         for child in children.values():

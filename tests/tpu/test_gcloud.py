@@ -13,7 +13,8 @@ from spiral_jax.hardware import GENERATIONS, Slice
 from tests.tpu.cloud import ERRORS, P
 from tpu.gcloud import Gcloud, GcloudError, execute, kind_of
 from tpu.job import PRICINGS, Job
-from tpu.providers import Resource, provider_of
+from tpu.providers import provider_of
+from tpu.providers.base import delete_command
 
 
 def refused(commands: list[list[str]], folder) -> list[str]:
@@ -71,12 +72,12 @@ def commands_of(job: Job) -> list[list[str]]:
     provider.create(86400.5)
     provider.observe()
     provider.delete()
-    gcloud.run(*provider.ssh("bash setup.sh start gs://my-bucket/pile abc --attempt=1", output="logs"))
-    gcloud.run(*provider.ssh("true", worker="3", node="0"))
-    gcloud.run(*provider.scp(["tpu/host/setup.sh", "x.tar.gz"], "setup.sh"))
+    gcloud.run(*provider.ssh("bash setup.sh start gs://my-bucket/pile abc --attempt=1"))
+    gcloud.run(*provider.ssh("true", host=3))
+    gcloud.run(*provider.scp("tpu/host/setup.sh", "setup.sh"))
     for kind in ("queued-resources", "tpu-vm"):
         gcloud.json("compute", "tpus", kind, "list", f"--zone={job.zone}")
-        gcloud.run(*Resource("pile", kind, "pile", job.zone, "ACTIVE", True).delete_command)
+        gcloud.run(*delete_command(kind, "pile", job.zone))
     return sent
 
 

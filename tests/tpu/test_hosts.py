@@ -54,7 +54,7 @@ def launch(slice_of, bucket_url, monkeypatch):
         program = SLOW
 
         def up(self, attempt, **more):
-            hosts.bring_up(job, provider_of(job, gcloud), gcloud, two.bucket, attempt, code, **more)
+            hosts.bring_up(provider_of(job, gcloud), two.bucket, attempt, code, **more)
 
         def tested(self, attempt):
             said = []
@@ -62,7 +62,7 @@ def launch(slice_of, bucket_url, monkeypatch):
             return said
 
         def stop(self, attempt, **more):
-            hosts.stop(job, provider_of(job, gcloud), gcloud, two.bucket, attempt, **more)
+            hosts.stop(provider_of(job, gcloud), two.bucket, attempt, **more)
 
     launch = Launch()
     launch.slice, launch.ssh, launch.job, launch.gcloud = two, ssh, job, gcloud

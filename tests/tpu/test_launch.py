@@ -29,7 +29,7 @@ def typed(world: World, verb: str, *flags: str) -> int:
 @pytest.fixture
 def world(monkeypatch):
     world = World({"jobs": [{"runs": 5000, "status": 0}]})
-    monkeypatch.setattr(hosts, "bring_up", lambda *given, seconds: world.bring_up(given[1], given[4], seconds))
+    monkeypatch.setattr(hosts, "bring_up", lambda *given, seconds: world.bring_up(given[2], seconds))
     return world
 
 
@@ -96,7 +96,7 @@ def test_delete_ends_a_babysitter_that_lives(world):
             deleted.append(typed(world, "delete"))
 
     first = world.babysitter("first:1:a")
-    first._sleep = also_delete
+    first.sleep = also_delete
     with pytest.raises(launch.SpiralError, match=r"launch.json was written by another launcher"):
         first.run()
     assert deleted == [0] and world.left() == [] and world.created() == 1

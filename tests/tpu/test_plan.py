@@ -183,7 +183,7 @@ def test_without_jax_nothing_can_be_planned(world, monkeypatch):
 
 def test_skipping_is_loud():
     lines = []
-    plan.skipped(lines.append)
+    plan.plan_unless_skipped(JOB, True, lambda url: "us-east5", lines.append)
     assert lines[0].startswith("PLAN SKIPPED: nothing was checked")
 
 

@@ -126,12 +126,12 @@ def test_story_05_a_second_launcher_is_refused_while_the_first_lives():
             with pytest.raises(SpiralError, match="one launcher at a time"):
                 # While the second one waits, the first one goes on.
                 other = world.babysitter("other:2:b")
-                other._sleep = lambda seconds: (sleep(seconds), first._store.save(first._memory))
+                other.sleep = lambda seconds: (sleep(seconds), first.store.save(first.memory))
                 other.run()
         sleep(seconds)
 
     first = world.babysitter("first:1:a")
-    first._sleep = also_another
+    first.sleep = also_another
     assert first.run() == 0
     assert world.created() == 1 and second
 

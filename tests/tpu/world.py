@@ -10,7 +10,7 @@ from tpu.babysit import Babysitter
 from tpu.bucket import Conflict, Unreachable
 from tpu.gcloud import Gcloud, GcloudError
 from tpu.job import Job
-from tpu.providers import Provider
+from tpu.providers import provider_of
 
 
 class Killed(BaseException):
@@ -55,7 +55,7 @@ class MemoryBucket:
         self.objects[name] = (data, self.generation)
         return self.generation
 
-    def delete(self, name: str, if_generation_match: int | None = None) -> None:
+    def delete(self, name: str) -> None:
         self._call(f"delete {name}")
         self.objects.pop(name, None)
 
@@ -140,9 +140,9 @@ class World:
         if not self.dead:
             self.said.append(f"{self.elapsed:7.0f} {line}")
 
-    def bring_up(self, provider: Provider, attempt: int, seconds: float) -> None:
+    def bring_up(self, attempt: int, seconds: float) -> None:
         """As `tpu.hosts` does: an ssh to all hosts, then the job runs by itself."""
-        self.gcloud.run(*provider.ssh("setup"))
+        self.gcloud.run(*provider_of(self.job, self.gcloud).ssh("setup"))
         self.cloud.now += min(seconds, self.script.get("set_up", 180))
         self.step("set up")
         if seconds < self.script.get("set_up", 180):
@@ -201,8 +201,7 @@ class World:
 
     def babysitter(self, owner: str = "elsewhere:1:a") -> Babysitter:
         return Babysitter(
-            self.job,
-            self.gcloud,
+            provider_of(self.job, self.gcloud),
             self.bucket,  # type: ignore[arg-type]
             self.bring_up,
             say=self.say,
@@ -221,7 +220,7 @@ class World:
             assert self.elapsed < limit, "it goes on for ever:\n" + "\n".join(self.said[-20:])
             sleep(seconds)
 
-        bound._sleep = bounded
+        bound.sleep = bounded
         return bound.run()
 
     def killed(self, at: int) -> bool:

@@ -129,17 +129,13 @@ class Supervisor:
         if missing:
             return f"smoke test: host {', '.join(missing)} is not set up {READY_SECONDS:.0f} s after this one"
         usual = collections.Counter(found[host] for host in sorted(found)).most_common(1)[0][0]
-
-        def versions(host: int) -> dict:
-            return self._bucket.read(f"{ready}{host}-{found[host]}") or {}
-
-        others = versions(next(host for host in found if found[host] == usual))
-        odd = {host: versions(host) for host in sorted(found) if found[host] != usual}
+        one_with = {digest: host for host, digest in found.items()}
+        versions = {digest: self._bucket.read(f"{ready}{host}-{digest}") or {} for digest, host in one_with.items()}
         differing = [
-            f"host {host} has {name} {has.get(name)}, others {others.get(name)}"
-            for host, has in odd.items()
-            for name in sorted({*has, *others})
-            if has.get(name) != others.get(name)
+            f"host {host} has {name} {versions[digest].get(name)}, others {versions[usual].get(name)}"
+            for host, digest in sorted(found.items())
+            for name in sorted({*versions[digest], *versions[usual]})
+            if versions[digest].get(name) != versions[usual].get(name)
         ]
         return f"smoke test: {'; '.join(differing)}" if differing else ""
 

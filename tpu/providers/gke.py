@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spiral_jax.errors import SpiralError
 from tpu.hosts import environment
-from tpu.job import Job
+from tpu.job import LABEL, Job
 
 _TEMPLATE = Path(__file__).parent.parent / "templates" / "jobset.yaml"
 
@@ -68,7 +68,7 @@ def manifest(job: Job, image: str) -> str:
     ]
     return string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=json.dumps(job.name),
-        labels=json.dumps(job.labels),
+        labels=json.dumps({LABEL: job.name}),
         slices=job.num_slices,
         hosts=tpu.hosts,
         restarts=job.max_preemptions,
