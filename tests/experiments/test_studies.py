@@ -13,6 +13,8 @@ import pytest
 from experiments import matching, quickstart, study
 from experiments.design import STUDIES, Arm, Contrast, Study, load
 from experiments.elsewhere import job_name
+from experiments.record import RESULTS
+from experiments.report.evidence import gather
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import abstract_params
@@ -143,6 +145,13 @@ def test_launch_hands_over_what_no_gate_holds_back(tmp_path, monkeypatch, capsys
     assert study.main(flags) == 2 and "data.stores is ()" in capsys.readouterr().err
     entries = read_entries(str(path), ["--zone=us-east5-a", "--bucket=gs://mine"])  # as the launcher takes them
     assert entries[0].job.config == "experiments/arm.py:main_table,full,160m-vanilla"
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/*/records")), ids=lambda folder: folder.parts[-3])
+def test_committed_records_are_of_their_study_as_it_is_declared(folder):
+    evidence = gather(load(folder.parts[-3], folder.parts[-2]), folder)
+    assert evidence.records and not evidence.left_out
+    assert all(path.stat().st_size < 1e6 for path in folder.parent.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("arguments, expected", [
