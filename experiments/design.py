@@ -172,18 +172,13 @@ class Study:
         require(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "some, each once")
         clash = bool(rates) and self.tuning_seed in self.seeds
         require(not clash, "tuning_seed", self.tuning_seed, f"none of the seeds {self.seeds}")
-        runs = [run.name for run in self.runs()]
+        runs = {run.name: run for run in self.runs()}
         for field, given in (("a gate's run", [gate.run for gate in self.gates]), ("kept", self.kept)):
             for name in given:
-                require(name in runs, field, name, f"a run's name, as {runs[0]}")
-        counting = {run.name for run in self.runs() if run.stage == "seed"}
-        waiting = [gate.run for gate in self.gates if rates and gate.run in counting]
-        require(
-            not waiting,
-            "a gate's run",
-            waiting and waiting[0],
-            "a trial of a learning rate, as all other runs wait for those",
-        )
+                require(name in runs, field, name, f"a run's name, as {next(iter(runs))}")
+        for gate in self.gates:
+            waits = bool(rates) and runs[gate.run].stage == "seed"
+            require(not waits, "a gate's run", gate.run, "a trial of a learning rate, as all other runs wait for those")
 
     def arm(self, name: str) -> Arm:
         """Raises SpiralError if there is none of that name."""
@@ -291,8 +286,13 @@ def difference(record: Record, run: Run) -> str:
     if run.learning_rate is not None and record.learning_rate != run.learning_rate:
         return f"optimizer.peak_learning_rate was {record.learning_rate:g} and is {run.learning_rate:g}"
     wanted = shaping(run_config(dataclasses.replace(run, learning_rate=record.learning_rate)))
-    was = json.loads(json.dumps(record.config))
-    for name in sorted(wanted.keys() | was.keys()):
-        if not name.startswith((*PLACES, *HOW)) and was.get(name) != wanted.get(name):
-            return f"{name} was {was.get(name, 'the default')} and is {wanted.get(name, 'the default')}"
-    return ""
+    found = first_difference(json.loads(json.dumps(record.config)), wanted)
+    return "{} was {} and is {}".format(*found) if found else ""
+
+
+def first_difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first field in which two configurations, as `shaping` gives them, differ: its name, what it was and is."""
+    for name in sorted(was.keys() | now.keys()):
+        if not name.startswith((*PLACES, *HOW)) and was.get(name) != now.get(name):
+            return name, was.get(name, "the default"), now.get(name, "the default")
+    return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from experiments.child import Killed
-from experiments.design import HOW, PLACES, Run, Study, run_config, shaping
+from experiments.design import HOW, PLACES, Run, Study, first_difference, run_config, shaping
 from spiral_jax.data.config import DataConfig
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.run.reading import reading
@@ -41,17 +41,13 @@ def check_trained(run: Run, workdir: epath.Path) -> None:
             found = shaping(saved.config())
     except SpiralError as error:
         raise Killed(f"it is not trained to the end ({error})") from None
-    wanted = shaping(run_config(run))
-    for field in sorted(found.keys() | wanted.keys()):
-        was, now = found.get(field, "the default"), wanted.get(field, "the default")
-        if was != now:
-            raise Killed(f"{workdir} was trained with {field} {was}, which is {now} in the study")
+    if differs := first_difference(found, shaping(run_config(run))):
+        field, was, now = differs
+        raise Killed(f"{workdir} was trained with {field} {was}, which is {now} in the study")
 
 
 def job_name(study: Study, run: Run) -> str:
     """A run's name as Google Cloud takes names: at most 28 lower-case letters, digits and dashes, a letter first."""
-    name = re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{run.name}").strip("-")
-    if len(name) <= 28:
-        return name
-    short = re.sub(r"[^a-z0-9]+", "-", f"{study.name[:1]}-{run.name}").strip("-")
-    return f"{short[:21].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    name, short = (re.sub(r"[^a-z0-9]+", "-", f"{of}-{run.name}").strip("-") for of in (study.name, study.name[:1]))
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return name if len(name) <= 28 else f"{short[:21].rstrip('-')}-{digest}"

@@ -41,7 +41,7 @@ def record_of(
       status: how it ended.
       reason: why, in a line; empty if it finished.
       workdir: of the run.
-      folder: with `documents.json`, and `tasks-N.json` for each of the study's shots.
+      folder: with `documents.json`, and a `tasks_file` for each of the study's shots.
 
     Raises:
       SpiralError: it finished, but something is missing or damaged.
@@ -102,6 +102,11 @@ def depths_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return {found["input"]: {group: (int(n[0]), int(n[1])) for group, n in found["by_group"].items()}}
 
 
+def tasks_file(folder: Path, shots: int) -> Path:
+    """Where a run's answers to the papers' tasks lie, by number of solved examples before each question."""
+    return folder / f"tasks-{shots}.json"
+
+
 def tasks_of(folder: Path, shots: Sequence[int]) -> dict[str, dict[str, float]]:
     """What `evaluate --tasks` wrote, by number of solved examples.
 
@@ -110,7 +115,7 @@ def tasks_of(folder: Path, shots: Sequence[int]) -> dict[str, dict[str, float]]:
     """
     found = {}
     for number in shots:
-        path = folder / f"tasks-{number}.json"
+        path = tasks_file(folder, number)
         try:
             found[str(number)] = values_of(read_json_object(path))
         except (KeyError, AttributeError) as error:

@@ -33,7 +33,7 @@ from experiments.design import Run, Study, difference, is_over, run_config, shap
 from experiments.elsewhere import check_trained, job_name
 from experiments.matching import train_flops
 from experiments.record import Record, Status
-from experiments.recording import check_comparable, code_of_tree, record_of
+from experiments.recording import check_comparable, code_of_tree, record_of, tasks_file
 from spiral_jax.command import DIVERGED, FAILED, OK
 from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.bucket import is_bucket
@@ -208,7 +208,7 @@ class Runner:
         self._wait_for(folder, [*of_run, f"--documents={folder / 'documents.json'}"], advance)
         data = [f"--tasks_data={self.places.tasks_data}"] * bool(self.places.tasks_data)
         for shots in self.study.shots if run.stage == "seed" else ():
-            output = folder / f"tasks-{shots}.json"
+            output = tasks_file(folder, shots)
             if not output.exists():
                 tasks = ",".join(ASKED if shots == 0 else ASKED[:1])  # examples are for questions, not for texts
                 asked = [f"--tasks={tasks}", f"--num_fewshot={shots}", f"--output={output}", *data]
@@ -375,10 +375,10 @@ def commit(path: Path, message: str) -> None:
     """
     for _ in range(20):
         done = _git(path, "status", "--porcelain")
-        if done.returncode == 0 and not done.stdout.strip():
-            return
-        for command in (["add"], ["commit", "--quiet", f"--message={message}"]):
-            done = done if done.returncode else _git(path, *command)
+        if done.stdout.strip():
+            done = _git(path, "add")
+            if done.returncode == 0:
+                done = _git(path, "commit", "--quiet", f"--message={message}")
         if "index.lock" not in done.stderr:
             break
         time.sleep(0.5)  # another runner commits

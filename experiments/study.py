@@ -131,13 +131,13 @@ def selected(study: Study, only: str) -> list[str]:
 def plan(study: Study, names: Sequence[str], slice: str) -> int:
     """Prints a line per run, and sums; nothing is compiled."""
     lines = matching.check(study)
-    runs, left_out = [run for run in study.runs() if run.name in names], 0
+    runs = [run for run in study.runs() if run.name in names]
     here = study.edition == "small"
     width = max(len(run.name) for run in runs)
     print(f"{study.name} {study.edition}: {study.question}")
     print(f"{'run':<{width}}  {'stage':<5}  {'parameters':>13}  {'tokens':>15}  {'FLOPs':>9}  "
           f"{'hours here' if here else f'{slice}, chip-hours':>22}")  # fmt: skip
-    sums = [0.0, 0.0, 0.0]
+    sums, left_out = [0.0, 0.0, 0.0], 0
     for run in runs:
         config = run.arm.config
         tokens, flops, hours = matching.tokens(config), matching.train_flops(config), _hours(run, here, slice)

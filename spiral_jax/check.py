@@ -57,5 +57,5 @@ def as_text(finding: invariants.Finding) -> str:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags()}".strip()
+    os.environ["XLA_FLAGS"] = f"{quick_flags()} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last one holds
     command.run("check", __doc__, define, main)

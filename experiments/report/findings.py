@@ -80,8 +80,10 @@ def _finding(contrast: Contrast, evidence: Evidence) -> Finding:
     ratios = {of: costs[0][of] / costs[1][of] for of in COSTS}
     if not differences:
         lacking = [arm.name for arm in (ours, theirs) if not arm.runs]
-        without = f"no finished run of {' and '.join(lacking)}" if lacking else "no seed that both have"
-        why = without if lacking or not remarks else "; ".join(remarks)
+        if lacking:
+            why = f"no finished run of {' and '.join(lacking)}"
+        else:
+            why = "; ".join(remarks) or "no seed that both have"
         return Finding(contrast, primary, Missing(why), "missing", {}, ratios, tuple(remarks))
     interval = paired_interval(differences)
     return Finding(

@@ -154,11 +154,13 @@ def _what_is_not_there(found: list[Finding], without: list[str], evidence: Evide
     gates = []
     for gate in study.gates:
         one = evidence.records.get(gate.run)
-        nats = one.evaluation[TEXT].nats if one and TEXT in one.evaluation else None
-        if one and nats is None:
+        if one is None:
+            came = "missing"
+        elif TEXT not in one.evaluation:
             came = f"{one.status}, not passed"
         else:
-            came = "missing" if nats is None else f"{nats:.4f}, {'passed' if nats <= gate.most_nats else 'not passed'}"
+            nats = one.evaluation[TEXT].nats
+            came = f"{nats:.4f}, {'passed' if nats <= gate.most_nats else 'not passed'}"
         gates.append(f"`{gate.run}`: at most {gate.most_nats:.4f} nats ({gate.why}): {came}")
     return [
         Heading("Negative and open results"),

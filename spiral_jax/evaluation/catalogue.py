@@ -1,5 +1,4 @@
-"""Which tasks of the LM Evaluation Harness run on local files, the papers' tasks, and what results say. Does not
-import the harness.
+"""The LM Evaluation Harness without importing it: the papers' tasks, tasks on local files, what results say.
 
 Every YAML file in tasks/ is a task of the harness whose data is a file of `--tasks_data`; under `metadata` it names
 that file and says how the numbers differ from those on the published data.
