@@ -5,7 +5,7 @@ sub-expression, 1 to 5 deep in training and 1 to 8 when evaluated. What cfg3b co
 that of the true distribution on the 512 windows that every run is evaluated on. Contrasts are within a task. All of it
 is exploratory: nobody has published numbers to reproduce.
 
-`small` is 30 runs of about two minutes on two cores; `full` has the papers' 160M models.
+`small` is 36 runs of about two minutes on two cores; `full` has the papers' 160M models.
 """
 
 from experiments import pile
@@ -51,7 +51,7 @@ def get_study(edition: Edition) -> Study:
         arms=tuple(arms),
         primary=contrasts[0],
         others=tuple(contrasts[1:]),
-        learning_rates=(3e-4, 6e-4, 1.2e-3) if is_full else (2e-3, 4e-3),
+        learning_rates=(3e-4, 6e-4, 1.2e-3) if is_full else (2e-3, 4e-3, 8e-3),
         seeds=(1, 2, 3),
         slices=("v5p:4x4x4",) if is_full else ("v5e:1x1",),
         exploratory=True,
