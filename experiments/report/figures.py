@@ -127,10 +127,15 @@ def loss_curves(evidence: Evidence, colours: Colours) -> Figure | str:
             axes.plot(tokens / 1e6, smooth, styles[arm.name], color=colours[arm], alpha=0.75, linewidth=1, label=label)
             ends.append(smooth[-1])
             starts.append(smooth[len(smooth) // 8])
-    axes.set_ylim(min(ends) - 0.1, max(*starts, max(ends) + 0.1))
+    floors = {arm.task: float(arm.factors["floor_nats"]) for arm in arms if "floor_nats" in arm.factors}
+    for task, floor in floors.items():
+        axes.axhline(floor, color="black", linewidth=1, linestyle=":", label=f"least that {task} can cost")
+    axes.set_ylim(min(*ends, *floors.values()) - 0.1, max(*starts, max(ends) + 0.1))
     axes.set(xlabel="tokens, millions", ylabel="training loss, nats per token", title="Loss curves")
     _finish(axes)
     note = "A line is a seed, smoothed over a twentieth of the run; the first eighth lies above the picture."
+    if floors:
+        note += " The dotted floor is what the true distribution costs on the held-out text."
     return Figure("loss_curves", "Training loss against tokens", note, _png(canvas))
 
 

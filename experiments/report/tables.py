@@ -40,6 +40,8 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
             nats = statistics.fmean(losses)
             spread = statistics.stdev(losses) if len(losses) > 1 else "one seed"
             row |= {"nats": nats, "perplexity": math.exp(nats), "spread": spread}
+            if "floor_nats" in arm.factors:
+                row["above_floor"] = nats - float(arm.factors["floor_nats"])
         finding = next((finding for finding in found if finding.contrast.arm == arm.name), None)
         row |= {"against": finding.contrast.against} | _difference(finding) if finding else {"against": "-"}
         if finding:
@@ -67,6 +69,11 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         Column("label", "label"),
     ]
     given = {key for row in rows for key in row}
+    if "above_floor" in given:
+        columns.insert(8, Column("above_floor", "above the floor, nats", ".4f"))
+        for row, arm in zip(rows, evidence.arms.values(), strict=True):
+            if "floor_nats" not in arm.factors:
+                row["above_floor"] = "-"
     for name, title, form in _paper_columns():
         if f"{name}_paper" in given:
             columns += [
@@ -79,6 +86,8 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         "the learning rate is the lowest or highest that was tried. `against`: the first contrast of this arm; the CSV "
         "file also has what it gains at equal FLOPs and seconds, which the table above has for all contrasts."
     )
+    if "above_floor" in given:
+        note += " The floor is what the true distribution costs on the same text; it is known for text made by a grammar."
     if not any(key.endswith("_paper") for key in given):
         note += " None of these models is one of the paper's; its differences stand beside ours with the contrasts."
     return Table("main_table", "Table 1: all arms", note, tuple(columns), tuple(rows))

@@ -225,6 +225,9 @@ def test_a_study_of_two_tasks(tmp_path):
     for row in tables.depths(evidence).rows:
         others = {"1", "8"} if row["task"] == "cfg3b" else {"3"}
         assert {key for key in ("1", "3", "8") if row[key] == "-"} == others
+    for row in tables.main_table(found, evidence).rows:
+        above = row["nats"] - 0.428133 if row["arm"].startswith("cfg3b") else "-"
+        assert row["above_floor"] == (above if above == "-" else pytest.approx(above))
     assert len({figures.series(arm) for arm in evidence.arms.values()}) == 6
     assert isinstance(figures.pareto_fronts(evidence, figures.Colours(evidence)), Figure)
 
