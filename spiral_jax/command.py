@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -11,12 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from absl import flags, logging
 from jax._src import xla_bridge
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, escape_unprintable, lines_in, require, shown
+from spiral_jax.hardware import has_accelerators
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
 from spiral_jax.parallel.join import Unjoined, join
@@ -67,6 +70,7 @@ def run(
         if rest:
             raise SpiralError(f"the argument {rest[0]!r} belongs to no flag; allowed: flags, as in --name=value")
         own_code.import_files(getattr(values, "import"))
+        _pass_over_absent_tpu()
         with _platforms_blamed():
             main(values)
     except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
@@ -113,6 +117,16 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
         expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
         ending.leave(*_outcome(error), expected=expected)
         raise
+
+
+def _pass_over_absent_tpu() -> None:
+    """Keeps jax from libtpu, which the extra `tpu` brings for `aot`, on a machine without accelerators.
+
+    jax would start it and wait, it would warn in ten lines, and its profiler would end the process.
+    """
+    asked: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if not asked and not has_accelerators() and importlib.util.find_spec("libtpu") is not None:
+        jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Published numbers of accelerators: peaks, memory, links, TPU slices that can be rented. And this machine's cores."""
 
 import dataclasses
+import glob
 import math
 import os
 import re
@@ -227,6 +228,15 @@ def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of bfloat16 products of one device, by `jax.Device.device_kind`; None where it is not known (CPU)."""
     # The longest name: `TPU v5` is a part of `TPU v5 lite`.
     return _PEAKS.get(max((name for name in _PEAKS if name in device_kind), key=len, default=""))
+
+
+# What the drivers of TPUs, NVIDIA's GPUs (WSL's, too) and AMD's leave there.
+ACCELERATOR_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
+
+
+def has_accelerators() -> bool:
+    """Whether this machine has a TPU or a GPU, by its files: no driver is started."""
+    return any(glob.glob(pattern) for pattern in ACCELERATOR_FILES)
 
 
 def usable_cores() -> int:

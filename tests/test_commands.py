@@ -11,6 +11,7 @@ import pytest
 from verbs import call
 
 from spiral_jax import describe, evaluate, train
+from spiral_jax.hardware import has_accelerators
 from spiral_jax.run.claim import claim
 
 ROOT = Path(__file__).parent.parent
@@ -290,3 +291,16 @@ def test_platforms_that_are_not_here_are_one_line():
     assert cuda.startswith(f"JAX_PLATFORMS is 'cuda'; {allowed}"), done
     assert typo.startswith(f"JAX_PLATFORMS is 'cdua'; {allowed}") and "not in the list of known backends" in typo
     assert int(cpu) >= 1
+
+
+@pytest.mark.skipif(has_accelerators(), reason="jax shall start what is here")
+def test_a_tpu_library_without_a_tpu_is_passed_over():
+    """It warns, waits for answers of Google's cloud, and its profiler crashes."""
+    pytest.importorskip("libtpu")
+    script = (
+        "import jax; from spiral_jax import command\n"
+        "command.run('x', '', lambda values: None, lambda values: print(jax.devices()[0].platform))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")

@@ -2,11 +2,11 @@
 
 import contextlib
 import ctypes
-import glob
+
+from spiral_jax.hardware import has_accelerators
 
 # Of malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
 def keep_freed_memory() -> None:
@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     To be called before the first device is touched, whose threads would get heaps of their own. Does nothing on a
     machine with accelerators, whose steps free none of this memory, nor with another C library.
     """
-    if any(glob.glob(pattern) for pattern in _ACCELERATORS):
+    if has_accelerators():
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from etils.epath import Path
 from flax.traverse_util import unflatten_dict
 
 from spiral_jax.data.bucket import is_bucket, is_trouble
+from spiral_jax.data.storage import absolute
 from spiral_jax.errors import Damaged, Diverged, SpiralError, Unreachable, require
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run.digest import Array, outline, path_name, summary
@@ -88,14 +90,15 @@ class Checkpoints:
         """Opens WORKDIR/checkpoints.
 
         Args:
-          workdir: absolute; orbax refuses relative directories at the first save only.
+          workdir: of the run.
           config: cadence and retention.
           read_only: for readers: nothing is created or removed.
           processes: that agree on what can be read. By default each finds out for itself.
           before_commit: called, on a bucket and on process 0, when all of a checkpoint is written but the object that
             says so, which it may prevent.
         """
-        self.directory = Path(workdir) / "checkpoints"
+        # Absolute: orbax refuses a relative directory, and at the first save only.
+        self.directory = Path(absolute(os.fspath(workdir))) / "checkpoints"
         self._config, self._processes = config, processes
         self._folders = step_folders(self.directory)
         self._aside = self._folders.damaged()

@@ -9,8 +9,9 @@ import pytest
 # Page faults of filling 64 MiB, which were filled and freed before.
 SCRIPT = """
 import resource
+from spiral_jax import hardware
 from spiral_jax.parallel import heap
-heap._ACCELERATORS = ({pattern!r},)
+hardware.ACCELERATOR_FILES = ({pattern!r},)
 heap.keep_freed_memory()
 for _ in range(2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -161,6 +162,14 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     checkpoints.wait()
     assert_bitwise_equal(checkpoints.restore(3, layout), random_state(layout, step=3))
     checkpoints.close()
+
+
+def test_a_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(Path("run"))
+    checkpoints.save_start({"w": np.ones(2, np.float32)}, META)
+    checkpoints.close()
+    assert (tmp_path / "run/checkpoints/0").is_dir()
 
 
 def test_when_a_checkpoint_is_due(tmp_path):
