@@ -17,7 +17,7 @@ from experiments.matching import predicted_seconds, tokens, train_flops
 from experiments.record import MOST_DOCUMENTS, Code, Evaluation, Flops, Parameters, Record, Seconds, Status, thinned
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json_object
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import Diverged, SpiralError, require
 from spiral_jax.evaluation.catalogue import values_of
 from spiral_jax.hardware import usable_cores
 from spiral_jax.run.directory import validation_store_of
@@ -45,6 +45,7 @@ def record_of(
 
     Raises:
       SpiralError: it finished, but something is missing or damaged.
+      Diverged: it finished, but what it came to loses more than a number can say.
     """
     config = run_config(run)
     rows = read_rows(rows_of(workdir))
@@ -81,9 +82,12 @@ def evaluation_of(path: Path) -> Evaluation:
 
     Raises:
       SpiralError: it is missing or damaged.
+      Diverged: a document's loss is not finite.
     """
     found = read_json_object(path)
     try:
+        if None in found["nats"]:
+            raise Diverged("its loss on the held-out text is not finite")
         pairs = [(float(x), float(n)) for x, n in zip(found["nats"], found["tokens"], strict=True)]
         pairs = [(x, n) for x, n in pairs if n]  # of examples, the sum of weights: one that asks nothing says nothing
         nats = sum(x for x, _ in pairs) / sum(n for _, n in pairs)

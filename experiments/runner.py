@@ -39,7 +39,7 @@ from spiral_jax.corpus.prepare import prepare_folder
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.json_files import read_json, write_json
 from spiral_jax.data.store import MANIFEST
-from spiral_jax.errors import SpiralError, shown
+from spiral_jax.errors import Diverged, SpiralError, shown
 from spiral_jax.progress import Progress
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.metrics import rows_of
@@ -185,6 +185,8 @@ class Runner:
             if status != "finished":
                 raise
             record = record_of(self.study, run, code, self.command(run), "failed", str(error), workdir, folder)
+        except Diverged as error:
+            record = record_of(self.study, run, code, self.command(run), "diverged", str(error), workdir, folder)
         path = records_.write(record, self.places.records)
         progress.advance(max(0.0, base + work - progress.done))
         if self._commit:

@@ -28,7 +28,8 @@ class SeedDifference:
     Attributes:
       seed: of both runs.
       nats: difference of the mean over all tokens.
-      document_error: its standard error if the documents had been others, with these two models.
+      document_error: its standard error if the documents had been others, with these two models; nan with one document,
+        which says nothing about others.
     """
 
     seed: int
@@ -82,7 +83,8 @@ def seed_difference(
     draws = np.random.default_rng(seed).multinomial(ours.size, np.full(ours.size, 1 / ours.size), RESAMPLES)
     drawn_tokens = draws @ tokens
     means = (draws @ sums)[drawn_tokens > 0] / drawn_tokens[drawn_tokens > 0]
-    return SeedDifference(seed, float(sums.sum() / tokens.sum()), float(means.std()))
+    error = float(means.std()) if ours.size > 1 else np.nan
+    return SeedDifference(seed, float(sums.sum() / tokens.sum()), error)
 
 
 def paired_interval(differences: Sequence[SeedDifference], level: float = LEVEL) -> Interval:

@@ -43,6 +43,11 @@ class Arm:
         return tuple(seed for seed in self.seeds if seed not in self.runs)
 
     @property
+    def diverged(self) -> tuple[int, ...]:
+        """Seeds that count whose runs diverged: those left are not any seeds."""
+        return tuple(sorted(run.seed for run in self.failed if run.stage == "seed" and run.status == "diverged"))
+
+    @property
     def family(self) -> str:
         """What the arm is whatever its size and budget; the name of one that does not say."""
         return str(self.factors.get("family", self.name))

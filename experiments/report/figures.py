@@ -118,7 +118,7 @@ def loss_curves(evidence: Evidence, colours: Colours) -> Figure | str:
     axes = canvas.add_subplot()
     ends, starts, styles = [], [], _styles(arms)
     for arm in arms:
-        for number, run in enumerate(arm.runs.values()):
+        for number, run in enumerate(run for run in arm.runs.values() if run.curve):
             curve = np.array(run.curve, dtype=float).reshape(-1, 3)
             window = max(1, len(curve) // 20)
             smooth = np.convolve(curve[:, 2], np.full(window, 1 / window), mode="valid")

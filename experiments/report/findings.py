@@ -74,7 +74,9 @@ def _finding(contrast: Contrast, evidence: Evidence) -> Finding:
         elif found[0].tokens != found[1].tokens:
             remarks.append(f"seed {seed} was evaluated on other documents")
         else:
-            differences.append(seed_difference(seed, found[0].documents, found[1].documents, found[0].tokens))
+            of_documents = seed_difference(seed, found[0].documents, found[1].documents, found[0].tokens)
+            # Documents are kept in float16, and not all of very many: they tell the error, not the difference.
+            differences.append(dataclasses.replace(of_documents, nats=found[0].nats - found[1].nats))
     on_slice = contrast.slice or study.slices[0]
     costs = [cost(arm, on_slice) for arm in (ours, theirs)]
     ratios = {of: costs[0][of] / costs[1][of] for of in COSTS}
@@ -90,7 +92,7 @@ def _finding(contrast: Contrast, evidence: Evidence) -> Finding:
         contrast,
         primary,
         interval,
-        label(interval, primary=primary and not study.exploratory),
+        label(interval, primary=primary and not study.exploratory and not ours.diverged and not theirs.diverged),
         {difference.seed: difference.nats for difference in differences},
         ratios,
         (*remarks, *_unevenness(contrast, ours, theirs, ratios, len(study.learning_rates))),
@@ -133,6 +135,9 @@ def _unevenness(contrast: Contrast, ours: Arm, theirs: Arm, ratios: dict[Cost, f
             remarks.append(f"the learning rate of {arm.name} is the {arm.edge} tried, a better one may lie beyond")
         if arm.missing_seeds:
             remarks.append(f"{arm.name} lacks seed {', '.join(map(str, arm.missing_seeds))}")
+        if arm.diverged:
+            seeds = ", ".join(map(str, arm.diverged))
+            remarks.append(f"{arm.name} diverged with seed {seeds}: the others are a choice")
     for arm in (ours, theirs):
         tried = sum(map(is_over, arm.trials.values()))
         if tried != rates:
@@ -161,12 +166,14 @@ class OnTheCurve:
       nats: ours minus the law; negative where ours is better.
       low, high: with the law's confidence band; the luck of our own seeds is not in it.
       points: of the law.
+      seeds: of ours.
     """
 
     nats: float
     low: float
     high: float
     points: int
+    seeds: int
 
 
 Gain = Finding | AtLeast | OnTheCurve | Missing
@@ -175,8 +182,9 @@ Gain = Finding | AtLeast | OnTheCurve | Missing
 def gain(of: Cost, pair: list[Finding], evidence: Evidence) -> Gain:
     """What the first of two families gains at equal cost, by the best evidence that there is.
 
-    In this order: a contrast that is matched in this cost; one that happens to be; one whose better arm spent less, so
-    that the gain is at least that much, as more training would not have made it worse; the other family's power law.
+    In this order: a contrast that is matched in this cost; one that happens to be; of compute and seconds, one whose
+    better arm spent less, so that the gain is at least that much, as more training would not have made it worse; the
+    other family's power law.
 
     Args:
       of: the cost.
@@ -188,11 +196,11 @@ def gain(of: Cost, pair: list[Finding], evidence: Evidence) -> Gain:
         for finding in there:
             if fits(finding):
                 return finding
+    if of not in ("flops", "predicted", "measured"):
+        return Missing("no contrast matched in this")
     for finding in there:
         if _is_bound(finding, of):
             return AtLeast(finding, finding.ratios[of])
-    if of not in ("flops", "predicted", "measured"):
-        return Missing("no contrast matched in this")
     ours, theirs = evidence.arms[pair[0].contrast.arm], evidence.arms[pair[0].contrast.against]
     family = [arm for arm in evidence.arms.values() if (arm.family, arm.task) == (theirs.family, theirs.task)]
     found = _on_the_curve(ours, family, of, evidence.study.slices[0])
@@ -216,7 +224,7 @@ def _on_the_curve(arm: Arm, family: list[Arm], of: Cost, on_slice: str) -> OnThe
         return Missing("no pair, and outside the other family's budgets")
     (middle,), ((low,), (high,)) = law.at(np.array([here])), law.band(np.array([here]))
     nats = statistics.fmean(arm.nats())
-    return OnTheCurve(nats - float(middle), nats - float(high), nats - float(low), law.points)
+    return OnTheCurve(nats - float(middle), nats - float(high), nats - float(low), law.points, len(arm.nats()))
 
 
 def frontier(family: list[Arm], of: Cost, on_slice: str) -> tuple[list[float], list[float]]:

@@ -87,7 +87,7 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         "file also has what it gains at equal FLOPs and seconds, which the table above has for all contrasts."
     )
     if "above_floor" in given:
-        note += " The floor is what the true distribution costs on the same text; it is known for text made by a grammar."
+        note += " The floor is what the true distribution costs on the same text: it is known where a grammar made it."
     if not any(key.endswith("_paper") for key in given):
         note += " None of these models is one of the paper's; its differences stand beside ours with the contrasts."
     return Table("main_table", "Table 1: all arms", note, tuple(columns), tuple(rows))
@@ -256,7 +256,8 @@ def _gain(gained: Finding | AtLeast | OnTheCurve | Missing, of: Cost) -> str:
             claim = gained.finding.label if gained.finding.label == "not resolved" else "exploratory"
             return f"at least {interval.mean:+.4f} (with {gained.ratio:.2f} x the {COSTS[of]}), {claim}"
         case OnTheCurve():
-            claim = "not resolved" if gained.low <= 0 <= gained.high else "exploratory"
+            is_open = gained.seeds < 2 or gained.low <= 0 <= gained.high
+            claim = "not resolved" if is_open else "exploratory"
             return f"{gained.nats:+.4f} ({ends(gained.low, gained.high)}) by the curve, {claim}"
         case Missing():
             return f"missing: {gained.why}"

@@ -80,6 +80,15 @@ def test_runs_that_count_are_asked_the_tasks(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_trial_whose_loss_is_no_number_diverged(tmp_path, monkeypatch):
+    """It trained to its end, and the seeds take the other rate."""
+    runner, _, names = runner_of(tmp_path, monkeypatch, arms="infinite")
+    assert runner.run(names) == 0
+    records = runner.records()
+    assert records["infinite-lr0.004"].status == "diverged" and "not finite" in records["infinite-lr0.004"].reason
+    assert records["infinite-seed1"].learning_rate == 0.002
+
+
 def test_a_tree_that_changes_while_a_run_runs(tmp_path, monkeypatch):
     runner, _, names = runner_of(tmp_path, monkeypatch, arms="plain")
     hashes = iter("pq")

@@ -93,6 +93,7 @@ def test_equal_arms_and_single_seeds_are_not_resolved():
     assert label(paired_interval(same), primary=True) == "not resolved"
     one = paired_interval([seed_difference(0, [3.0], [4.0], [10])])
     assert one.mean == -1 and label(one, primary=True) == "not resolved"
+    assert np.isnan(one.document_error)  # a single document says nothing about others
 
 
 def test_arms_of_the_same_truth_are_seldom_resolved():
