@@ -88,6 +88,8 @@ def what_bills(job: Job, seen: Observation, memory: Memory, now: float) -> str:
         what = f"{chips} may be there and bill: the cloud could not be asked ({seen.message})"
     elif seen.state is State.WAITING:
         what = f"{chips} is {seen.words}; it does not bill yet, and will when it gets chips"
+    elif seen.billing is None:
+        what = f"{chips} is {seen.words} and may bill until it is gone"
     else:
         what = f"{chips} is {seen.words}; it does not bill, but keeps its name and quota"
     return f"{what}; delete it with: {command_line(job, 'delete')}"
@@ -120,6 +122,7 @@ class Babysitter:
         self.store = Store(self.bucket, self.owner, self.clock)
         self.memory, self._seen = Memory(), Observation(State.UNKNOWN, message="it was not asked")
         self._said, self._words = set[str](), ""
+        self._blind = False  # a deletion that goes on without the bucket
 
     def run(self) -> int:
         """Exit status: 0 finished, 42 unfinished, 1 failed, 2 what you can mend, 44 diverged, 130 interrupted.
@@ -143,8 +146,9 @@ class Babysitter:
                 decision = self._decide()
                 self._act(decision)
                 action = decision.action
-        except Taken:
-            raise  # the other one sees to what bills
+        except Taken:  # the other one sees to what bills, if it still lives
+            self._say_what_bills(look_again=True)
+            raise
         except BaseException as error:
             self._say_what_bills(look_again=True)
             if isinstance(error, KeyboardInterrupt):
@@ -164,15 +168,14 @@ class Babysitter:
           0 if it is there or asked for, otherwise 2.
         """
         with self._holding():
-            if self.memory.phase == "ended":
-                raise SpiralError(f"{self.job.name} has finished; allowed: another NAME, or an empty {self.job.root}")
             self._seen = self.provider.observe()
             if self._seen.state is State.GONE:
                 decision = self._decide()
                 if decision.action is Action.CREATE:
                     self._act(decision)
-                    if self.memory.ending:
+                    if self.memory.ending:  # refused
                         self.say(self.memory.ending)
+                        self.memory = dataclasses.replace(self.memory, phase="ended")
                 self._seen = self.provider.observe()
             self._say_what_bills()
         coming = self._seen.state is State.GONE and self.memory.phase == "creating"
@@ -201,7 +204,12 @@ class Babysitter:
         self.job = dataclasses.replace(self.job, delete_at_success=True)
         for last in (False, False, False, True):
             try:
-                memory = self._checked(self.store.load())
+                memory = self.store.load()
+            except SpiralError as error:
+                self._forget(error)
+                break
+            memory = self._checked(memory)
+            try:
                 if memory.phase != "ended" or memory.result:  # what has finished stays so
                     memory = dataclasses.replace(memory, ending="deleted, as `delete` asked", result=2)
                 self.memory = dataclasses.replace(memory, phase="deleting", deleted=0, kept=False)
@@ -210,11 +218,16 @@ class Babysitter:
             except Taken:  # its launcher has just written; after this it finds that it is held by another
                 if last:
                     raise
-            except Unreachable as error:
-                self.say(f"what is remembered cannot be read: {error}")
-                self.memory = Memory(phase="deleting", ending="deleted, as `delete` asked", result=2)
+            except SpiralError as error:
+                self._forget(error)
                 break
         return 130 if self._watch() == 130 else 0 if self._seen.state is State.GONE else 2
+
+    def _forget(self, error: SpiralError) -> None:
+        """Goes on with a deletion without the bucket, whatever is there."""
+        self.say(f"what is remembered cannot be used: {error}")
+        self.memory = Memory(phase="deleting", ending="deleted, as `delete` asked", result=2)
+        self._blind = True
 
     def _decide(self) -> Decision:
         """What to do next, once the slice was looked at."""
@@ -225,9 +238,11 @@ class Babysitter:
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[None]:
-        """No other launcher holds the job in the block."""
+        """No other launcher holds the job in the block; SpiralError if it has finished."""
         self.memory = self._take()
         try:
+            if self.memory.phase == "ended":
+                raise SpiralError(f"{self.job.name} has finished; allowed: another NAME, or an empty {self.job.root}")
             yield
         finally:
             self._release()
@@ -246,7 +261,10 @@ class Babysitter:
                     raise Taken(f"{self.job.name} is held by {memory.owner}; allowed: one launcher at a time")
         memory = self._checked(memory)
         if memory.phase == "ended" and memory.result:  # whoever starts it again wants it to go on
-            memory = Memory(attempt=memory.attempt, chip_seconds=memory.chip_seconds, where=memory.where)
+            m = memory
+            memory = Memory(
+                attempt=m.attempt, mended=m.attempt, where=m.where, chip_seconds=m.chip_seconds, looked=m.looked
+            )
         return self.store.save(memory)
 
     def _checked(self, memory: Memory) -> Memory:
@@ -264,11 +282,11 @@ class Babysitter:
         seconds = min(affordable(self.job, decision.memory), _LONGEST) if long else 0
         try:
             self.memory = self.store.save(decision.memory, HELD + seconds)
-        except Taken:
-            raise
         except SpiralError as error:
+            if isinstance(error, Taken) and not self._blind:
+                raise
             self.say(f"not remembered, so nothing new is begun: {error}")
-            if action is Action.END:
+            if action in (Action.END, Action.DELETE):
                 self.memory = decision.memory
             action = action if action is Action.DELETE else Action.WAIT
         if action is Action.WAIT:

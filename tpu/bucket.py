@@ -5,6 +5,7 @@ object is only written if it still has the generation that was read (0: if there
 is told.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -15,7 +16,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 from typing import NamedTuple
 
 from spiral_jax.errors import SpiralError, Unreachable
@@ -47,8 +47,14 @@ class Bucket:
       url: without a slash at the end.
     """
 
-    def __init__(self, url: str, patience: float = 120.0):
+    def __init__(self, url: str, patience: float = 120.0, on_host: bool = False):
         """Asks for nothing yet.
+
+        Args:
+          url: gs://BUCKET or gs://BUCKET/FOLDER.
+          patience: seconds.
+          on_host: whether this is a TPU's host, whose service account is taken; otherwise gcloud's account is, also on
+            a machine of the cloud.
 
         Raises:
           SpiralError: the URL is not one.
@@ -61,7 +67,7 @@ class Bucket:
         self._prefix = f"{folder[1:]}/" if folder else ""
         self._patience, self._known = patience, False  # whether the bucket is there
         emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-        self._token = None if emulator else _Token()
+        self._token = None if emulator else _Token(on_host)
         address = emulator or "https://storage.googleapis.com"
         self._api = (address if "://" in address else f"http://{address}").rstrip("/")
 
@@ -85,8 +91,8 @@ class Bucket:
         query = {"uploadType": "multipart"}
         if if_generation_match is not None:
             query["ifGenerationMatch"] = str(if_generation_match)
+        path = f"/upload/storage/v1/b/{self.name}/o?{urllib.parse.urlencode(query)}"
         try:
-            path = f"/upload/storage/v1/b/{self.name}/o?{urllib.parse.urlencode(query)}"
             answer = self._call("POST", path, content, written=self._prefix + name)
         except _ConflictAtSecondTry:
             # The first try may have been the one that wrote it, its answer lost.
@@ -136,7 +142,9 @@ class Bucket:
             try:
                 return self._once(method, path, content, written)
             except urllib.error.HTTPError as error:
-                said = error.read(2000).decode(errors="replace")
+                said = ""
+                with contextlib.suppress(OSError, http.client.HTTPException):  # it may break off, too
+                    said = error.read(2000).decode(errors="replace")
                 reason = f"{error.code} {error.reason}"
                 if error.code == 404 and not bucket:
                     if not self._known:
@@ -172,7 +180,8 @@ class Bucket:
             request.add_header("Content-Type", f"multipart/related; boundary={mark.decode()}")
         if self._token:
             request.add_header("Authorization", f"Bearer {self._token()}")
-        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+        # Half of the patience: one connection that hangs shall not take all of it.
+        with urllib.request.urlopen(request, timeout=min(_SECONDS, self._patience / 2)) as response:
             answer = _Answer(response.read(), response.headers)
         self._known = True
         return answer
@@ -190,12 +199,12 @@ class _Answer(NamedTuple):
 class _Token:
     """An access token, asked for again before it runs out."""
 
-    def __init__(self):
-        self._text, self._until = "", 0.0
+    def __init__(self, on_host: bool):
+        self._on_host, self._text, self._until = on_host, "", 0.0
 
     def __call__(self) -> str:
         if time.monotonic() > self._until:
-            if on_a_host():
+            if self._on_host:
                 answer = json.loads(metadata("service-accounts/default/token"))
                 self._text, seconds = answer["access_token"], answer["expires_in"] - 60
             else:
@@ -205,16 +214,6 @@ class _Token:
 
     def forget(self) -> None:
         self._until = 0.0
-
-
-def on_a_host() -> bool:
-    """Whether this is a machine of Compute Engine, as a TPU VM is: it has a metadata server."""
-    if "GCE_METADATA_HOST" in os.environ:
-        return True
-    try:
-        return "Google" in Path("/sys/class/dmi/id/product_name").read_text(encoding="utf-8")
-    except OSError:
-        return False
 
 
 def metadata(key: str) -> str:

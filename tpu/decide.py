@@ -94,7 +94,8 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
         return _wait(m)  # above all, nothing is created: the slice may be there, the job may have finished
     if m.phase == "deleting" and seen.state is not State.GONE:
         return _deleted(m, now) if now - m.deleted >= LEAVES else _wait(m)
-    if status.stop and (status.all_ended or not m.started):
+    landing = seen.state is State.GONE and m.phase == "creating" and now - m.asked < LANDS
+    if status.stop and not landing and (status.all_ended or not m.started):
         m = replace(m, phase="ended", kept=seen.state is not State.GONE)
         return Decision(replace(m, ending="stopped, as `stop` asked", result=42), Action.END)
     if seen.state is State.GONE:
@@ -119,7 +120,9 @@ def not_created(job: Job, memory: Memory, kind: str, line: str, now: float) -> t
         return replace(memory, phase="absent", resume_at=now + LOOK), (line,)
     if kind == "quota":
         # What is still being given back counts against it for a while; what was never granted does so for ever.
-        return _failure(job, replace(memory, phase="absent"), line, now, result=2)
+        m = _later(replace(memory, phase="absent"), now)
+        is_never = m.streak > max(job.max_failures, 1)
+        return (replace(m, ending=line, result=2) if is_never else m), (line,)
     return memory, (f"not known whether the slice was created: {line}",)
 
 
@@ -142,9 +145,9 @@ def affordable(job: Job, memory: Memory) -> float:
 
 def _counted(job: Job, m: Memory, seen: Observation, status: JobStatus, now: float) -> Memory:
     """With the chip-seconds since the last look, and signs of life."""
-    if m.billing or seen.billing:
+    if seen.ours and (m.billing or seen.billing):
         # Nobody may have looked for days while it stood in the queue.
-        since = m.looked if m.billing else max(m.looked, seen.since) or now
+        since = m.looked if m.billing else max(m.looked, seen.since or now - LOOK)
         m = replace(m, chip_seconds=m.chip_seconds + job.chips * max(now - since, 0))
     m = replace(m, looked=now, billing=m.billing if seen.billing is None else seen.billing)
     if status.beat != m.beat:
@@ -155,7 +158,8 @@ def _counted(job: Job, m: Memory, seen: Observation, status: JobStatus, now: flo
 def _ending(job: Job, m: Memory, seen: Observation, status: JobStatus, now: float) -> Memory:
     """With the reason why everything ends, if there is one that holds whatever the slice is."""
     all_in = status.all_ended or now - m.ended_seen >= SETTLES or seen.state is not State.READY
-    if m.attempt and status.ended and status.status in DECISIVE and all_in:
+    is_mended = bool(status.status) and m.attempt <= m.mended
+    if m.attempt and status.ended and status.status in DECISIVE and all_in and not is_mended:
         return replace(m, ending=f"{DECISIVE[status.status]} ({status.line})", result=status.status)
     if (m.billing or m.phase == "present") and affordable(job, m) <= LOOK:
         return _capped(job, m)
@@ -213,11 +217,15 @@ def _ready(job: Job, m: Memory, status: JobStatus, now: float) -> Decision:
             return _wait(m, m.resume_at - now)
         m = replace(m, attempt=m.attempt + 1, trouble="", repaired=False, beat=0, beat_seen=now, ended_seen=0)
         return Decision(m, Action.START, lines=(f"attempt {m.attempt}: set-up, smoke test, start",))
+    if m.trouble and status.beat and not status.ended:
+        m = replace(m, trouble="", ended_seen=0)  # all hosts have answered since
     if m.trouble or status.ended:
         if now - m.ended_seen < SETTLES:
             return _wait(m)  # whether the slice is on its way out
         if not m.trouble and status.status == 42:
             m, lines = _interruption(job, m, f"saved but unfinished ({status.line})", now)
+        elif m.repaired:
+            m, lines = _interruption(job, m, f"a node was repaired ({m.trouble or status.line})", now)
         else:
             line = m.trouble or status.line
             m, lines = _failure(job, m, line, now, fault=not m.trouble and status.status == 1)

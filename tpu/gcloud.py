@@ -90,6 +90,7 @@ class Gcloud:
       execute: runs a program.
       clock: of Unix time.
       deadline: Unix time at which a command that still runs is ended.
+      ran: whether a command has run: from then on, that there is no gcloud passes.
     """
 
     project: str = ""
@@ -98,6 +99,7 @@ class Gcloud:
     execute: Execute = execute
     clock: Callable[[], float] = time.time
     deadline: float = float("inf")
+    ran: bool = False
 
     def command(self, *arguments: str) -> list[str]:
         """The whole argument list. Flags come after positionals, and after `--` nothing is added."""
@@ -127,6 +129,11 @@ class Gcloud:
             status, out, err = self.execute(command, seconds)
         except subprocess.TimeoutExpired:
             raise GcloudError("unknown", f"gcloud {verb}: no answer in {seconds:.0f} s") from None
+        except (OSError, SpiralError) as error:  # no memory for a process, or gcloud is being updated
+            if isinstance(error, SpiralError) and not self.ran:
+                raise
+            raise GcloudError("unknown", f"gcloud {verb}: it cannot be run ({error})") from None
+        self.ran = True
         if status:
             raise GcloudError(kind_of(err, resource), redacted(f"gcloud {verb}: {_message(err) or f'status {status}'}"))
         return out

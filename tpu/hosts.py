@@ -106,7 +106,6 @@ def bring_up(provider: Provider, bucket: Bucket, attempt: int, code: Code, secon
         if not bucket.list(archive):
             bucket.put(archive, code.data)
         bucket.put(f"{folder}/job.json", plan)
-    bucket.delete(STOP)
     _until_answered(
         lambda host: _tell(provider, plan, f"--attempt={attempt}", host),
         lambda: set(range(job.hosts)) - set(states(bucket, attempt)),
@@ -146,10 +145,10 @@ def stop(provider: Provider, bucket: Bucket, attempt: int, seconds: float = SAVE
     if provider.gcloud.dry_run:
         _tell(provider, {"code": "CODE", "sha256": "SHA256"}, f"--end={END:g}")
         return
+    bucket.put(STOP, {"time": time.time()})  # before anything is read: an attempt may be coming up
     plan = bucket.read(f"{attempt_folder(attempt)}/job.json")
     if plan is None:
         return
-    bucket.put(STOP, {"time": time.time()})
 
     def left() -> set[int]:
         return {host for host, state in states(bucket, attempt).items() if state["state"] != "ended"}
@@ -182,16 +181,25 @@ def states(bucket: Bucket, attempt: int) -> dict[int, dict]:
 
 def logs(
     bucket: Bucket,
-    attempt: int,
+    newest: Callable[[], int],
     hosts: Iterable[int],
     follow: bool = False,
     write: Callable[[str], object] = lambda text: print(text, end="", flush=True),
 ) -> None:
-    """Prints what hosts have printed, host by host; with `follow` what comes, until all of them have ended."""
-    hosts, folder = list(hosts), attempt_folder(attempt)
+    """Prints what hosts have printed in the newest attempt, host by host.
+
+    Args:
+      bucket: of the job.
+      newest: gives its number.
+      hosts: whose.
+      follow: and what comes, also in attempts after this one, until all of these hosts have ended.
+      write: takes the text.
+    """
+    hosts, attempt = list(hosts), newest()
     last: dict[int, str] = {}
     shown = None
     while True:
+        folder = attempt_folder(attempt)
         over = follow and {h for h, s in states(bucket, attempt).items() if s["state"] == "ended"} >= set(hosts)
         for host in hosts:
             for part in bucket.list(f"{folder}/logs/host-{host}/"):
@@ -202,7 +210,10 @@ def logs(
                 content = bucket.get(part.name)
                 write(content[0].decode(errors="replace") if content else "")
                 shown, last[host] = host, part.name
-        if over or not follow:
+        if follow and (later := newest()) > attempt:
+            attempt, last, shown = later, {}, None
+            write(f"== attempt {attempt} ==\n")
+        elif over or not follow:
             return
         time.sleep(POLL)
 

@@ -19,6 +19,7 @@ from tpu import hosts, reap, several
 from tpu.babysit import Babysitter, read_status, what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
+from tpu.decide import SILENCE
 from tpu.gcloud import Execute, Gcloud, GcloudError, execute, shown
 from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
@@ -75,22 +76,28 @@ class Launcher:
 
     def create(self) -> int:
         self.plan()
+        self._go_on()
         return self.babysitter.create()
 
     def babysit(self) -> int:
         memory, self.code = Store(self.bucket).load(), pack(ROOT)
         if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
             self.plan()
-            with contextlib.suppress(SpiralError):  # asked for before this start
-                self.bucket.delete(STOP)
+            self._go_on()
         return self.babysitter.run()
 
     def setup(self) -> int:
+        attempt = Store(self.bucket).load().attempt
+        status = read_status(self.bucket, self.job, attempt)
+        runs = status.beat > self.clock() - SILENCE and not status.ended
+        require(not runs, "NAME", f"{self.job.name}, whose attempt {attempt} runs", "a job that `stop` has ended")
+        self._go_on()
         self._bring_up(hosts.TEST)
         hosts.wait_until_tested(self.job, self.bucket, hosts.TEST, self.say)
         return 0
 
     def run(self) -> int:
+        self._go_on()
         return self.babysitter.start()
 
     def stop(self) -> int:
@@ -106,8 +113,10 @@ class Launcher:
         return self.babysitter.delete()
 
     def logs(self) -> int:
+        host, most = self.values.host, self.job.hosts - 1
+        require(host is None or 0 <= host <= most, "--host", host, f"0 to {most}")
         which = range(self.job.hosts) if self.values.host is None else [self.values.host]
-        hosts.logs(self.bucket, Store(self.bucket).load().attempt, which, self.values.follow)
+        hosts.logs(self.bucket, lambda: Store(self.bucket).load().attempt, which, self.values.follow)
         return 0
 
     def status(self) -> int:
@@ -160,6 +169,11 @@ class Launcher:
         for command in gke.commands(job, str(file)):
             self.say(shown(command))
         return 0
+
+    def _go_on(self) -> None:
+        """What `stop` asked for before this start is over."""
+        with contextlib.suppress(SpiralError):
+            self.bucket.delete(STOP)
 
     def _training(self) -> str:
         """The last row of metrics, in words."""

@@ -37,6 +37,7 @@ class Memory:
       ended_seen: when the end of the attempt was first seen.
       repaired: the slice was not usable for a while since the attempt began.
       kept: the end has left a slice.
+      mended: attempts up to this one ended in a way that is mended since, as somebody started the job again.
       ending: why everything ends; empty while it does not.
       result: exit status of the launcher then.
     """
@@ -63,6 +64,7 @@ class Memory:
     ended_seen: float = 0
     repaired: bool = False
     kept: bool = False
+    mended: int = 0
     ending: str = ""
     result: int = 0
 
@@ -103,10 +105,20 @@ class Store:
         owner = self.owner if seconds else ""
         memory = dataclasses.replace(memory, owner=owner, until=self.clock() + seconds if seconds else 0)
         try:
-            self.generation = self.bucket.put(MEMORY, vars(memory), self.generation)
+            self._put(memory)
         except Conflict:
-            raise Taken(f"{MEMORY} was written by another launcher ({self.load().owner or 'unknown'})") from None
+            there = self.load()
+            if not self.owner or there.owner != self.owner:
+                raise Taken(f"{MEMORY} was written by another launcher ({there.owner or 'unknown'})") from None
+            # It was we, whom the answer did not reach.
+            try:
+                self._put(memory)
+            except Conflict:
+                raise Taken(f"{MEMORY} was written by another launcher, just now") from None
         return memory
+
+    def _put(self, memory: Memory) -> None:
+        self.generation = self.bucket.put(MEMORY, vars(memory), self.generation)
 
 
 def this_launcher() -> str:

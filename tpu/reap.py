@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: 
       **world: of `Gcloud`.
 
     Returns:
-      0, or 2 if there was a zone that could not be looked at.
+      0, or 2 if there was a zone that could not be looked at, or something that could not be deleted.
     """
     parser = Parser(prog="python -m tpu.launch reap")
     parser.add_argument("name", nargs="?", help="of one job")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: 
     gcloud = Gcloud(values.project, values.dry_run, say, **world)
     zones = values.zone or sorted({zone for generation in GENERATIONS for zone in generation.zones})
 
-    found, failed = list[Resource](), list[str]()
+    found, failed, left = list[Resource](), list[str](), list[str]()
 
     def look(zone: str) -> None:
         try:
@@ -69,13 +69,18 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: 
         command = delete_command(one.kind, one.name, one.zone)
         say(f"{one.job}: {one.kind} {one.name} in {one.zone}: {one.words}: {bills}; {shown(gcloud.command(*command))}")
         if values.delete:
-            gcloud.run(*command)
-            say(f"{one.name}: is being deleted")
+            try:
+                gcloud.run(*command)
+                say(f"{one.name}: is being deleted")
+            except GcloudError as error:
+                left.append(f"{one.name} in {one.zone}: {error}")
+    for line in sorted(left):
+        say(f"not deleted: {line}")
     for line in sorted(failed):
         say(f"not looked at: {line}")
     bill = sum(one.bills for one in found)
     say(f"{len(found)} found, {bill} of them bill, in {len(zones) - len(failed)} of {len(zones)} zones")
-    return 2 if failed else 0
+    return 2 if failed or left else 0
 
 
 def _ours(queued: list[dict[str, Any]], nodes: list[dict[str, Any]], zone: str) -> list[Resource]:

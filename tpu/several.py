@@ -25,6 +25,8 @@ from tpu.job import Job, Parser, define, job_of
 from tpu.memory import Store
 from tpu.plan import START_MINUTES, Say, plan_unless_skipped
 
+PAUSE = 30.0  # seconds before a launcher that died is replaced
+
 
 class Run(NamedTuple):
     """A run as the budget sees it.
@@ -178,16 +180,22 @@ def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argpars
                 return
             for name in [name for name, child in children.items() if child.poll() is not None]:
                 status = children.pop(name).returncode
+                taken, is_sure, is_lost = runs[name].taken, False, False
                 try:
                     spent = Spent() if values.dry_run else spent_by(entries[name].job)
+                    is_sure = spent.over  # what may bill on keeps its share
+                    # Its launcher has died beside what bills: without another one nothing bounds that.
+                    is_lost = not spent.over and spent.status is None and status not in (2, 130)
+                    taken = spent.chip_hours if is_sure or is_lost else taken
                 except SpiralError as error:
                     say(f"{name}: {error}")
-                    spent = Spent(over=False)
-                # What may bill on keeps its share.
-                taken = spent.chip_hours if spent.over else runs[name].taken
-                runs[name] = runs[name]._replace(state="done", taken=taken, status=status)
-                most = "" if spent.over else "at most "
+                most = "" if is_sure else "at most " if not is_lost else "so far "
                 say(f"{name}: ended with status {status}, {most}{taken:,.1f} chip-hours")
+                if is_lost:
+                    say(f"{name}: another launcher follows in {PAUSE:.0f} s, as the job has not ended")
+                    time.sleep(PAUSE)
+                state = "waiting" if is_lost else "done"
+                runs[name] = runs[name]._replace(state=state, taken=taken, status=status)
             time.sleep(0.2)
     finally:
         for child in children.values():
@@ -200,7 +208,12 @@ def _launcher(arguments: list[str], say: Say) -> subprocess.Popen[str]:
     """Babysits one job in a process of its own, whose lines are said with its name."""
     command = [sys.executable, "-u", "-m", "tpu.launch", "babysit", *arguments]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches it once, from us
     )
     output = child.stdout
     assert output is not None

@@ -235,9 +235,11 @@ class Cloud:
         return 0, json.dumps([self._node(one, name) for one in there for name in one.nodes(self.now)]), ""
 
     def _ssh(self, kind: str, words: list[str], flags: dict[str, str]) -> tuple[int, str, str]:
-        one = self._find(kind, words[0], flags["zone"])
+        # The same account for every launcher, or one would not see what another has left running.
+        (name,) = (word.removeprefix("spiral@").partition(":")[0] for word in words if word.startswith("spiral@"))
+        one = self._find(kind, name, flags["zone"])
         if one is None:
-            return self._missing(kind, "ssh", words[0], flags["zone"])
+            return self._missing(kind, "ssh", name, flags["zone"])
         return (
             (0, "", "")
             if one.usable(self.now)

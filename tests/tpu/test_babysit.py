@@ -1,14 +1,20 @@
 """What a job, a cloud, a bucket and a launcher can do to each other, beside the stories."""
 
+import dataclasses
 import itertools
 import json
 
 import pytest
 
+from spiral_jax.errors import SpiralError, Unreachable
 from spiral_jax.hardware import parse_slice
 from tests.tpu.cloud import DIRECT, QUEUED
 from tests.tpu.test_stories import ended_well, queued
 from tests.tpu.world import World
+from tpu import hosts
+from tpu.babysit import what_bills
+from tpu.memory import Memory, Taken
+from tpu.providers import Observation, State, provider_of
 
 
 def creates(world: World) -> list[float]:
@@ -188,6 +194,153 @@ def test_a_bucket_that_does_not_answer_stops_what_is_new_and_not_what_ends():
     world = World({"bucket_down": [(2500, 90000)], "jobs": [{"runs": 80000, "status": 0}]}, max_chip_hours=30)
     world.run()
     assert world.left() == [] and world.cloud.billed() * 8 / 3600 <= 30
+
+
+@pytest.mark.parametrize("write", range(1, 16))
+def test_an_answer_of_the_bucket_that_is_lost(write):
+    """The launcher finds its own memory, of another generation than it knows."""
+    world = World({"answers_lost": [write], "jobs": [{"runs": 600, "status": 0}]})
+    try:
+        ended_well(world, world.run())
+    except Unreachable:  # the first one, before anything is begun: it says so and ends
+        assert write == 1 and world.heard("nothing bills")
+        ended_well(world, world.run())
+    assert world.created() == 1
+
+
+def test_a_launcher_that_is_told_of_another_says_what_bills():
+    world = World({"jobs": [{"runs": 10**6, "status": 0}]})
+    world.killed(at=60)
+    world.cloud.now += 400
+    one = world.babysitter("elsewhere:1:b")
+
+    def sleep(seconds):
+        world.bucket.put("launch.json", {"owner": "elsewhere:2:c", "phase": "present"})
+        world.sleep(seconds)
+
+    one.sleep = sleep
+    with pytest.raises(Taken, match="elsewhere:2:c"):
+        one.run()
+    assert "BILLS; delete it with" in world.said[-1]
+
+
+def test_what_was_counted_before_a_stop_is_not_counted_again():
+    world = World({"jobs": [{"runs": 40000, "status": 0}]}, max_chip_hours=170)
+    world.killed(at=100)
+    world.bucket.objects["control/stop"] = (str(world.cloud.now + 20000).encode(), 1)
+    assert world.run() == 42
+    world.bucket.delete("control/stop")
+    world.cloud.now += 7200  # it bills on
+    ended_well(world, world.run())
+    counted = json.loads(world.bucket.objects["launch.json"][0])["chip_seconds"] / 8
+    assert counted == pytest.approx(world.cloud.billed(), rel=0.02)
+
+
+@pytest.mark.parametrize("status", [2, 44])
+def test_what_is_mended_may_go_on_under_its_name(status):
+    world = World({"jobs": [{"runs": 600, "status": status}, {"runs": 600, "status": 0}]})
+    assert world.run() == status and world.left() == []
+    ended_well(world, world.run())
+    assert len(world.attempts) == 2
+
+
+def test_a_finished_job_that_kept_its_slice_is_not_run_again():
+    world = World({"jobs": [{"runs": 60, "status": 0}]}, delete_at_success=False)
+    assert world.run() == 0
+    world.job = dataclasses.replace(world.job, delete_at_success=True)
+    with pytest.raises(SpiralError, match="has finished; allowed: another NAME"):
+        world.babysitter("x:1:a").start()
+    assert len(world.left()) == 1 and len(world.attempts) == 1
+
+
+def test_stop_while_a_create_is_landing_does_not_say_that_nothing_bills():
+    script = {"lands": 60, "fail": [{"when": " create ", "error": "network", "effect": True}]}
+    for step in range(1, 50):
+        world = World(script)
+        world.killed(at=step)
+        if world.created():
+            break
+    world.bucket.objects["control/stop"] = (str(world.cloud.now).encode(), 1)
+    world.cloud.now += 1
+    assert world.run() == 42
+    assert len(world.left()) == 1 and "delete it with: python -m tpu.launch delete pile" in world.said[-1]
+
+
+@pytest.mark.parametrize("bucket", ["away for a moment", "read only", "gone"])
+def test_delete_deletes_whatever_the_bucket_says(bucket):
+    """It comes back before the deletion is sent, or it may be read alone, or there is none any more."""
+    world = World({"jobs": [{"runs": 10**6, "status": 0}]})
+    world.killed(at=60)
+    world.cloud.now += 4000
+    if bucket == "away for a moment":
+        world.bucket_down = [(world.elapsed, world.elapsed + 15)]
+    elif bucket == "read only":
+        world.script["writes_refused"] = [(0, 10**9)]
+    else:
+        world.bucket.get = gone
+    assert world.babysitter("x:1:a").delete() == 0
+    assert world.left() == []
+
+
+def gone(name):
+    raise SpiralError("--bucket is gs://b; allowed: a bucket that is there (404 Not Found)")
+
+
+def test_a_deletion_that_could_not_be_remembered_is_still_ours():
+    """The slice is suspended while the bucket refuses writes; that it is gone then was nobody's hand."""
+    lost = queued((3000, {"state": "SUSPENDED"}))
+    script = {"timelines": [lost, QUEUED], "writes_refused": [(2990, 3600)], "jobs": [{"runs": 4000, "status": 0}]}
+    world = World(script)
+    ended_well(world, world.run())
+    assert world.created() == 2 and not world.heard("by hand")
+
+
+def test_a_start_of_which_the_launcher_does_not_hear_goes_on():
+    world = World({"jobs": [{"runs": 7200, "status": 0, "unanswered": True}]}, max_failures=0)
+    ended_well(world, world.run())
+    assert len(world.attempts) == 1 and world.heard("attempt 1 could not be started")
+
+
+def test_a_program_that_cannot_be_run_for_a_moment_ends_nothing():
+    world = World({"jobs": [{"runs": 7200, "status": 0}]})
+    execute, calls = world.gcloud.execute, itertools.count()
+
+    def failing(arguments, timeout):
+        if (call := next(calls)) in (5, 6):
+            raise OSError("Cannot allocate memory") if call == 5 else SpiralError("gcloud is not on PATH")
+        return execute(arguments, timeout)
+
+    world.gcloud.execute = failing
+    ended_well(world, world.run())
+    assert world.heard("Cannot allocate memory") and world.heard("gcloud is not on PATH")
+
+
+def test_quota_that_is_given_back_after_every_preemption_counts_for_nothing():
+    lost = queued((3000, {"state": "SUSPENDED"}))
+    fail = [{"when": " create ", "error": "quota", "nth": [1, 3, 5, 7]}]
+    world = World({"timelines": [lost] * 4 + [QUEUED], "fail": fail, "jobs": [{"runs": 9000, "status": 0}]})
+    world.job = dataclasses.replace(world.job, max_failures=2)
+    ended_well(world, world.run())
+    assert world.created() == 5
+
+
+def test_a_create_that_was_refused_may_be_mended():
+    world = World({"fail": [{"when": " create ", "error": "invalid", "nth": [1]}]})
+    assert world.babysitter("x:1:a").create() == 2 and world.heard("nothing bills")
+    assert world.babysitter("x:2:a").create() == 0 and world.created() == 1
+
+
+def test_stop_is_written_before_anything_is_read():
+    """An attempt may be coming up whose plan is not there yet."""
+    world = World()
+    hosts.stop(provider_of(world.job, world.gcloud), world.bucket, 1)
+    assert "control/stop" in world.bucket.objects
+
+
+def test_what_is_being_deleted_may_bill():
+    world = World()
+    seen = Observation(State.TRANSIENT, "DELETING", billing=None)
+    assert "may bill until it is gone" in what_bills(world.job, seen, Memory(phase="deleting"), 0.0)
 
 
 def test_what_belongs_to_somebody_else_is_left_alone():

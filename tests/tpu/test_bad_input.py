@@ -10,7 +10,7 @@ import pytest
 from spiral_jax.errors import SpiralError
 from tests.tpu.launches import BAD, DESCRIBED, POINT, changed, fake
 from tests.tpu.launches import GOOD as PLAIN
-from tpu import bucket, plan
+from tpu import plan
 from tpu.launch import VERBS, main
 
 GOOD = (*PLAIN, "--config=experiments/pile.py:1.4b,spiral_b", "--max_chip_hours=100")
@@ -25,7 +25,6 @@ def asked(tmp_path, monkeypatch) -> Path:
         fake(tmp_path / name, f'echo "{name} $*" >>{log}; echo "You do not have an active account" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    monkeypatch.setattr(bucket, "on_a_host", lambda: False)
     return log
 
 

@@ -16,6 +16,7 @@ from spiral_jax.hardware import GENERATIONS, parse_slice
 from tpu import hosts
 from tpu.code import Code
 from tpu.gcloud import Gcloud
+from tpu.host.report import STOP
 from tpu.job import Job
 from tpu.providers import provider_of
 
@@ -82,7 +83,8 @@ def test_set_up_run_and_stop(launch):
     assert plan["env"]["JAX_COMPILATION_CACHE_DIR"] == f"{launch.job.bucket}/job/cache" and plan["hosts"] == 2
     launch.stop(1)
     assert [state["status"] for state in hosts.states(launch.slice.bucket, 1).values()] == [42, 42]
-    # Set-up can be tried again; and what asked the first attempt to stop does not stop the next one.
+    # Set-up can be tried again, once what asked the first attempt to stop is over, as verbs that start say.
+    launch.slice.bucket.delete(STOP)
     launch.up(hosts.TEST)
     assert launch.tested(hosts.TEST)[-1] == "2 of 2 hosts: ended"
 
@@ -162,11 +164,11 @@ def test_logs(launch):
     launch.program = "import time\nfor n in range(3): print('line', n); time.sleep(0.3)"
     launch.up(1)
     shown = []
-    hosts.logs(launch.slice.bucket, 1, [1], follow=True, write=shown.append)
+    hosts.logs(launch.slice.bucket, lambda: 1, [1], follow=True, write=shown.append)
     assert "".join(shown) == "smoke\nline 0\nline 1\nline 2\n" and len(shown) > 1
     launch.slice.wait(1)
     shown.clear()
-    hosts.logs(launch.slice.bucket, 1, [0, 1], write=shown.append)
+    hosts.logs(launch.slice.bucket, lambda: 1, [0, 1], write=shown.append)
     one = "smoke\nline 0\nline 1\nline 2\n"
     assert "".join(shown) == f"== host 0 ==\n{one}== host 1 ==\n{one}"
 

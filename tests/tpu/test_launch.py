@@ -155,6 +155,34 @@ def test_dry_runs_print_commands_and_change_nothing(monkeypatch, capsys):
     assert any("queued-resources list --zone=europe-west4-b" in line for line in lines)
 
 
+@pytest.mark.parametrize("verb", ["create", "setup", "run", "babysit"])
+def test_what_was_stopped_before_is_over(world, verb, monkeypatch):
+    config = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
+    if verb in ("setup", "run"):
+        assert typed(world, "create", *config) == 0
+        world.cloud.now += 3600
+    monkeypatch.setattr(hosts, "wait_until_tested", lambda *given: None)
+    world.bucket.objects["control/stop"] = (b"0", 1)
+    assert typed(world, verb, *config, *["--max_chip_hours=100"] * (verb == "babysit")) == 0
+    assert "control/stop" not in world.bucket.objects
+
+
+def test_set_up_leaves_a_job_that_runs_alone(world, capsys):
+    config = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
+    assert typed(world, "create", *config) == 0
+    world.cloud.now += 3600
+    assert typed(world, "run", *config) == 0
+    world.cloud.now += 30
+    assert typed(world, "setup", *config) == 2
+    assert "pile, whose attempt 1 runs'; allowed: a job that `stop` has ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["-1", "2"])
+def test_logs_of_a_host_that_is_not_there(world, host, capsys):
+    assert typed(world, "logs", f"--host={host}") == 2
+    assert f"--host is {host}; allowed: 0 to 1" in capsys.readouterr().err
+
+
 def test_reap_lists_what_is_ours_in_all_zones_and_deletes_only_if_told(capsys):
     cloud = Cloud({"timelines": [QUEUED, DIRECT, queued((600, {"state": "SUSPENDED"})), QUEUED]})
     make = ["gcloud", "compute", "tpus"]
@@ -183,6 +211,13 @@ def test_reap_lists_what_is_ours_in_all_zones_and_deletes_only_if_told(capsys):
     assert launch.main(["reap", "leaked", "--delete"], **world) == 0
     cloud.now += 100
     assert {one.name for one in cloud.there()} == {"pile", "old", "theirs"}
+    # One that cannot be deleted keeps none of the others, and is named.
+    cloud.script["fail"] = [{"when": " delete old ", "error": "denied"}]
+    assert launch.main(["reap", "--delete"], **world) == 2
+    cloud.now += 100
+    assert {one.name for one in cloud.there()} == {"old", "theirs"}
+    assert "not deleted: old in us-central1-a: gcloud" in capsys.readouterr().out
+    cloud.script["fail"] = []
     assert launch.main(["reap", "--delete"], **world) == 0
     cloud.now += 100
     assert {one.name for one in cloud.there()} == {"theirs"}

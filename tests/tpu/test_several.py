@@ -149,6 +149,25 @@ def test_one_after_another_to_the_end_of_the_budget(world, tmp_path):
     assert any("PLAN SKIPPED" in line for line in lines)
 
 
+def test_a_launcher_that_dies_beside_its_slice_is_replaced(world, tmp_path, monkeypatch):
+    """Its memory has not ended, and what bills has nobody to bound it."""
+    monkeypatch.setattr(several, "PAUSE", 0.0)
+    path = write(tmp_path / "jobs.json", *((name, []) for name in "ab"))
+    world.script.update({"a": (0, 30), "b": (0, 10)})
+    start, deaths = several._launcher, iter([137, 1])
+
+    def launcher(arguments, say):
+        child = start(arguments, say)
+        if arguments[0] == "a" and (death := next(deaths, None)):
+            world.spent["a"] = Spent(7, False, None)
+            return subprocess.Popen(["sh", "-c", f"exit {death}"], text=True)
+        return child
+
+    monkeypatch.setattr(several, "_launcher", launcher)
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 0
+    assert world.started == [("a", 100), ("a", 100), ("a", 100), ("b", 70)]
+
+
 def test_a_run_that_finished_before_is_not_started_again(world, tmp_path):
     path = write(tmp_path / "jobs.json", ("a", []), ("b", []))
     world.spent["a"] = Spent(60, True, 0)

@@ -51,6 +51,16 @@ def test_story_02_what_comes_back_by_itself_is_waited_for(state):
     assert "0 failures" not in world.said and not world.heard("failure 1")
 
 
+def test_story_02_hosts_that_end_while_a_node_is_repaired_have_not_failed():
+    """They lose their sibling; the slice is theirs again before anybody has asked what became of them."""
+    broken = (3000, {"state": "ACTIVE", "nodes": {"0": {"state": "REPAIRING"}}})
+    jobs = [{"runs": 7200, "status": 0, "lost": 43}]
+    world = World({"timelines": [queued(broken, (4000, {"state": "ACTIVE"}))], "jobs": jobs}, max_failures=0)
+    ended_well(world, world.run())
+    assert world.created() == 1 and len(world.attempts) == 2 and world.heard("interruption 1")
+    assert world.heard("a node was repaired (host 0: exit status 43")
+
+
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_story_03_what_never_comes_back_is_deleted_until_gone_and_created_again(state):
     lost = {"state": state, "error": {"code": 8, "message": "Insufficient capacity."}}

@@ -29,7 +29,7 @@ class MemoryBucket:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.objects: dict[str, tuple[bytes, int]] = {}
-        self.generation = 0
+        self.generation = self.puts = 0
 
     def _call(self, what: str) -> None:
         self.world.step(what)
@@ -47,12 +47,18 @@ class MemoryBucket:
 
     def put(self, name: str, content: bytes | dict[str, Any], if_generation_match: int | None = None) -> int:
         self._call(f"put {name}")
+        self.puts += 1
+        if any(since <= self.world.elapsed < until for since, until in self.world.script.get("writes_refused", ())):
+            raise SpiralError("--bucket is gs://b; allowed: a bucket that may be written (403)")
         there = self.objects.get(name, (b"", 0))[1]
         if if_generation_match is not None and if_generation_match != there:
             raise Conflict(name)
         self.generation += 1
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.objects[name] = (data, self.generation)
+        if self.puts in self.world.script.get("answers_lost", ()):
+            self.world.cloud.now += 20
+            raise Unreachable("--bucket is gs://b; allowed: one that answers within 20 seconds (timed out)")
         return self.generation
 
     def delete(self, name: str) -> None:
@@ -76,7 +82,9 @@ class World:
       script: of `Cloud`, and `jobs`: what becomes of one attempt after another (the last again and again), each
         {"runs": seconds, "status": exit status, None for a silent death, "lost": status with which it ends if its slice
         goes away (left out: it just goes silent), "mute": it never writes anything, "trouble": not started, "line",
-        "kernel": of its end, "siblings": statuses of other hosts, five seconds later}; `bucket_down`, pairs of seconds.
+        "kernel": of its end, "siblings": statuses of other hosts, five seconds later, "unanswered": it starts, but the
+        launcher does not hear so}; `bucket_down` and `writes_refused`, pairs of seconds; `answers_lost`, writes to the
+        bucket, by their numbers, that take effect and of which it does not tell.
       job: fields of `Job` that differ.
     """
 
@@ -156,6 +164,8 @@ class World:
             raise GcloudError("unknown", "gcloud compute tpus: ssh: connect to host 10.0.0.2 port 22: timed out")
         self.attempts[attempt] = (self.cloud.now, alive[0], job)
         self.step("started")
+        if job.get("unanswered"):
+            raise SpiralError("--bucket is gs://b; allowed: one that answers within 20 seconds (no route)")
 
     def host_files(self) -> dict[str, tuple[bytes, int]]:
         """What the hosts of all attempts have written by now."""

@@ -282,7 +282,7 @@ def main() -> int:
     if not flags.foreground:
         return detach()
     with only_one(flags.root, flags.attempt):
-        bucket, folder = Bucket(flags.root), attempt_folder(flags.attempt)
+        bucket, folder = Bucket(flags.root, on_host=True), attempt_folder(flags.attempt)
         plan = bucket.read(f"{folder}/job.json")
         if plan is None:
             raise SpiralError(f"--attempt is {flags.attempt}; allowed: one with a job.json in {flags.root}")

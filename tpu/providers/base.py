@@ -9,6 +9,8 @@ from typing import ClassVar
 from tpu.gcloud import Gcloud, GcloudError
 from tpu.job import LABEL, Job
 
+# On hosts, whoever launches: a launcher elsewhere finds what one here has left running.
+ACCOUNT = "spiral"
 COLLECTIONS = {"queued-resources": "queuedResources", "tpu-vm": "nodes"}  # as messages of the API name a kind
 
 
@@ -86,11 +88,23 @@ class Provider:
 
     def ssh(self, command: str, host: int | None = None) -> list[str]:
         """Runs a shell command on all hosts, or on one."""
-        return [*self._on_hosts("ssh"), self.job.name, *self._at(host), f"--command={command}", *self._through()]
+        return [
+            *self._on_hosts("ssh"),
+            f"{ACCOUNT}@{self.job.name}",
+            *self._at(host),
+            f"--command={command}",
+            *self._through(),
+        ]
 
     def scp(self, source: str, target: str, host: int | None = None) -> list[str]:
         """Copies a local file to a path on all hosts, or on one."""
-        return [*self._on_hosts("scp"), source, f"{self.job.name}:{target}", *self._at(host), *self._through()]
+        return [
+            *self._on_hosts("scp"),
+            source,
+            f"{ACCOUNT}@{self.job.name}:{target}",
+            *self._at(host),
+            *self._through(),
+        ]
 
     def _on_hosts(self, verb: str) -> list[str]:
         return ["compute", "tpus", self.kind, verb]
