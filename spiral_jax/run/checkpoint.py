@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -97,8 +96,7 @@ class Checkpoints:
           before_commit: called, on a bucket and on process 0, when all of a checkpoint is written but the object that
             says so, which it may prevent.
         """
-        # Absolute: orbax refuses a relative directory, and at the first save only.
-        self.directory = Path(absolute(os.fspath(workdir))) / "checkpoints"
+        self.directory = Path(absolute(str(workdir))) / "checkpoints"  # orbax refuses relative ones at the first save
         self._config, self._processes = config, processes
         self._folders = step_folders(self.directory)
         self._aside = self._folders.damaged()
