@@ -13,7 +13,6 @@ from tpu import hosts
 from tpu.bucket import Bucket, Unreachable
 from tpu.decide import (
     LOOK,
-    SILENCE,
     Action,
     Decision,
     JobStatus,
@@ -188,7 +187,7 @@ class Babysitter:
             if self._seen.state is not State.READY:
                 raise SpiralError(f"{self.job.name} is {self._seen.words or 'not known'}; allowed: a READY slice")
             status, now = read_status(self.bucket, self.job, self.memory.attempt), self.clock()
-            if self.memory.started and status.beat > now - SILENCE and not status.ended:
+            if self.memory.started and status.runs(now):
                 self.say(f"attempt {self.memory.attempt} runs")
                 return 0
             self.memory = dataclasses.replace(self.memory, phase="present", started=0, resume_at=0)
@@ -261,9 +260,12 @@ class Babysitter:
                     raise Taken(f"{self.job.name} is held by {memory.owner}; allowed: one launcher at a time")
         memory = self._checked(memory)
         if memory.phase == "ended" and memory.result:  # whoever starts it again wants it to go on
-            m = memory
             memory = Memory(
-                attempt=m.attempt, mended=m.attempt, where=m.where, chip_seconds=m.chip_seconds, looked=m.looked
+                attempt=memory.attempt,
+                mended=memory.attempt,
+                where=memory.where,
+                chip_seconds=memory.chip_seconds,
+                looked=memory.looked,
             )
         return self.store.save(memory)
 

@@ -57,6 +57,10 @@ class JobStatus:
     line: str = ""
     kernel: tuple[str, ...] = ()
 
+    def runs(self, now: float) -> bool:
+        """Whether the attempt is known to run: all hosts have given a sign of life not long ago."""
+        return self.beat > now - SILENCE and not self.ended
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:

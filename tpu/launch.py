@@ -19,7 +19,6 @@ from tpu import hosts, reap, several
 from tpu.babysit import Babysitter, read_status, what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
-from tpu.decide import SILENCE
 from tpu.gcloud import Execute, Gcloud, GcloudError, execute, shown
 from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
@@ -88,8 +87,7 @@ class Launcher:
 
     def setup(self) -> int:
         attempt = Store(self.bucket).load().attempt
-        status = read_status(self.bucket, self.job, attempt)
-        runs = status.beat > self.clock() - SILENCE and not status.ended
+        runs = read_status(self.bucket, self.job, attempt).runs(self.clock())
         require(not runs, "NAME", f"{self.job.name}, whose attempt {attempt} runs", "a job that `stop` has ended")
         self._go_on()
         self._bring_up(hosts.TEST)
@@ -115,7 +113,7 @@ class Launcher:
     def logs(self) -> int:
         host, most = self.values.host, self.job.hosts - 1
         require(host is None or 0 <= host <= most, "--host", host, f"0 to {most}")
-        which = range(self.job.hosts) if self.values.host is None else [self.values.host]
+        which = range(self.job.hosts) if host is None else [host]
         hosts.logs(self.bucket, lambda: Store(self.bucket).load().attempt, which, self.values.follow)
         return 0
 

@@ -104,21 +104,16 @@ class Store:
         """
         owner = self.owner if seconds else ""
         memory = dataclasses.replace(memory, owner=owner, until=self.clock() + seconds if seconds else 0)
-        try:
-            self._put(memory)
-        except Conflict:
-            there = self.load()
-            if not self.owner or there.owner != self.owner:
-                raise Taken(f"{MEMORY} was written by another launcher ({there.owner or 'unknown'})") from None
-            # It was we, whom the answer did not reach.
+        for last in (False, True):
             try:
-                self._put(memory)
+                self.generation = self.bucket.put(MEMORY, vars(memory), self.generation)
+                break
             except Conflict:
-                raise Taken(f"{MEMORY} was written by another launcher, just now") from None
+                writer = self.load().owner
+                # Once it may have been we, whom the answer did not reach.
+                if last or not self.owner or writer != self.owner:
+                    raise Taken(f"{MEMORY} was written by another launcher ({writer or 'unknown'})") from None
         return memory
-
-    def _put(self, memory: Memory) -> None:
-        self.generation = self.bucket.put(MEMORY, vars(memory), self.generation)
 
 
 def this_launcher() -> str:

@@ -180,21 +180,20 @@ def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argpars
                 return
             for name in [name for name, child in children.items() if child.poll() is not None]:
                 status = children.pop(name).returncode
-                taken, is_sure, is_lost = runs[name].taken, False, False
+                state, taken, how = "done", runs[name].taken, "at most "  # what may bill on keeps its share
                 try:
                     spent = Spent() if values.dry_run else spent_by(entries[name].job)
-                    is_sure = spent.over  # what may bill on keeps its share
-                    # Its launcher has died beside what bills: without another one nothing bounds that.
-                    is_lost = not spent.over and spent.status is None and status not in (2, 130)
-                    taken = spent.chip_hours if is_sure or is_lost else taken
+                    if spent.over:
+                        taken, how = spent.chip_hours, ""
+                    elif spent.status is None and status not in (2, 130):
+                        # Its launcher has died beside what bills: without another one nothing bounds that.
+                        state, taken, how = "waiting", spent.chip_hours, "so far "
                 except SpiralError as error:
                     say(f"{name}: {error}")
-                most = "" if is_sure else "at most " if not is_lost else "so far "
-                say(f"{name}: ended with status {status}, {most}{taken:,.1f} chip-hours")
-                if is_lost:
+                say(f"{name}: ended with status {status}, {how}{taken:,.1f} chip-hours")
+                if state == "waiting":
                     say(f"{name}: another launcher follows in {PAUSE:.0f} s, as the job has not ended")
                     time.sleep(PAUSE)
-                state = "waiting" if is_lost else "done"
                 runs[name] = runs[name]._replace(state=state, taken=taken, status=status)
             time.sleep(0.2)
     finally:

@@ -53,6 +53,11 @@ class Arm:
         return str(self.factors.get("family", self.name))
 
     @property
+    def floor(self) -> float | None:
+        """What the true distribution costs on the held-out text, in nats per token, where a grammar made it."""
+        return float(self.factors["floor_nats"]) if "floor_nats" in self.factors else None
+
+    @property
     def task(self) -> str:
         """What it is trained on, in a study of several tasks; losses on different ones are not compared."""
         return str(self.factors.get("task", ""))

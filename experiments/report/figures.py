@@ -127,7 +127,7 @@ def loss_curves(evidence: Evidence, colours: Colours) -> Figure | str:
             axes.plot(tokens / 1e6, smooth, styles[arm.name], color=colours[arm], alpha=0.75, linewidth=1, label=label)
             ends.append(smooth[-1])
             starts.append(smooth[len(smooth) // 8])
-    floors = {arm.task: float(arm.factors["floor_nats"]) for arm in arms if "floor_nats" in arm.factors}
+    floors = {arm.task: arm.floor for arm in arms if arm.floor is not None}
     for task, floor in floors.items():
         axes.axhline(floor, color="black", linewidth=1, linestyle=":", label=f"least that {task} can cost")
     axes.set_ylim(min(*ends, *floors.values()) - 0.1, max(*starts, max(ends) + 0.1))

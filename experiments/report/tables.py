@@ -27,6 +27,7 @@ def _commands(arm: Arm, evidence: Evidence) -> str:
 def main_table(found: list[Finding], evidence: Evidence) -> Table:
     """Table 1: every arm, with the paper's numbers beside ours and the differences."""
     rows, of_pair = [], pairs(found, evidence)
+    has_floor = any(arm.floor is not None for arm in evidence.arms.values())
     for arm in evidence.arms.values():
         row: dict[str, Cell] = {"arm": arm.name, "seeds": f"{len(arm.runs)} of {len(arm.seeds)}"}
         # Absolute numbers are of the paper's models alone; of others only differences can stand beside its own.
@@ -40,8 +41,10 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
             nats = statistics.fmean(losses)
             spread = statistics.stdev(losses) if len(losses) > 1 else "one seed"
             row |= {"nats": nats, "perplexity": math.exp(nats), "spread": spread}
-            if "floor_nats" in arm.factors:
-                row["above_floor"] = nats - float(arm.factors["floor_nats"])
+            if arm.floor is not None:
+                row["above_floor"] = nats - arm.floor
+        if has_floor and arm.floor is None:
+            row["above_floor"] = "-"
         finding = next((finding for finding in found if finding.contrast.arm == arm.name), None)
         row |= {"against": finding.contrast.against} | _difference(finding) if finding else {"against": "-"}
         if finding:
@@ -61,6 +64,7 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         Column("tokens_millions", "tokens, M", ",.1f"),
         Column("learning_rate", "peak learning rate"),
         Column("nats", "nats per token", ".4f"),
+        *[Column("above_floor", "above the floor, nats", ".4f")] * has_floor,
         Column("spread", "s over seeds", ".4f"),
         Column("perplexity", "perplexity", ".2f"),
         Column("against", "against"),
@@ -69,11 +73,6 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         Column("label", "label"),
     ]
     given = {key for row in rows for key in row}
-    if "above_floor" in given:
-        columns.insert(8, Column("above_floor", "above the floor, nats", ".4f"))
-        for row, arm in zip(rows, evidence.arms.values(), strict=True):
-            if "floor_nats" not in arm.factors:
-                row["above_floor"] = "-"
     for name, title, form in _paper_columns():
         if f"{name}_paper" in given:
             columns += [
@@ -86,7 +85,7 @@ def main_table(found: list[Finding], evidence: Evidence) -> Table:
         "the learning rate is the lowest or highest that was tried. `against`: the first contrast of this arm; the CSV "
         "file also has what it gains at equal FLOPs and seconds, which the table above has for all contrasts."
     )
-    if "above_floor" in given:
+    if has_floor:
         note += " The floor is what the true distribution costs on the same text: it is known where a grammar made it."
     if not any(key.endswith("_paper") for key in given):
         note += " None of these models is one of the paper's; its differences stand beside ours with the contrasts."

@@ -12,6 +12,7 @@ from tests.tpu.world import World
 from tpu import hosts, launch
 
 JOB = ["pile", "--accelerator=v5p-16", "--zone=us-east5-a", "--bucket=gs://my-bucket/runs", "--project=my-project"]
+CONFIG = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
 
 
 def typed(world: World, verb: str, *flags: str) -> int:
@@ -34,17 +35,16 @@ def world(monkeypatch):
 
 
 def test_create_then_run_then_status_then_delete(world, capsys):
-    config = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
-    assert typed(world, "create", *config) == 0
+    assert typed(world, "create", *CONFIG) == 0
     assert world.heard("PLAN SKIPPED") and "it does not bill yet" in world.said[-1]
-    assert typed(world, "create", *config) == 0  # again
+    assert typed(world, "create", *CONFIG) == 0  # again
     assert world.created() == 1
-    assert typed(world, "run", *config) == 2
+    assert typed(world, "run", *CONFIG) == 2
     assert "pile is ACCEPTED; allowed: a READY slice" in capsys.readouterr().err
     world.cloud.now += 3600
-    assert typed(world, "run", *config) == 0
+    assert typed(world, "run", *CONFIG) == 0
     world.cloud.now += 30
-    assert typed(world, "run", *config) == 0 and world.heard("attempt 1 runs")
+    assert typed(world, "run", *CONFIG) == 0 and world.heard("attempt 1 runs")
     assert len(world.attempts) == 1
 
     rows = [{"step": 1200, "loss": 2.5, "step_time": 0.5, "tokens_per_second": 1_000_000, "mfu": 0.412}, {"step": 1210}]
@@ -157,23 +157,21 @@ def test_dry_runs_print_commands_and_change_nothing(monkeypatch, capsys):
 
 @pytest.mark.parametrize("verb", ["create", "setup", "run", "babysit"])
 def test_what_was_stopped_before_is_over(world, verb, monkeypatch):
-    config = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
     if verb in ("setup", "run"):
-        assert typed(world, "create", *config) == 0
+        assert typed(world, "create", *CONFIG) == 0
         world.cloud.now += 3600
     monkeypatch.setattr(hosts, "wait_until_tested", lambda *given: None)
     world.bucket.objects["control/stop"] = (b"0", 1)
-    assert typed(world, verb, *config, *["--max_chip_hours=100"] * (verb == "babysit")) == 0
+    assert typed(world, verb, *CONFIG, *["--max_chip_hours=100"] * (verb == "babysit")) == 0
     assert "control/stop" not in world.bucket.objects
 
 
 def test_set_up_leaves_a_job_that_runs_alone(world, capsys):
-    config = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
-    assert typed(world, "create", *config) == 0
+    assert typed(world, "create", *CONFIG) == 0
     world.cloud.now += 3600
-    assert typed(world, "run", *config) == 0
+    assert typed(world, "run", *CONFIG) == 0
     world.cloud.now += 30
-    assert typed(world, "setup", *config) == 2
+    assert typed(world, "setup", *CONFIG) == 2
     assert "pile, whose attempt 1 runs'; allowed: a job that `stop` has ended" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """What a babysitter touches, in virtual time: the cloud, a bucket, hosts that run jobs by a script, its own death."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from spiral_jax.errors import SpiralError
@@ -33,7 +34,7 @@ class MemoryBucket:
 
     def _call(self, what: str) -> None:
         self.world.step(what)
-        if any(since <= self.world.elapsed < until for since, until in self.world.bucket_down):
+        if self.world.is_within(self.world.bucket_down):
             self.world.cloud.now += 20
             raise Unreachable("--bucket is gs://b; allowed: one that answers within 20 seconds (503)")
 
@@ -48,7 +49,7 @@ class MemoryBucket:
     def put(self, name: str, content: bytes | dict[str, Any], if_generation_match: int | None = None) -> int:
         self._call(f"put {name}")
         self.puts += 1
-        if any(since <= self.world.elapsed < until for since, until in self.world.script.get("writes_refused", ())):
+        if self.world.is_within(self.world.script.get("writes_refused", ())):
             raise SpiralError("--bucket is gs://b; allowed: a bucket that may be written (403)")
         there = self.objects.get(name, (b"", 0))[1]
         if if_generation_match is not None and if_generation_match != there:
@@ -117,6 +118,10 @@ class World:
     @property
     def elapsed(self) -> float:
         return self.cloud.now - self.cloud.start
+
+    def is_within(self, times: Iterable[tuple[float, float]]) -> bool:
+        """Whether it is now one of these times, pairs of seconds."""
+        return any(since <= self.elapsed < until for since, until in times)
 
     def step(self, what: str) -> None:
         """One thing that a launcher does to the world."""

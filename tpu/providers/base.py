@@ -88,23 +88,15 @@ class Provider:
 
     def ssh(self, command: str, host: int | None = None) -> list[str]:
         """Runs a shell command on all hosts, or on one."""
-        return [
-            *self._on_hosts("ssh"),
-            f"{ACCOUNT}@{self.job.name}",
-            *self._at(host),
-            f"--command={command}",
-            *self._through(),
-        ]
+        return [*self._on_hosts("ssh"), self._address, *self._at(host), f"--command={command}", *self._through()]
 
     def scp(self, source: str, target: str, host: int | None = None) -> list[str]:
         """Copies a local file to a path on all hosts, or on one."""
-        return [
-            *self._on_hosts("scp"),
-            source,
-            f"{ACCOUNT}@{self.job.name}:{target}",
-            *self._at(host),
-            *self._through(),
-        ]
+        return [*self._on_hosts("scp"), source, f"{self._address}:{target}", *self._at(host), *self._through()]
+
+    @property
+    def _address(self) -> str:
+        return f"{ACCOUNT}@{self.job.name}"
 
     def _on_hosts(self, verb: str) -> list[str]:
         return ["compute", "tpus", self.kind, verb]
