@@ -69,7 +69,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
     flags.DEFINE_string("documents", "", "JSON file for nats and tokens of each document", flag_values=values)
     flags.DEFINE_list("tasks", [], "tasks of the LM Evaluation Harness, or paper", flag_values=values)
-    flags.DEFINE_integer("num_fewshot", 0, "solved examples before each question of --tasks", flag_values=values)
+    shots = "solved examples before each question of --tasks; default: a task's own number, or none"
+    flags.DEFINE_integer("num_fewshot", None, shots, flag_values=values)
     flags.DEFINE_integer("limit", 0, "documents of each of --tasks, or examples; 0 for all, or 512", flag_values=values)
     flags.DEFINE_string("tasks_data", "", "folder with the data of --tasks; default: the hub", flag_values=values)
     flags.DEFINE_string("output", "", "JSON file for --tasks; default: one in WORKDIR/lm_eval", flag_values=values)
@@ -149,7 +150,7 @@ def evaluate_examples(values: flags.FlagValues, saved: SavedRun, processes: Proc
         ExampleScorer(config, placed),
         params,
         stream,
-        -(-(values.limit or EXAMPLES) // config.train.batch_size),
+        values.limit or EXAMPLES,
         report=progress_of(values, processes),
     )
     if not processes.is_main:
@@ -198,13 +199,14 @@ def evaluate_tasks(values: flags.FlagValues, saved: SavedRun, processes: Process
 
     from spiral_jax.evaluation import harness
 
-    name = f"step_{step:08d}_{values.num_fewshot}shot_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
+    shots = "-".join(map(str, sorted(set(results["n-shot"].values()))))
+    name = f"step_{step:08d}_{shots}shot_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
     path = writable_path("--output", values.output) if values.output else workdir / "lm_eval" / name
     harness.save(results, path)
     if values.json:
         print(for_stdout(harness.as_json(results)))
         return
-    print(f"{workdir}, checkpoint of step {step}, {values.num_fewshot}-shot"
+    print(f"{workdir}, checkpoint of step {step}, {shots}-shot"
           + (f", the first {values.limit} documents of each task" if values.limit else ""))  # fmt: skip
     print(f"{harness.as_text(results)}\nresults      {path}")
 
@@ -229,7 +231,7 @@ def documents_of(flag: str) -> epath.Path | None:
 def check_flags(values: flags.FlagValues) -> None:
     """Raises SpiralError where flags contradict each other or are out of range."""
     for name in ("num_fewshot", "limit"):
-        require(getattr(values, name) >= 0, f"--{name}", getattr(values, name), "0 or more")
+        require((getattr(values, name) or 0) >= 0, f"--{name}", getattr(values, name), "0 or more")
     with_tasks, without_tasks = ("num_fewshot", "tasks_data", "output"), ("input", "stride", "documents")
     for name in without_tasks if values.tasks else with_tasks:
         if values[name].value not in ("", 0, None):
@@ -283,9 +285,12 @@ def open_input(
     """
     path = expanded(flag, "" if is_url(place) else place)
     if place and not is_url(place) and not path.is_dir():
-        sources = find_sources((place,), format="text", field=flag)
+        sources = find_sources((place,), field=flag)
         if len(sources) > 1:
             raise SpiralError(f"{flag} matches {len(sources)} files; allowed: one text file or token store")
+        if sources[0].format != "text":  # its braces and quotes would be scored, too
+            allowed = "a text file, or a token store, which python -m spiral_jax.prepare makes of it"
+            raise SpiralError(f"{flag} is {place!r}, which is {sources[0].format}; allowed: {allowed}")
         text = read_text(sources[0])
         tokens_N = tokenizer.encode(text)
         if not tokens_N.size:

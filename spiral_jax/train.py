@@ -29,9 +29,6 @@ from absl import flags
 from etils.epath import Path
 
 from spiral_jax import command
-from spiral_jax.evaluation.held_out import HeldOut
-from spiral_jax.evaluation.task_evaluation import TaskEvaluation, TasksOfRun
-from spiral_jax.evaluation.validation import Validation
 from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
@@ -42,6 +39,7 @@ from spiral_jax.run import metrics, own_code, side_files, summary
 from spiral_jax.run.claim import claim
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_dtype, make_workdir, workdir_of
+from spiral_jax.run.evaluations import catch_up, evaluations_of
 from spiral_jax.run.finish import finish
 from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import batches_of_process
@@ -53,7 +51,7 @@ from spiral_jax.run.refused import NothingLeft
 from spiral_jax.run.returns import Returns
 from spiral_jax.run.saves import Clock, Saves
 from spiral_jax.training.divergence import Skips
-from spiral_jax.training.loop import AgreedStop, Evaluation, Recorder, fit
+from spiral_jax.training.loop import AgreedStop, Recorder, fit
 from spiral_jax.training.step import Program, TrainState, make_program
 from spiral_jax.training.tracer import Tracer, check_profile, parse_profile
 
@@ -107,7 +105,7 @@ def run(
         for line in side_files.mend(workdir):
             processes.say(line)
         save_start(workdir, config, opened.data, program.abstract_state.params, mesh)
-    if opened.step < config.train.steps:
+    if opened.step < config.train.steps or opened.owed:
         train(config, workdir, program, state, opened, profiled, processes, guards)
     guards.watchdog.expect("the end", "exit_minutes")
     guards.check_claim()
@@ -126,7 +124,7 @@ def train(
     processes: Processes,
     guards: Guards,
 ) -> None:
-    """The steps that are left."""
+    """The steps that are left, after what the one before them still owes."""
     first, last, data = opened.step + 1, config.train.steps, opened.data
     clock = Clock(config.checkpoint)
     stop = AgreedStop(lambda: guards.request.signal, program.placed.mesh, clock.is_due)
@@ -142,15 +140,7 @@ def train(
         writer = MetricsWriter(workdir, config.logging, last_step=first - 1, about=about, check=guards.check_claim)
     started = time.perf_counter()
     train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
-    evaluations: list[Evaluation] = []
-    if data.validation is not None:
-        store, placed = data.validation, program.placed
-        evaluations.append(Validation(config.evaluation, config, placed, store, data.tokenizer, between_batches))
-    if data.examples is not None:
-        evaluations.append(HeldOut(config.evaluation, config, program.placed, data.examples, between_batches))
-    if opened.tasks is not None:
-        tasks = TaskEvaluation(opened.tasks, config, program.placed, data.tokenizer, processes)
-        evaluations.append(TasksOfRun(config.evaluation, last, tasks, between_batches, processes))
+    evaluations = evaluations_of(config, data, opened.tasks, program.placed, processes, between_batches)
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 
     host_batches = batches_of_process(config, data, opened.order, program.placed.batch, first)
@@ -168,9 +158,11 @@ def train(
     guards.request.hold()
     try:
         with host_batches:
+            owed = [evaluation for evaluation in evaluations if evaluation.values in opened.owed]
+            goes_on = catch_up(owed, first - 1, state, record.complete if record else lambda values: None)
             _, done = fit(
                 state,
-                range(first, last + 1),
+                range(first, last + 1 if goes_on else first),
                 train_step=train_step,
                 batches=(program.put_rows_of_process(batch) for batch in host_batches),
                 recorder=Recorder(skips.then(record)),
@@ -187,6 +179,9 @@ def train(
     saving.finish(done)
     guards.watchdog.expect("the end", "exit_minutes")
     guards.request.saved(answered=stop.signal is not None)
+    for failure in filter(None, (evaluation.failure for evaluation in evaluations)):
+        processes.say(f"saved after step {done} of {last}, which was not evaluated; the same command resumes there")
+        raise failure
     if stop.signal:
         raise command.Interrupted(f"stopped after step {done} of {last}, saved; the same command resumes", SAVED)
 

@@ -98,7 +98,7 @@ def find_file(candidates: str | Sequence[str], tasks_data: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def remarks_on(name: str, num_fewshot: int) -> list[str]:
+def remarks_on(name: str, num_fewshot: int | None) -> list[str]:
     """How the numbers of a local task differ from those on the published data."""
     if is_file(name):
         return []

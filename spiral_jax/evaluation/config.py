@@ -1,8 +1,12 @@
 """When and how much a run is evaluated while it trains."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from spiral_jax.errors import require
+
+# What the names of an evaluation's values begin with, in rows of metrics.
+VALIDATION, TASKS = "validation_", "task/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +22,7 @@ class EvaluationConfig:
       tasks_every_steps: steps between runs of `tasks`; they always run after the last step. 0 for that one only.
       tasks_data: folder with the tasks' data files, named as in spiral_jax/evaluation/tasks; empty for the Hugging
         Face hub.
-      num_fewshot: solved examples before each question of `tasks`.
+      num_fewshot: solved examples before each question of `tasks`; None for each task's own number, or none.
       tasks_limit: documents of each task, from its start; 0 for all of them.
     """
 
@@ -27,12 +31,13 @@ class EvaluationConfig:
     tasks: tuple[str, ...] = ()
     tasks_every_steps: int = 0
     tasks_data: str = ""
-    num_fewshot: int = 0
+    num_fewshot: int | None = None
     tasks_limit: int = 0
 
     def __post_init__(self):
         for field in ("every_steps", "batches", "tasks_every_steps", "num_fewshot", "tasks_limit"):
-            require(getattr(self, field) >= 0, f"evaluation.{field}", getattr(self, field), "0 or more")
+            value = getattr(self, field)
+            require(value is None or value >= 0, f"evaluation.{field}", value, "0 or more")
         if self.tasks_every_steps and not self.tasks:
             require(False, "evaluation.tasks_every_steps", self.tasks_every_steps, "0 without evaluation.tasks")
 
@@ -43,6 +48,12 @@ class EvaluationConfig:
     def tasks_due(self, step: int, last_step: int) -> bool:
         """Whether `tasks` run after a step."""
         return bool(self.tasks) and _due(self.tasks_every_steps, step, last_step)
+
+    def missing(self, step: int, last_step: int, names: Iterable[str]) -> set[str]:
+        """Of `VALIDATION` and `TASKS` those that are due after a step and with which none of the names begins."""
+        due = {VALIDATION: self.due(step, last_step), TASKS: self.tasks_due(step, last_step)}
+        there = {begin for begin in due for name in names if name.startswith(begin)}
+        return {begin for begin, is_due in due.items() if is_due} - there
 
 
 def _due(every: int, step: int, last_step: int) -> bool:

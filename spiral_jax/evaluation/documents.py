@@ -10,39 +10,59 @@ from spiral_jax.data.plain_text import decoded, lines_of
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation.catalogue import find_file
 
+# Of rows of HellaSwag as they were published, and as others hand them on.
+_ORIGINAL = ("ctx_a", "ctx_b", "activity_label", "endings", "label")
+_MADE = ("query", "endings", "label")
 
-def load(*, tasks_data: str, file: str | Sequence[str], **_) -> dict[str, Any]:
+
+def load(*, tasks_data: str, file: str | Sequence[str], fields: Sequence[str] = (), **_) -> dict[str, Any]:
     """A task's data: the split `test` as a `datasets.Dataset` in memory. Takes the task's `metadata`.
 
     Raises:
-      SpiralError: no such file, or one that cannot be read.
+      SpiralError: no such file, one that cannot be read, or one of `fields` that a row lacks.
     """
+    path, rows = _read_rows(file, tasks_data)
+    _check_fields(path, rows, fields)
+    return {"test": _dataset(rows)}
+
+
+def load_hellaswag(*, tasks_data: str, file: str | Sequence[str], **_) -> dict[str, Any]:
+    """HellaSwag with the fields `query`, `choices` and `label`, which the harness makes of the original ones.
+
+    Rows with the original fields are processed by the harness itself. Rows whose `query` was made before (label, colon,
+    context) lack two things, which are put back: marks had become full stops even after a full stop, and a last
+    sentence that is only begun (`ctx_b`) is capitalised by the harness.
+
+    Raises:
+      SpiralError: as `load`.
+    """
+    path, rows = _read_rows(file, tasks_data)
+    if "ctx_a" in rows[0]:
+        from lm_eval.tasks.hellaswag.utils import process_docs
+
+        _check_fields(path, rows, _ORIGINAL)
+        return {"test": process_docs(_dataset(rows))}
+    _check_fields(path, rows, _MADE)
+    made = [{"query": hellaswag_query(row["query"]), "label": int(row["label"]),
+             "choices": [_without_double_stops(ending) for ending in row["endings"]]} for row in rows]  # fmt: skip
+    return {"test": _dataset(made)}
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:
     import datasets
 
+    return datasets.Dataset.from_list(rows)
+
+
+def _read_rows(file: str | Sequence[str], tasks_data: str) -> tuple[Path, list[dict[str, Any]]]:
+    """The first of the files that is there, and what it holds."""
     path = find_file(file, tasks_data)
     if path is None:
         raise SpiralError(f"--tasks_data is {tasks_data!r}, which has no {file}; allowed: a folder that has it")
     rows = wikitext_pages(_read(path)) if path.suffix == ".raw" else _json_lines(path)
     if not rows:
         raise SpiralError(f"{path} has no rows; allowed: at least one")
-    return {"test": datasets.Dataset.from_list(rows)}
-
-
-def load_hellaswag(**metadata) -> dict[str, Any]:
-    """HellaSwag with the fields `query`, `choices` and `label`, which the harness makes of the original ones.
-
-    Rows with the original fields are processed by the harness itself. Rows whose `query` was made before (label, colon,
-    context) lack two things, which are put back: marks had become full stops even after a full stop, and a last
-    sentence that is only begun (`ctx_b`) is capitalised by the harness.
-    """
-    rows = load(**metadata)["test"]
-    if "ctx_a" in rows.column_names:
-        from lm_eval.tasks.hellaswag.utils import process_docs
-
-        return {"test": process_docs(rows)}
-    made = [{"query": hellaswag_query(row["query"]), "label": int(row["label"]),
-             "choices": [_without_double_stops(ending) for ending in row["endings"]]} for row in rows]  # fmt: skip
-    return {"test": type(rows).from_list(made)}
+    return path, rows
 
 
 def hellaswag_query(text: str) -> str:
@@ -71,6 +91,14 @@ def wikitext_pages(text: str) -> list[dict[str, str]]:
 
 def _without_double_stops(text: str) -> str:
     return re.sub(r"(?<!\.)\.\.(?!\.)", ".", text)
+
+
+def _check_fields(path: Path, rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> None:
+    """Raises SpiralError for a row without one of the fields: a template would write `None` in its place."""
+    for number, row in enumerate(rows, start=1):
+        missing = [field for field in fields if row.get(field) is None]
+        if missing:
+            raise SpiralError(f"{path}: row {number} has no {missing[0]!r}; allowed: rows with {', '.join(fields)}")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from spiral_jax.data.json_files import finite
 from spiral_jax.data.storage import expanded
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
-from spiral_jax.evaluation.catalogue import TASKS_FOLDER, is_file
+from spiral_jax.evaluation.catalogue import PAPER, TASKS_FOLDER, is_file
 from spiral_jax.evaluation.encoding import encode_documents, encode_pairs, encode_prompts
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.generation_settings import GenerationSettings
@@ -120,16 +120,19 @@ class SpiralLM(LM):
         self._processes.say(line, file=sys.stderr)
 
 
-def load_tasks(names: Sequence[str], tasks_data: str, max_length: int) -> list[Task | Group]:
+def load_tasks(
+    names: Sequence[str], tasks_data: str, max_length: int, num_fewshot: int | None = None
+) -> list[Task | Group]:
     """Opens tasks and their data.
 
     Args:
       names: what `catalogue.resolve` made of the user's.
       tasks_data: folder with the data files; "" for the Hugging Face hub.
       max_length: the longest input of the model to come.
+      num_fewshot: as for `run`.
 
     Raises:
-      SpiralError: an unknown task, data that is missing or broken, or a task that the model cannot do.
+      SpiralError: an unknown task, data that is missing or broken or too little, or a task that the model cannot do.
     """
     with _contained():
         # As the harness does before it opens tasks: some of them shuffle their choices.
@@ -149,14 +152,30 @@ def load_tasks(names: Sequence[str], tasks_data: str, max_length: int) -> list[T
                 GenerationSettings.of(task.config.generation_kwargs or {}, max_length)
             except SpiralError as error:
                 raise SpiralError(f"--tasks: {task.task_name}: {error}") from None
+        _check_examples(task, num_fewshot)
     return tasks
+
+
+def _check_examples(task: Task, num_fewshot: int | None) -> None:
+    """Raises SpiralError if the data has fewer solved examples than are to stand before a question."""
+    own = task.config.num_fewshot or 0
+    wanted = own if num_fewshot is None or task.config.num_fewshot == 0 else num_fewshot  # the harness's rule
+    if not wanted:
+        return
+    rows = len(task.sampler.df)
+    most = rows - 1 if task.fewshot_cfg.split == task.config.test_split else rows  # never the item itself
+    if wanted > most:
+        raise SpiralError(
+            f"--num_fewshot is {wanted}; allowed: 0 to {max(most, 0)} for {task.task_name}, of whose {rows} rows the "
+            "examples are taken"
+        )
 
 
 def run(
     lm: SpiralLM,
     tasks: Sequence[Task | Group],
     *,
-    num_fewshot: int,
+    num_fewshot: int | None,
     limit: int = 0,
     standard_errors: bool = True,
     about: dict[str, Any] | None = None,
@@ -166,7 +185,7 @@ def run(
     Args:
       lm: the model.
       tasks: from `load_tasks`; may be run again.
-      num_fewshot: solved examples before each question.
+      num_fewshot: solved examples before each question; None for a task's own number.
       limit: documents of each task; 0 for all.
       standard_errors: whether to estimate them, by resampling where there is no formula.
       about: entries for the results' `config`.
@@ -202,7 +221,8 @@ def as_text(results: dict[str, Any]) -> str:
         lines += [f"  {task:<18} {entry['metric']:<8} {entry['value']:.4f}" for task, entry in paper.items()]
         if len(paper) > 1:
             mean = sum(entry["value"] for entry in paper.values()) / len(paper)
-            lines.append(f"  {'mean':<18} {'':<8} {mean:.4f}")
+            name = "mean" if len(paper) == len(PAPER) else f"mean of {len(paper)} of {len(PAPER)}"
+            lines.append(f"  {name:<18} {'':<8} {mean:.4f}")
     return "\n".join([*lines, *(f"note: {remark}" for remark in results.get("notes", []))])
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spiral_jax.data.examples import Examples, ExampleStream, stacked
-from spiral_jax.evaluation.config import EvaluationConfig
+from spiral_jax.evaluation.config import VALIDATION, EvaluationConfig
 from spiral_jax.evaluation.rows import jit_on_rows
 from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.progress import Progress, Report
@@ -75,7 +75,7 @@ def score_examples(
     answers_of: ExampleScorer,
     params: Any,
     stream: ExampleStream,
-    batches: int,
+    count: int,
     *,
     report: Report = lambda line: None,
     check: Callable[[], None] = lambda: None,
@@ -86,19 +86,20 @@ def score_examples(
       answers_of: the model.
       params: its parameters.
       stream: where the examples come from.
-      batches: of `answers_of.batch_size` examples each, 1 or more.
+      count: how many, 1 or more.
       report: takes a line about the progress every few seconds.
       check: called before every batch; raises to leave the rest.
     """
     nats, weights = [], []
     by_group: dict[int, tuple[int, int]] = {}
-    progress = Progress("scoring", batches, unit="batches", report=report, seconds=5)
-    for batch in range(batches):
+    rows = answers_of.batch_size
+    progress = Progress("scoring", count, unit="examples", report=report, seconds=5)
+    for first in range(0, count, rows):
         check()
-        first = batch * answers_of.batch_size
-        examples = stream.held_out(range(first, first + answers_of.batch_size))
-        nats_BxL, is_right_BxL = map(np.asarray, answers_of(params, stacked(examples)))
-        for example, nats_L, is_right_L in zip(examples, nats_BxL.astype(np.float64), is_right_BxL, strict=True):
+        examples = stream.held_out(range(first, min(first + rows, count)))
+        full = [*examples, *examples[-1:] * (rows - len(examples))]  # programs are for whole batches
+        nats_BxL, is_right_BxL = map(np.asarray, answers_of(params, stacked(full)))
+        for example, nats_L, is_right_L in zip(examples, nats_BxL.astype(np.float64), is_right_BxL, strict=False):
             nats.append(nats_L @ example.weights_L)
             weights.append(example.weights_L.sum(dtype=np.float64))
             asked_L = example.weights_L > 0
@@ -106,12 +107,14 @@ def score_examples(
                 here_L = asked_L & (example.groups_L == group)
                 correct, asked = by_group.get(group, (0, 0))
                 by_group[group] = correct + int(is_right_L[here_L].sum()), asked + int(here_L.sum())
-        progress.advance(1)
+        progress.advance(len(examples))
     return ExampleScore(np.array(nats), np.array(weights), dict(sorted(by_group.items())))
 
 
 class HeldOut:
     """A `training.loop.Evaluation`: loss and accuracy on held-out examples while a run trains."""
+
+    values = VALIDATION
 
     def __init__(
         self,
@@ -137,6 +140,6 @@ class HeldOut:
         return self._wanted.due(step, self._train.steps)
 
     def __call__(self, step: int, state: Any) -> dict[str, float]:
-        batches = self._wanted.batches * self._train.accumulation
-        score = score_examples(self._answers_of, state.params, self._stream, batches, check=self._check)
+        count = self._wanted.batches * self._train.batch_size
+        score = score_examples(self._answers_of, state.params, self._stream, count, check=self._check)
         return {"validation_loss": score.loss, "validation_accuracy": score.accuracy}

@@ -18,6 +18,9 @@ from spiral_jax.progress import Progress
 from spiral_jax.training.loss import nats_and_greedy
 
 _SHORTEST_CONTINUATION = 16
+# Caches of a context for its continuations, in the memory of a row that is trained on: of a token they hold two vectors
+# of a layer, training far more.
+_CONTEXTS_OF_A_ROW = 8
 
 
 class Request(NamedTuple):
@@ -116,7 +119,8 @@ class Scorer:
             for window, logp_C, greedy_C in zip(members, np.asarray(logp_BxC), np.asarray(greedy_BxC), strict=False):
                 add(window.request, window.predicted, logp_C, greedy_C)
 
-        choices = choices_of(requests, self.max_length)
+        rows_of_device = self._batch_size // rounded_to_mesh(1, self._placed.mesh)
+        choices = choices_of(requests, self.max_length, _CONTEXTS_OF_A_ROW * rows_of_device * self.max_length)
         shared = {number for _, group in choices for number in group.numbers}
         batches = self._batches(requests, shared)
         choice_batches = self._choice_batches(choices)

@@ -47,32 +47,35 @@ class Shape:
     choices: int
 
 
-def choices_of(requests: Sequence, max_length: int) -> list[tuple[Shape, Choices]]:
+def choices_of(requests: Sequence, max_length: int, room: int) -> list[tuple[Shape, Choices]]:
     """Those groups of requests with equal contexts for which it pays to read the context once.
 
     Args:
       requests: with `context` and `continuation`.
       max_length: the longest input, L. A context that would have to be cut is not shared.
+      room: tokens for which there is memory at one time. Every continuation takes a copy of its context, so that one
+        with very many is read several times.
     """
     groups = collections.defaultdict(list)
     for number, request in enumerate(requests):
         if 0 < len(request.continuation) <= max_length + 1 - len(request.context):
             groups[np.asarray(request.context, np.int64).tobytes()].append(number)
     found = []
-    for numbers in groups.values():
-        if len(numbers) == 1:
+    for together in groups.values():
+        context = requests[together[0]].context
+        longest = max(len(requests[number].continuation) for number in together)
+        length, steps = bucket_of(len(context), max_length), bucket_of(longest, shortest=1, factor=4)
+        most = room // (length + steps)
+        if most < 2:
             continue
-        continuations = tuple(requests[number].continuation for number in numbers)
-        context = requests[numbers[0]].context
-        longest = max(map(len, continuations))
-        shape = Shape(
-            bucket_of(len(context), max_length),
-            bucket_of(longest, shortest=1, factor=4),
-            bucket_of(len(numbers), shortest=1),
-        )
-        together = shape.context + _STEP_COST * shape.choices * (shape.continuation - 1)
-        if together < len(numbers) * bucket_of(len(context) + longest - 1, max_length):
-            found.append((shape, Choices(tuple(numbers), context, continuations)))
+        most = 1 << most.bit_length() - 1  # as `Shape.choices` are powers of two
+        for first in range(0, len(together), most):
+            numbers = together[first : first + most]
+            shape = Shape(length, steps, bucket_of(len(numbers), shortest=1))
+            cost = shape.context + _STEP_COST * shape.choices * (shape.continuation - 1)
+            if len(numbers) > 1 and cost < len(numbers) * bucket_of(len(context) + longest - 1, max_length):
+                continuations = tuple(requests[number].continuation for number in numbers)
+                found.append((shape, Choices(tuple(numbers), context, continuations)))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.evaluation import catalogue
-from spiral_jax.evaluation.config import EvaluationConfig
+from spiral_jax.evaluation.config import TASKS, EvaluationConfig
 from spiral_jax.evaluation.generation import Generator
 from spiral_jax.evaluation.scoring import Scorer
 from spiral_jax.parallel.placed_model import PlacedModel
@@ -23,25 +23,31 @@ class OpenTasks:
     Attributes:
       tasks: the harness's objects.
       remarks: how their numbers differ from those on the published data.
-      num_fewshot: solved examples before each question.
+      num_fewshot: solved examples before each question; None for a task's own number.
       limit: documents of each task; 0 for all.
     """
 
     tasks: Sequence[Any]
     remarks: Sequence[str]
-    num_fewshot: int
+    num_fewshot: int | None
     limit: int
 
 
 def open_tasks(
-    names: Sequence[str], *, tasks_data: str, num_fewshot: int, limit: int, max_length: int, field: str = "--tasks"
+    names: Sequence[str],
+    *,
+    tasks_data: str,
+    num_fewshot: int | None,
+    limit: int,
+    max_length: int,
+    field: str = "--tasks",
 ) -> OpenTasks:
     """Opens tasks, before anything is compiled.
 
     Args:
       names: of tasks; `paper` stands for the papers' nine.
       tasks_data: folder with the data files, and the network is left alone; "" for the Hugging Face hub.
-      num_fewshot: solved examples before each question.
+      num_fewshot: solved examples before each question; None for a task's own number.
       limit: documents of each task; 0 for all.
       max_length: the longest input of the model.
       field: what the names were given as.
@@ -58,9 +64,12 @@ def open_tasks(
     from spiral_jax.evaluation import harness
 
     try:
-        tasks = harness.load_tasks(resolved, tasks_data, max_length)
+        tasks = harness.load_tasks(resolved, tasks_data, max_length, num_fewshot)
     except SpiralError as error:
-        raise SpiralError(str(error).replace("--tasks", field)) from error
+        message = str(error).replace("--tasks", field)
+        if not field.startswith("--"):
+            message = message.replace("--num_fewshot", field.replace("tasks", "num_fewshot"))
+        raise SpiralError(message) from error
     return OpenTasks(tasks, remarks, num_fewshot, limit)
 
 
@@ -131,11 +140,13 @@ class TaskEvaluation:
         """The tasks' numbers for a row of metrics: `task/NAME/METRIC`; `check` may raise between batches."""
         self._lm.check = check
         results = self(params, standard_errors=False)
-        return {f"task/{name}": value for name, value in catalogue.values_of(results).items()}
+        return {f"{TASKS}{name}": value for name, value in catalogue.values_of(results).items()}
 
 
 class TasksOfRun:
     """Tasks while a run trains: a `training.loop.Evaluation`."""
+
+    values = TASKS
 
     def __init__(
         self,

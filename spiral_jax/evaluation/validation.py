@@ -5,7 +5,7 @@ from typing import Any
 
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer
-from spiral_jax.evaluation.config import EvaluationConfig
+from spiral_jax.evaluation.config import VALIDATION, EvaluationConfig
 from spiral_jax.evaluation.perplexity import WindowScorer, score
 from spiral_jax.parallel.placed_model import PlacedModel
 from spiral_jax.training.config import StepConfig
@@ -13,6 +13,8 @@ from spiral_jax.training.config import StepConfig
 
 class Validation:
     """A `training.loop.Evaluation`."""
+
+    values = VALIDATION
 
     def __init__(
         self,

@@ -64,6 +64,11 @@ def centred_alignment(states_SxNxD: Iterable[np.ndarray], kernel: Callable[[np.n
 
 
 def singular_values(x_NxD: np.ndarray) -> np.ndarray:
-    """The largest singular values over the very largest, at most `RANKS`, of the uncentred rows; zeros if all are."""
+    """The largest singular values over the very largest, at most `RANKS`, of the uncentred rows.
+
+    Zeros of a state that is zero, NaN of one that is not finite.
+    """
+    if not np.isfinite(x_NxD).all():
+        return np.full(min(*x_NxD.shape, RANKS), np.nan)
     value_R = np.linalg.svd(np.asarray(x_NxD, np.float64), compute_uv=False)[:RANKS]
     return value_R / max(value_R[0], np.finfo(np.float64).tiny)

@@ -84,7 +84,11 @@ class MetricsWriter:
             self._mirrors += _wandb_mirrors(workdir, config.wandb, about)
         for line in drop_rows_after(self._path, last_step):
             _say(line)
-        self._rows = RowParts(self._path, check) if is_bucket(workdir) else RowFile(self._path)
+        self._check = check
+        self._rows = self._open()
+
+    def _open(self) -> RowParts | RowFile:
+        return RowParts(self._path, self._check) if is_bucket(self._path) else RowFile(self._path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; `step` is its key, values are JSON values. A disk that refuses it stops no training."""
@@ -102,6 +106,19 @@ class MetricsWriter:
         self._failed = failure is not None
         for mirror in self._mirrors:
             mirror.write(values)
+
+    def complete(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds values to the row of a step that was written by another writer, before this one writes any.
+
+        Raises:
+          SpiralError: the disk refuses.
+        """
+        self._rows.close()
+        found = finite(dict(values))
+        add_to_row(self._path, step, found)
+        self._rows = self._open()
+        for mirror in self._mirrors:
+            mirror.write({"step": step, **found})
 
     def flush(self) -> None:
         """What was written is on the bucket, if it takes it; on a disk it is there at once."""
@@ -175,6 +192,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, lines in _files(path) for line in lines if (row := _row(line)) is not None]
 
 
+def read_row(path: Path, step: int) -> dict[str, Any] | None:
+    """The row of a step; None if there is none."""
+    found = (row for row in reversed(read_rows(path)) if row["step"] == step)
+    return next(found, None)
+
+
 def drop_rows_after(path: Path, last_step: int) -> list[str]:
     """Drops the rows of steps after `last_step`, so that no step appears twice after a resume; others keep every bit.
 
@@ -210,6 +233,22 @@ def drop_rows_after(path: Path, last_step: int) -> list[str]:
         elif content != b"".join(lines):
             atomic.write_bytes(file, content)
     return said
+
+
+def add_to_row(path: Path, step: int, values: dict[str, Any]) -> None:
+    """Adds JSON values to the row of a step; the others keep every bit.
+
+    Raises:
+      SpiralError: the disk refuses.
+    """
+    for file, lines in _files(path):
+        rows = [_row(line) for line in lines]
+        if any(row is not None and row["step"] == step for row in rows):
+            completed = [
+                json.dumps(row | values, allow_nan=False).encode() + b"\n" if row and row["step"] == step else line
+                for row, line in zip(rows, lines, strict=True)
+            ]
+            atomic.write_bytes(file, b"".join(completed))
 
 
 def _keep_broken(workdir: Path, file: Path, lines: Sequence[bytes]) -> Path:

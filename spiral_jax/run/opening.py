@@ -15,6 +15,7 @@ from spiral_jax.run import own_code
 from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import check_same_data, read_model, tokenizer_of
+from spiral_jax.run.evaluations import owed
 from spiral_jax.run.guards import Guards
 from spiral_jax.run.inputs import check_data, prepare_data, window_order
 from spiral_jax.run.resume import Saved, newest_whole
@@ -31,6 +32,7 @@ class Opened(NamedTuple):
       checkpoints: of the run's directory.
       saved: the newest of them that is whole, restored; None if there is none.
       given: parameters to start from, of another model; None for none.
+      owed: evaluations after the step of `saved` that were due and not made: their `values`.
     """
 
     data: PreparedData
@@ -39,6 +41,7 @@ class Opened(NamedTuple):
     checkpoints: Checkpoints
     saved: Saved | None
     given: dict[str, Any] | None
+    owed: frozenset[str]
 
     @property
     def step(self) -> int:
@@ -69,7 +72,8 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes,
     if fingerprints:
         check_same_data(config.data, data, fingerprints, workdir)
     order = window_order(config, data)
-    return Opened(data, order, tasks, checkpoints, saved, given)
+    owes = owed(config, workdir, data, saved.step if saved else 0, processes)
+    return Opened(data, order, tasks, checkpoints, saved, given, owes)
 
 
 def first_state(config: RunConfig, workdir: Path, program: Program, opened: Opened, processes: Processes) -> TrainState:

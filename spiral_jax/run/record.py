@@ -58,6 +58,11 @@ class Record:
         if self._progress.is_due(at_once=is_last or step == self._first_step or "validation_loss" in row):
             print(step_line(row, self._config.train.steps, self._progress.seconds_left()), flush=True)
 
+    def complete(self, values: dict[str, Any]) -> None:
+        """Adds values to the row of the step that the run continues from, before the first row."""
+        self._check()
+        self._writer.complete(self._first_step - 1, values)
+
     def flush(self) -> None:
         """Before a checkpoint: a run that is resumed there has the rows of all steps before it."""
         self._writer.flush()

@@ -130,7 +130,13 @@ class AgreedStop:
 
 
 class Evaluation(Protocol):
-    """Something to find out about a model after some of its steps."""
+    """Something to find out about a model after some of its steps.
+
+    Attributes:
+      values: what the names of its values begin with.
+    """
+
+    values: str
 
     def due(self, step: int) -> bool:
         """Whether after this step."""

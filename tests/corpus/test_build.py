@@ -109,7 +109,8 @@ def test_input_that_changes_while_it_is_read_is_an_error(corpus, tmp_path, monke
         for number, finished in enumerate(original(*args)):
             if number == 2:
                 if change == "grown":
-                    victim.write_bytes(victim.read_bytes() + b"more")
+                    with victim.open("ab") as file:  # `write_bytes` would cut it short first, and a worker is reading
+                        file.write(b"more")
                 elif change == "touched":
                     os.utime(victim, ns=(1, 1))
                 elif change == "removed":

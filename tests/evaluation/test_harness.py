@@ -285,7 +285,8 @@ BAD = {
     "examples for a text": ("--num_fewshot=5", "--num_fewshot is 5; allowed: only with --tasks"),
     "an empty batch": ("--tasks=piqa --batch_size=0", "--batch_size is 0"),
     "broken data": ("--tasks=arc_easy", "arc_easy_test.jsonl: line 1 is '{'; allowed: a JSON object per line"),
-    "other data": ("--tasks=winogrande", "--tasks: winogrande cannot be opened (UndefinedError: "),
+    "other data": ("--tasks=winogrande", "winogrande_dev.jsonl: row 2 has no 'option2'; allowed: rows with sentence, "),
+    "too few examples": ("--tasks=piqa --num_fewshot=10", "--num_fewshot is 10; allowed: 0 to 9 for piqa, of whose 10"),
 }
 
 
@@ -294,7 +295,9 @@ def test_bad_input(folder, capsys, case, monkeypatch):
     """One line, status 2, and nothing compiled."""
     flags, expected = BAD[case]
     (folder / "data" / "arc_easy_test.jsonl").write_text("{\n")
-    (folder / "data" / "winogrande_dev.jsonl").write_text('{"sentence": "a _ b"}\n')
+    whole = {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "1"}
+    lines = [json.dumps(whole), json.dumps({name: whole[name] for name in ("sentence", "option1", "answer")})]
+    (folder / "data" / "winogrande_dev.jsonl").write_text("\n".join(lines) + "\n")
     compiled = []
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *a, **k: compiled.append(a))
     monkeypatch.setattr(evaluate, "placed_model", lambda *a: compiled.append(a))
@@ -318,7 +321,7 @@ def test_the_hub_s_tasks(monkeypatch):
     from spiral_jax.evaluation import harness
 
     monkeypatch.setattr(harness, "TaskManager", functools.cache(TaskManager))  # its index takes seconds
-    with pytest.raises(SpiralError, match=r"^--tasks is 'pica'; allowed: paper, or a name that `lm_eval ls tasks`"):
+    with pytest.raises(SpiralError, match=r"^--tasks is 'pica'; allowed: paper, a name that `lm_eval ls tasks`"):
         harness.load_tasks(["pica"], "", 64)
     manager = harness.TaskManager()
     assert not [name for name in catalogue.PAPER if name not in manager.task_index]

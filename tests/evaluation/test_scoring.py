@@ -126,7 +126,7 @@ def multiple_choices():
 @pytest.mark.parametrize("broken", [False, True])
 def test_contexts_are_read_once_where_they_are_shared(weights, logp_of, monkeypatch, broken):
     given = multiple_choices()
-    groups = [group for _, group in choices_of(given, L)]
+    groups = [group for _, group in choices_of(given, L, 8 * L)]
     shared = sorted(number for group in groups for number in group.numbers)
     lengths = {len(given[number].context) for number in shared}
     assert lengths == {1, 5, 31, 33, 48}  # not where long answers would be read step by step, or a context is cut
@@ -151,10 +151,21 @@ def test_contexts_are_read_once_where_they_are_shared(weights, logp_of, monkeypa
     assert bool(wrong) == broken
 
 
+def groups(context, lengths, room=1 << 20):
+    requests = [Request(np.zeros(context, np.int32), np.zeros(n, np.int32)) for n in lengths]
+    return [(shape, group.numbers) for shape, group in choices_of(requests, 512, room)]
+
+
+def test_a_question_with_many_labels_takes_no_more_memory_than_others():
+    """77 labels, and room for 5 contexts: 19 fours and one that is read by itself."""
+    found = groups(100, [1] * 77, room=5 * 129)
+    assert found == [(Shape(128, 1, 4), tuple(range(first, first + 4))) for first in range(0, 76, 4)]
+    assert groups(100, [1] * 77, room=129) == [] != groups(100, [1] * 77, room=2 * 129)
+    ((shape, numbers),) = groups(100, [1] * 77)
+    assert shape == Shape(128, 1, 128) and len(numbers) == 77
+
+
 def test_what_costs_more_together_stays_apart():
-    def groups(context, lengths):
-        requests = [Request(np.zeros(context, np.int32), np.zeros(n, np.int32)) for n in lengths]
-        return [(shape, group.numbers) for shape, group in choices_of(requests, 512)]
 
     assert groups(400, [1, 1, 1]) == [(Shape(512, 1, 4), (0, 1, 2))]
     assert groups(500, [9, 12]) == [(Shape(512, 16, 2), (0, 1))]

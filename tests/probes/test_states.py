@@ -95,3 +95,4 @@ def test_singular_values(random):
     expected = np.sqrt(np.linalg.eigvalsh(x_NxD.T @ x_NxD)[::-1])
     assert singular_values(x_NxD) == pytest.approx(expected[:RANKS] / expected[0])
     assert not singular_values(np.zeros((5, 4))).any()
+    assert np.isnan(singular_values(np.full((5, 4), np.inf))).tolist() == [True] * 4

@@ -112,3 +112,16 @@ def test_rows_of_a_run_that_was_copied_to_a_disk_are_read(place, tmp_path):
     for part in rows_of(place).iterdir():
         (tmp_path / "metrics" / part.name).write_bytes(part.read_bytes())
     assert read_rows(tmp_path / "metrics") == [row_of(1), row_of(2), row_of(3)]
+
+
+def test_values_that_come_late_go_into_their_row(place):
+    write(place, [[1, 2], [3, 4, 5]])
+    before = (rows_of(place) / "000000001.jsonl").read_bytes()
+    writer = MetricsWriter(place, LoggingConfig(), last_step=4)
+    writer.complete(4, {"validation_loss": 2.5, "task/a": float("nan")})
+    writer.write(row_of(5))
+    writer.close()
+    rows = read_rows(rows_of(place))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[3] == row_of(4) | {"validation_loss": 2.5, "task/a": None} and rows[2] == row_of(3)
+    assert (rows_of(place) / "000000001.jsonl").read_bytes() == before

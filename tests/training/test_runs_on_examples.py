@@ -24,6 +24,14 @@ class Copy(ExampleSource):
         return Example(tokens_L, tokens_L, 1.0 + 2 * every_other, every_other)
 
 
+@example_sources.register("rows")
+class Rows(Copy):  # a data set: its rows do not come from the seed
+    num_examples = 5
+
+    def example(self, index, rng, length):
+        return super().example(index, np.random.default_rng(index), length)
+
+
 def get_config(argument="copy"):
     c = default_config()
     c.model.update(dict(vocab_size=16, d_model=16, num_heads=2, prelude_layers=0, core_layers=1, coda_layers=0,
@@ -69,6 +77,13 @@ def test_a_run_on_ones_own_examples_is_resumed_bitwise_and_evaluated(folder, cap
     assert found["loss"] == pytest.approx(straight[-1]["validation_loss"], rel=1e-5)
     assert found["accuracy"] == pytest.approx(straight[-1]["validation_accuracy"], abs=1e-9)
 
+    # A batch is 8 of them.
+    assert call(evaluate, own, f"--workdir={folder}/straight", "--limit=11", "--json",
+                f"--documents={folder}/documents.json") == (0, "")  # fmt: skip
+    some, eleven = json.loads(capsys.readouterr().out), json.loads((folder / "documents.json").read_text())
+    assert some["windows"] == 11 and some["answers"] == 11 * 32
+    assert eleven["nats"] == pytest.approx(documents["nats"][:11], rel=1e-6)
+
     (folder / "config.py").write_text(CONFIG.replace("2 * every_other", "3 * every_other"))
     status, errors = call(train, config, f"--workdir={folder}/resumed")
     (folder / "config.py").write_text(CONFIG)
@@ -88,6 +103,7 @@ def test_examples_are_described(folder, capsys):
         ("--config.model.vocab_size=4", "data.examples 'copy': example 0: tokens_L is id "),
         ("--config.evaluation.batches=0", "evaluation.batches is 0"),
         ("--config.data.paths=('a',)", "data.examples is 'copy'; allowed: without data.paths"),
+        ("--config.data.examples=rows", "data.examples 'rows': held_out gives the examples that are trained on"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(folder, tmp_path, flag, message):

@@ -56,7 +56,7 @@ class ExampleSource(abc.ABC):
     def held_out(self, index: int, rng: np.random.Generator, length: int) -> Example:
         """One example to evaluate on, as `example`, with numbers that training never gets and that no seed changes.
 
-        Any index from 0 on.
+        Any index from 0 on. A source that makes its examples of `index` alone, as a data set does, has to replace this.
         """
         return self.example(index, rng, length)
 

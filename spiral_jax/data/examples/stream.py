@@ -46,7 +46,8 @@ class ExampleStream:
           vocab_size: ids the model has an embedding for.
 
         Raises:
-          SpiralError: a source that cannot be made, or whose examples are not what they should be.
+          SpiralError: a source that cannot be made, whose examples are not what they should be, or which holds out the
+            ones that it trains on.
         """
         self.name = f"data.examples {name!r}"
         self._code = example_sources.code(name)
@@ -57,9 +58,12 @@ class ExampleStream:
         require(1 <= count <= ENDLESS, f"{self.name}: num_examples", count, f"1 to {ENDLESS}")
         found = hashlib.sha256(f"{count} {tokenizer.fingerprint}".encode())
         first = min(_FINGERPRINTED, count)
-        for array in stacked([self._example([_TRAINING, 0], index) for index in range(first)]):
+        training = stacked([self._example([_TRAINING, 0], index) for index in range(first)])
+        for array in training:
             found.update(array.tobytes())
         self.fingerprint = found.hexdigest()
+        if all(map(np.array_equal, training, stacked(self.held_out(range(first))))):
+            raise SpiralError(f"{self.name}: held_out gives the examples that are trained on; allowed: others")
 
     def __call__(self, source_B: np.ndarray, index_B: np.ndarray) -> Examples:
         """Returns examples to train on, by their numbers; they are of one source."""
