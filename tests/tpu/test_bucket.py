@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import socket
+import struct
 import threading
 import time
 
@@ -65,7 +67,11 @@ def test_urls(url):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """A list of answers, (status, body), or None for a connection that is cut; and the requests that came."""
+    """A list of answers, and the requests that came.
+
+    An answer is (status, body), with a third number a body that breaks off so many bytes before its end, or None for a
+    connection that is cut.
+    """
     answers, seen = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -77,10 +83,14 @@ def scripted(monkeypatch):
                 self.connection.close()
                 return
             self.send_response(answer[0])
-            self.send_header("Content-Length", str(len(answer[1])))
+            self.send_header("Content-Length", str(len(answer[1]) + sum(answer[2:])))
             self.send_header("x-goog-generation", "7")
             self.end_headers()
             self.wfile.write(answer[1])
+            if answer[2:]:
+                threading.Event().wait(0.2)  # until it has been read
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                self.connection.close()
 
         do_GET = do_POST = do_DELETE = handle_any
 
@@ -104,11 +114,38 @@ def test_what_fails_for_a_moment_is_tried_again(scripted):
     assert len(seen) == 5
 
 
+def test_an_error_whose_text_breaks_off_is_that_error(scripted):
+    answers, seen, _ = scripted
+    answers += [(503, b"bu", 2), (200, b"cont", 3), (200, b"content")]
+    assert Bucket("gs://bucket").get("x") == (b"content", 7) and len(seen) == 3
+    answers.append((403, b'{"error": ', 80))
+    with pytest.raises(SpiralError, match=r"gcloud auth list.*\(403 Forbidden: "):
+        Bucket("gs://bucket").get("x")
+
+
+def test_a_connection_that_hangs_leaves_patience_for_another(monkeypatch):
+    """A server that takes connections, and answers only the second."""
+    server = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{server.getsockname()[1]}")
+    held = []
+
+    def serve():
+        held.append(server.accept())
+        connection, _ = server.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nx-goog-generation: 3\r\n\r\nok")
+        held.append(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    assert Bucket("gs://bucket", patience=4).get("x") == (b"ok", 3)
+    server.close()
+
+
 def test_an_end_to_patience(scripted):
     answers, _, _ = scripted
     answers += [(503, b"")] * 1000
-    with pytest.raises(Unreachable, match=r"allowed: one that answers within 0.01 seconds \(503"):
-        Bucket("gs://bucket", patience=0.01).list()
+    with pytest.raises(Unreachable, match=r"allowed: one that answers within 0.2 seconds \(503"):
+        Bucket("gs://bucket", patience=0.2).list()
 
 
 def test_a_write_whose_answer_was_lost_is_no_conflict(scripted):

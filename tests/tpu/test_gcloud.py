@@ -1,11 +1,14 @@
 """Commands against the grammar of the CLI that is installed, its answers as this launcher reads them."""
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,8 @@ from tpu.gcloud import Gcloud, GcloudError, execute, kind_of
 from tpu.job import PRICINGS, Job
 from tpu.providers import provider_of
 from tpu.providers.base import delete_command
+
+ROOT = Path(__file__).parents[2]
 
 
 def refused(commands: list[list[str]], folder) -> list[str]:
@@ -30,6 +35,34 @@ def refused(commands: list[list[str]], folder) -> list[str]:
     answers = json.loads(done.stdout)
     assert len(answers) == len({shlex.join(command) for command in commands})
     return [f"{a['command_string']}: {a['error_message']}" for a in answers if not a["success"]]
+
+
+INTERRUPTED = """
+import sys
+from tpu.gcloud import execute
+execute([sys.executable, "-c", '''
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: open("interrupted", "w"))
+print("up", file=open("up", "w"), flush=True)
+time.sleep(60)
+'''], 60)
+"""
+
+
+def test_ctrl_c_reaches_the_launcher_and_not_its_command(tmp_path):
+    """A terminal sends SIGINT to the whole group of processes in front; the command is then ended, not left."""
+    launcher = subprocess.Popen([sys.executable, "-c", INTERRUPTED], cwd=tmp_path, start_new_session=True,
+                                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        while not (tmp_path / "up").exists() or not (tmp_path / "up").stat().st_size:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        os.killpg(launcher.pid, signal.SIGINT)
+        assert launcher.wait(30) == -signal.SIGINT
+    finally:
+        if launcher.poll() is None:
+            launcher.kill()
+    assert not (tmp_path / "interrupted").exists()
 
 
 def jobs():

@@ -14,6 +14,7 @@ from loopback import wait_for
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import GENERATIONS, parse_slice
 from tpu import hosts
+from tpu.bucket import Bucket
 from tpu.code import Code
 from tpu.gcloud import Gcloud
 from tpu.host.report import STOP
@@ -171,6 +172,29 @@ def test_logs(launch):
     hosts.logs(launch.slice.bucket, lambda: 1, [0, 1], write=shown.append)
     one = "smoke\nline 0\nline 1\nline 2\n"
     assert "".join(shown) == f"== host 0 ==\n{one}== host 1 ==\n{one}"
+
+
+def test_logs_are_followed_into_the_next_attempt(bucket_url, monkeypatch):
+    """A slice is taken away while somebody looks; the lines of both attempts come, each once."""
+    bucket, shown, now = Bucket(f"{bucket_url}/logs"), [], [1]
+    monkeypatch.setattr(hosts, "POLL", 0.05)
+
+    def say(attempt, place, text):
+        bucket.put(f"{hosts.attempt_folder(attempt)}/logs/host-0/{place:012d}.txt", text.encode())
+
+    def write(text):
+        shown.append(text)
+        if text == "step 1\n":
+            say(2, 0, "step 1 again\n")
+            now[0] = 2
+        elif "again" in text:
+            say(2, 13, "step 2\n")
+            ended = {"attempt": 2, "host": 0, "state": "ended", "status": 0}
+            monkeypatch.setattr(hosts, "states", lambda bucket, attempt: {0: ended} if attempt == 2 else {})
+
+    say(1, 0, "step 1\n")
+    hosts.logs(bucket, lambda: now[0], [0], follow=True, write=write)
+    assert shown == ["step 1\n", "== attempt 2 ==\n", "step 1 again\n", "step 2\n"]
 
 
 @pytest.mark.parametrize("generation", [g.name for g in GENERATIONS])
