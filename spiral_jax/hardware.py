@@ -153,6 +153,14 @@ class Slice:
         return self.generation.hbm_bandwidth / self.generation.devices
 
     @property
+    def vector_rate(self) -> float:
+        """Of one device, numbers a second, each one operation: 1,024 a cycle and TensorCore.
+
+        From the peak, as if a TensorCore had four matrix units: 1.05 (v4), 1.5 (v5e), 1.75 (v5p, v6e) GHz.
+        """
+        return 1024 * self.peak_flops / (4 * 2 * self.generation.mxu**2)
+
+    @property
     def dcn_bandwidth(self) -> float:
         """Of one device, bytes/s."""
         return self.generation.dcn_bandwidth / self.generation.devices

@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from tpu.llama import BETAS, EPSILON, LEARNING_RATE, WEIGHT_DECAY, rotated
 
 BLOCK = 1024  # of queries and keys, as they had it
+MICRO_BATCHES = 16
 SOFT_CAP = 15.0
 
 

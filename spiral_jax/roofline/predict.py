@@ -1,5 +1,6 @@
 """How long a compiled step takes on a slice: a roofline over its operations, few constants fitted to measured runs."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -25,10 +26,12 @@ class Constants:
 
     Attributes:
       mxu_efficiency: share of the peak FLOP/s of matrix products, their dimensions padded to the matrix unit's.
-      attention_efficiency: the same of splash kernels, whose softmax runs on the vector unit.
+      attention_efficiency: the same of splash kernels' products.
       hbm_efficiency: share of the peak bandwidth.
       ici_efficiency: share of the links' bandwidth.
       hidden_share: of the time that cores compute, how much communication can at most be hidden.
+      score_operations: vector operations that a splash kernel takes for each score (mask, softmax, conversions), beside
+        its products; 0 where `attention_efficiency` stands for both.
     """
 
     mxu_efficiency: float
@@ -36,11 +39,12 @@ class Constants:
     hbm_efficiency: float
     ici_efficiency: float
     hidden_share: float
+    score_operations: float = 0.0
 
 
-# November 2026, with programs of libtpu 0.0.52, all on v5p: attention fitted by `calibration.fit` to four training runs
-# of Levanter, products solved from a benchmark of its loss; see `calibration` for both. The others are assumed: those
-# runs hardly depend on them. Nothing was fitted to another generation, nor to a step of this package.
+# November 2026, with programs of libtpu 0.0.52, all on v5p: attention fitted to four training runs of Levanter,
+# products solved from a benchmark of its loss. The others are assumed: those runs hardly depend on them. `calibration`
+# says what six runs of three generations ask for, which the points of tpu/predictions do not have yet.
 FITTED = Constants(
     mxu_efficiency=0.8, attention_efficiency=0.423, hbm_efficiency=0.7, ici_efficiency=0.8, hidden_share=0.5
 )
@@ -68,6 +72,7 @@ class Cost(NamedTuple):
       hbm: memory.
       ici: links within a slice.
       dcn: network between slices.
+      vector: vector units, one operation for each score of kernels.
     """
 
     times: int
@@ -76,6 +81,7 @@ class Cost(NamedTuple):
     hbm: float = 0.0
     ici: float = 0.0
     dcn: float = 0.0
+    vector: float = 0.0
 
 
 class Prediction(NamedTuple):
@@ -121,15 +127,16 @@ def places_of(devices: Iterable[jax.Device]) -> list[Place]:
 def total(costs: Iterable[Cost], constants: Constants) -> Prediction:
     """The costs of a step's operations to its time.
 
-    An operation takes as long as its arithmetic or its memory traffic, whichever is longer, and operations run one
-    after the other. Communication runs beside them, but at most `hidden_share` of their time.
+    An operation takes as long as its arithmetic or its memory traffic, whichever is longer, and an attention kernel as
+    its products or its softmax. Operations run one after the other. Communication runs beside them, but at most
+    `hidden_share` of their time.
     """
     alone = dict.fromkeys(("compute", "attention", "hbm", "ici", "dcn"), 0.0)
     limits = dict(alone)
     for one in costs:
         seconds = {
             "compute": one.matmul / constants.mxu_efficiency,
-            "attention": one.attention / constants.attention_efficiency,
+            "attention": max(one.attention / constants.attention_efficiency, one.vector * constants.score_operations),
             "hbm": one.hbm / constants.hbm_efficiency,
             "ici": one.ici / constants.ici_efficiency,
             "dcn": one.dcn,
@@ -152,17 +159,50 @@ def beside(alone: dict[str, float], limits: dict[str, float], constants: Constan
     return Prediction(busy + exposed, alone, limits)
 
 
-def cost(operation: Operation, chips: Slice, places: Sequence[Place]) -> Cost:
-    """What an operation costs the devices of a slice at their peak."""
+def compact(costs: Iterable[Cost]) -> tuple[Cost, ...]:
+    """Fewer costs of the same total for any constants: equal ones are one, as is what only communicates or moves."""
+    kept: collections.Counter[Cost] = collections.Counter()
+    added = Cost(1)
+    for one in costs:
+        moved = {"ici": one.times * one.ici, "dcn": one.times * one.dcn}
+        if one.matmul or one.attention:
+            kept[one._replace(times=1, ici=0.0, dcn=0.0)] += one.times
+        else:
+            moved["hbm"] = one.times * one.hbm
+        added = added._replace(**{what: getattr(added, what) + seconds for what, seconds in moved.items()})
+    return (added, *(one._replace(times=times) for one, times in kept.items()))
+
+
+def written(costs: Iterable[Cost]) -> list[str]:
+    """Costs as a line of numbers each, in the order of `Cost`."""
+    return [" ".join(f"{x:.6g}" for x in one) for one in costs]
+
+
+def read(lines: Iterable[str]) -> tuple[Cost, ...]:
+    """Costs of such lines."""
+    return tuple(Cost(int(times), *map(float, seconds)) for times, *seconds in map(str.split, lines))
+
+
+def cost(operation: Operation, chips: Slice, places: Sequence[Place], block: int | None = None) -> Cost:
+    """What an operation costs the devices of a slice at their peak.
+
+    Args:
+      operation: of the compiled program.
+      chips: the slice.
+      places: of the devices.
+      block: queries and keys that an attention kernel holds at a time; None for those that this package chooses.
+    """
     tile = chips.generation.mxu
+    scores = kernel_scores(operation.kernel, chips, block) if operation.kernel else 0.0
     ici, dcn = _communication(operation.collective, chips, places) if operation.collective else (0.0, 0.0)
     return Cost(
         operation.times,
         matmul=sum(padded_flops(product, tile) for product in operation.matmuls) / chips.peak_flops,
-        attention=kernel_flops(operation.kernel, chips) / chips.peak_flops if operation.kernel else 0.0,
+        attention=kernel_flops(operation.kernel, scores, chips) / chips.peak_flops if operation.kernel else 0.0,
         hbm=operation.hbm_bytes / chips.hbm_bandwidth,
         ici=ici,
         dcn=dcn,
+        vector=scores / chips.vector_rate,
     )
 
 
@@ -171,13 +211,23 @@ def padded_flops(product: Matmul, tile: int) -> float:
     return 2 * product.batch * math.prod(padded(x, tile) for x in (product.m, product.n, product.k)) * product.passes
 
 
-def kernel_flops(kernel: Kernel, chips: Slice) -> float:
-    """Floating-point operations of a splash kernel: of whole blocks of scores, the head width padded to `mxu`."""
+def kernel_scores(kernel: Kernel, chips: Slice, block: int | None = None) -> float:
+    """Scores that a splash kernel computes: whole blocks, of which those above the diagonal are skipped."""
     dtype = jnp.float32 if kernel.dtype == "f32" else jnp.bfloat16
-    blocks = kernel.length // splash.block_size(kernel.length, kernel.head_width, dtype, chips.generation.device_kind)
-    scores = kernel.rows * kernel.length**2 * (blocks + 1) / (2 * blocks)
+    chosen = splash.block_size(kernel.length, kernel.head_width, dtype, chips.generation.device_kind)
+    return kernel.rows * scores_in_blocks(kernel.length, block or chosen)
+
+
+def scores_in_blocks(length: int, block: int) -> float:
+    """Of a head: of causal attention, in blocks of `block` by `block`."""
+    blocks = length / block
+    return length**2 * (blocks + 1) / (2 * blocks)
+
+
+def kernel_flops(kernel: Kernel, scores: float, chips: Slice) -> float:
+    """Floating-point operations of a splash kernel's products, the head width padded to `mxu`."""
     # Products of float32 are six of bfloat16.
-    passes = 6 if dtype == jnp.float32 else 1
+    passes = 6 if kernel.dtype == "f32" else 1
     return 2 * scores * padded(kernel.head_width, chips.generation.mxu) * KERNEL_PRODUCTS[kernel.kind] * passes
 
 

@@ -14,7 +14,7 @@ from spiral_jax.progress import Report
 from spiral_jax.roofline import hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
-from spiral_jax.roofline.predict import FITTED, places_of, predict
+from spiral_jax.roofline.predict import FITTED, compact, cost, places_of, total, written
 from spiral_jax.roofline.slices import describe_devices
 from spiral_jax.roofline.unwanted import unwanted
 from spiral_jax.training import costs
@@ -94,7 +94,8 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
     operations = work.operations(module)
     devices = step.program.placed.mesh.devices.flatten()
     places = places_of(devices)
-    found = predict(operations, chips, places)
+    counted = compact(cost(operation, chips, places) for operation in operations)
+    found = total(counted, FITTED)
     model, train = config.model, config.train
     form, num_devices = costs.flops(config), len(devices)
     dense, state = work.dense_flops(operations) * num_devices, step.program.abstract_state
@@ -151,6 +152,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "seconds_alone": {{"compute": "matrix_products"}.get(what, what): s for what, s in found.alone.items()},
             "hbm_bytes_per_device": work.hbm_bytes(operations),
             "constants": dataclasses.asdict(FITTED),
+            "costs": written(counted),
         },
     }
 

@@ -7,12 +7,14 @@ import pytest
 
 from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.matmul import Matmul
-from spiral_jax.roofline.predict import FITTED, Constants, Cost, Place, cost, predict, total
+from spiral_jax.roofline.predict import FITTED, Constants, Cost, Place, compact, cost, predict, read, total, written
 from spiral_jax.roofline.work import Collective, Kernel, Operation
 
 PEAK = Constants(
     mxu_efficiency=1, attention_efficiency=1, hbm_efficiency=1, ici_efficiency=1, hidden_share=0
 )  # fmt: skip
+
+USUAL = dataclasses.replace(FITTED, score_operations=13)
 
 
 def places(text: str, num_slices: int = 1) -> list[Place]:
@@ -85,6 +87,43 @@ def test_kernels(kind, products):
     assert seconds(operation) == pytest.approx(6 * 2 * 96 * 3 * 512**2 * 128 * products / 459e12)
 
 
+@pytest.mark.parametrize(("text", "rate"), [("v5p:2x2x1", 2 * 1.75e9), ("v5e:1x1", 1.5e9), ("v6e:1x1", 1.75e9)])
+def test_a_kernel_takes_as_long_as_its_products_or_its_softmax(text, rate):
+    """One operation for each of the scores, 1,024 a cycle of every TensorCore; narrow heads leave products time."""
+    chips = parse_slice(text)
+    operation = Operation("", "", 1, kernel=Kernel("fwd", 96, 512, 64, "bf16"))
+    softmax = 96 * 512**2 / (1024 * rate)
+    assert cost(operation, chips, places(text)).vector == pytest.approx(softmax, rel=2e-3)
+    slow = dataclasses.replace(PEAK, score_operations=100)
+    assert seconds(operation, text, slow) == pytest.approx(100 * softmax, rel=2e-3)
+    few = dataclasses.replace(PEAK, score_operations=0.01)
+    assert seconds(operation, text, few) == seconds(operation, text) > softmax / 100
+    # Blocks of others: 36 of 64 where 10 of 16 are ours.
+    long = Operation("", "", 1, kernel=Kernel("fwd", 96, 4096, 128, "bf16"))
+    ours, theirs = (cost(long, chips, places(text), block).vector for block in (None, 512))
+    assert theirs / ours == pytest.approx(36 / 64 / (10 / 16))
+
+
+def test_compact_costs_have_the_same_total():
+    costs = [
+        Cost(3, 1, 2, 1, vector=1),
+        Cost(2, 1, 0, 9),
+        Cost(5, 0, 0, 2, 3, 1),
+        Cost(7, 0, 0, 1),
+        Cost(1, 0, 4, 0, vector=9),
+        Cost(2, 1, 0, 9),
+        Cost(2, 1, 0, 1),
+    ]
+    fewer = compact(costs)
+    assert len(fewer) == 5 and Cost(4, 1, 0, 9) in fewer
+    for mxu, hbm, operations in ((0.3, 1.0, 0.1), (0.9, 0.3, 1.0), (1.0, 1.0, 3.0)):
+        constants = Constants(mxu, mxu, hbm, 0.8, 0.1, operations)
+        full, short = total(costs, constants), total(fewer, constants)
+        assert short.step_seconds == pytest.approx(full.step_seconds)
+        assert short.limits == pytest.approx(full.limits)
+    assert read(written(fewer)) == fewer
+
+
 ALL = tuple(range(64))
 LINE = (0, 1, 2, 3)  # along the last axis
 PLANE = tuple(range(16))
@@ -147,28 +186,32 @@ def test_communication_hides_behind_a_share_of_the_work():
 
 def test_limits_are_the_step():
     costs = [Cost(3, 1, 2, 2), Cost(1, 1, 0, 9), Cost(2, 0, 0, 0, 5, 1), Cost(1, 0, 7, 1)]
-    found = total(costs, FITTED)
+    found = total(costs, USUAL)
     assert sum(found.limits.values()) == pytest.approx(found.step_seconds)
 
 
-@pytest.mark.parametrize("name", ["mxu_efficiency", "attention_efficiency", "hbm_efficiency", "ici_efficiency"])
-def test_more_efficient_is_faster(name):
-    costs = [Cost(3, 1, 2, 1), Cost(1, 1, 0, 9), Cost(2, 0, 0, 0, 50, 1)]
-    better = dataclasses.replace(FITTED, **{name: getattr(FITTED, name) * 1.1})
-    assert total(costs, better).step_seconds < total(costs, FITTED).step_seconds
+@pytest.mark.parametrize(
+    "name, factor",
+    [(f"{part}_efficiency", 1.1) for part in ("mxu", "attention", "hbm", "ici")] + [("score_operations", 0.9)],
+)
+def test_more_efficient_is_faster(name, factor):
+    costs = [Cost(3, 1, 2, 1, vector=1), Cost(1, 1, 0, 9), Cost(2, 0, 0, 0, 50, 1)]
+    before = dataclasses.replace(USUAL, score_operations=USUAL.score_operations if name == "score_operations" else 0)
+    better = dataclasses.replace(before, **{name: getattr(before, name) * factor})
+    assert total(costs, better).step_seconds < total(costs, before).step_seconds
 
 
 @pytest.mark.parametrize("field", range(1, len(Cost._fields)))
 def test_more_work_is_not_faster(field):
-    base = [Cost(1, 2, 1, 1, 1, 1)]
+    base = [Cost(1, 2, 1, 1, 1, 1, 1)]
     previous = 0.0
     for factor in (0.5, 1, 2, 100):
         one = list(base[0])
         one[field] *= factor
-        now = total([Cost(*one)], FITTED).step_seconds
+        now = total([Cost(*one)], USUAL).step_seconds
         assert now >= previous
         previous = now
-    assert previous > total(base, FITTED).step_seconds
+    assert previous > total(base, USUAL).step_seconds
 
 
 def test_a_better_generation_is_faster():

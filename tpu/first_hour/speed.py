@@ -1,6 +1,5 @@
 """What share of its published peaks the chip gives: the constants that the predictions assume."""
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from spiral_jax.hardware import Slice
 from spiral_jax.kernels import splash
-from spiral_jax.roofline.predict import KERNEL_PRODUCTS, kernel_flops
+from spiral_jax.roofline.predict import KERNEL_PRODUCTS, kernel_flops, kernel_scores
 from spiral_jax.roofline.work import Kernel
 from tpu.first_hour.attention import forms, on_any_device
 from tpu.first_hour.findings import Findings, generation_of
@@ -56,8 +55,8 @@ def kernel(device: jax.Device, chips: Slice | None, is_full: bool) -> tuple[floa
     if chips is None:
         return 0.0, None
     width = splash.padded_head_width(K)
-    count = functools.partial(kernel_flops, chips=chips)
-    total = sum(count(Kernel(kind, B * H, L, width, "bf16")) for kind in KERNEL_PRODUCTS)
+    kernels = [Kernel(kind, B * H, L, width, "bf16") for kind in KERNEL_PRODUCTS]
+    total = sum(kernel_flops(one, kernel_scores(one, chips), chips) for one in kernels)
     return total / seconds, chips.peak_flops
 
 
