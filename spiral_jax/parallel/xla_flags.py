@@ -21,12 +21,20 @@ def quick_flags() -> str:
 
 
 def known(names: Iterable[str]) -> list[str]:
-    """Those that the installed jaxlib names in its libraries: XLA ends a process that is given another."""
-    found: set[str] = set()
-    names = list(names)
+    """Those that the installed jaxlib takes: XLA ends a process that is given another."""
     spec = importlib.util.find_spec("jaxlib")
     assert spec is not None and spec.origin is not None
-    for path in Path(spec.origin).parent.glob("*.so"):
+    return named_in(Path(spec.origin).parent.glob("*.so"), names)
+
+
+def named_in(libraries: Iterable[Path], names: Iterable[str]) -> list[str]:
+    """Those that stand in a library as texts of their own, as the names of flags do.
+
+    Between zeros: what has been a flag goes on as a reserved name in the middle of a description.
+    """
+    found: set[str] = set()
+    names = list(names)
+    for path in libraries:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found.update(name for name in names if content.find(name.encode()) >= 0)
+            found.update(name for name in names if content.find(b"\0" + name.encode() + b"\0") >= 0)
     return [name for name in names if name in found]
