@@ -192,7 +192,7 @@ def test_a_small_program_is_what_the_closed_forms_say(small_report, tmp_path):
     assert 0 < held["peak_bytes"] < held["usable_bytes"]
     # The compiler's peak of so small a program counts what lies in VMEM as well; that of real ones does not
     # (tests/roofline/test_points.py).
-    assert 0.5 < held["simulated_peak_bytes"] / held["peak_bytes"] < 1.05
+    assert 0.4 < held["simulated_peak_bytes"] / held["peak_bytes"] < 1.05
     assert {"parameters", "optimizer state"} <= held["held_at_the_peak"].keys()
     assert found["prediction"]["step_seconds"] > 0 and "prediction" in found["prediction"]["is"]
     assert found["versions"]["libtpu"] and "aot" in found["command"]
