@@ -33,7 +33,8 @@ def test_a_process_with_another_file_of_ones_own_says_so(folder, start):
 
 @pytest.mark.slow
 def test_a_folder_that_is_not_shared_is_refused(folder, start, tmp_path):
-    done = start("train", *flags_of(folder, "mine"), second=(f"--workdir={tmp_path}",), timeout=60)
+    config, mine = flags_of(folder, "mine")
+    done = start("train", config, first=(mine,), second=(f"--workdir={tmp_path}",), timeout=120)
     both_end(done, "does not share with process 0")
 
 
