@@ -249,8 +249,9 @@ def test_books_and_wikitext_with_the_neox_tokenizer_killed_and_resumed(tmp_path)
     files = [SHARED / "wikitext-2/train.txt", *(SHARED / "prose").glob("*.txt")]
     assert sorted(found) == sorted(path.read_bytes().decode() for path in files)
     rng = random.Random(0)
-    for kills in range(100):  # noqa: B007
-        done, _ = run_until_killed(2**20, tmp_path / "out", rng.uniform(0.5, 6), **fields, workers=2)
+    for kills in range(100):
+        # Longer and longer: on a slow machine the first seconds go into the start alone.
+        done, _ = run_until_killed(2**20, tmp_path / "out", rng.uniform(0.5, 6) * 1.05**kills, **fields, workers=2)
         if done:
             break
     assert done and kills >= 3 and digests(tmp_path / "out") == straight
