@@ -179,7 +179,8 @@ def train(
     saving.finish(done)
     guards.watchdog.expect("the end", "exit_minutes")
     guards.request.saved(answered=stop.signal is not None)
-    for failure in filter(None, (evaluation.failure for evaluation in evaluations)):
+    failure = next((one.failure for one in evaluations if one.failure is not None), None)
+    if failure is not None:
         processes.say(f"saved after step {done} of {last}, which was not evaluated; the same command resumes there")
         raise failure
     if stop.signal:

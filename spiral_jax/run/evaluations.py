@@ -7,6 +7,7 @@ from etils.epath import Path
 
 from spiral_jax.data.prepared import PreparedData
 from spiral_jax.errors import SpiralError, Unreachable
+from spiral_jax.evaluation.config import VALIDATION
 from spiral_jax.evaluation.held_out import HeldOut
 from spiral_jax.evaluation.task_evaluation import OpenTasks, TaskEvaluation, TasksOfRun
 from spiral_jax.evaluation.validation import Validation
@@ -82,12 +83,15 @@ def owed(config: RunConfig, workdir: Path, data: PreparedData, step: int, proces
     Returns:
       `values` of the evaluations.
     """
-    row = processes.from_main("the newest row", lambda: read_row(rows_of(workdir), step)) if step else None
+    due = config.evaluation.missing(step, config.train.steps, ())
+    if data.validation is None and data.examples is None:
+        due.discard(VALIDATION)
+    if not step or not due:  # most starts: then no rows are read
+        return frozenset()
+    row = processes.from_main("the newest row", lambda: read_row(rows_of(workdir), step))
     if row is None:  # nothing to add them to
         return frozenset()
-    missing = config.evaluation.missing(step, config.train.steps, row)
-    has_validation = data.validation is not None or data.examples is not None
-    return frozenset(missing if has_validation else missing & {TasksOfRun.values})
+    return frozenset(due & config.evaluation.missing(step, config.train.steps, row))
 
 
 def catch_up(evaluations: Sequence[Contained], step: int, state: Any, take: Callable[[dict[str, Any]], None]) -> bool:
