@@ -1,15 +1,39 @@
-"""Prints the predictions of tpu/predictions as the table of its README.md: `python tpu/table.py`."""
+"""Writes what follows from tpu/predictions into its README.md and into costs.md: `python -m tpu.table`."""
 
 import json
 from pathlib import Path
 
+from spiral_jax import describe
+from spiral_jax.data import atomic
+
+FOLDER = Path(__file__).parent
 COLUMNS = (
     "point", "remat, core", "GiB of usable", "FLOP executed / model", "gathered, summed GiB", "seconds", "limit", "MFU",
     "tokens/s/chip",
 )  # fmt: skip
 
 
-def row(name: str, found: dict) -> tuple[str, ...]:
+def tables() -> dict[Path, str]:
+    """The table of each page."""
+    points = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("predictions/*.json")}
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(name, points[name]) for name in sorted(points))]
+    costs = describe.costs_as_text(describe.costs())
+    return {
+        FOLDER / "predictions" / "README.md": "".join(f"| {' | '.join(cells)} |\n" for cells in rows),
+        FOLDER / "costs.md": "".join(line + "\n" for line in costs.splitlines() if line.startswith("|")),
+    }
+
+
+def replaced(page: str, table: str) -> str:
+    """A page with the table that has the same first line, the rows below it as they are now."""
+    before, head, rest = page.partition(table.partition("\n")[0] + "\n")
+    if not head:
+        raise ValueError("the page has no such table")
+    _, _, after = rest.partition("\n\n")
+    return before + table + "\n" + after
+
+
+def _row(name: str, found: dict) -> tuple[str, ...]:
     step, held, sent, guess = (found[key] for key in ("step", "memory", "communication_per_device", "prediction"))
     return (
         name,
@@ -25,13 +49,8 @@ def row(name: str, found: dict) -> tuple[str, ...]:
 
 
 def main() -> None:
-    paths = sorted(Path(__file__).parent.glob("predictions/*.json"))
-    lines = [
-        COLUMNS,
-        ("---",) * len(COLUMNS),
-        *(row(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths),
-    ]
-    print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    for page, table in tables().items():
+        atomic.write_text(page, replaced(page.read_text(encoding="utf-8"), table))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tpu.table import tables
+
 POINTS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parents[2].glob("tpu/predictions/*.json")}
 
 
@@ -52,3 +54,8 @@ def test_a_spiral_stands_to_the_loop_as_the_closed_forms_do(group, family):
     (kept, found), (loop_kept, loop_found) = activations(spiral), activations(loop)
     assert kept < found and loop_kept < loop_found
     assert found / loop_found == pytest.approx(kept / loop_kept, rel=0.15)
+
+
+def test_the_pages_have_the_points_as_they_are():
+    for page, table in tables().items():
+        assert table in page.read_text(encoding="utf-8"), f"{page}: run python -m tpu.table"
