@@ -82,6 +82,11 @@ class StopRequest:
         with self._lock:
             self._meaning = _Meaning.REQUEST
 
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` was called."""
+        return self._meaning is not _Meaning.END
+
     def saved(self, *, answered: bool = False) -> None:
         """From here on everything is saved. A request that nobody has `answered` ends the process."""
         with self._lock:

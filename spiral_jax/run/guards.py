@@ -1,9 +1,13 @@
 """What stands around a run: signals, deadlines, and the claim on its directory."""
 
+import threading
+
 from spiral_jax.parallel.deadlines import DeadlineConfig, Watchdog
 from spiral_jax.parallel.leaving import End, end_at_once
 from spiral_jax.parallel.signals import StopRequest
 from spiral_jax.run.hold import Hold
+
+_SECONDS_TO_GIVE_BACK = 5.0
 
 
 class Guards:
@@ -46,6 +50,11 @@ class Guards:
             self.claim.look()
 
     def _end(self, status: int, line: str) -> None:
+        # Where saves may be under way, the directory is another start's only when this process is surely gone.
+        if self.claim is not None and not self.request.is_held:
+            giving_back = threading.Thread(target=self.claim.release, daemon=True)
+            giving_back.start()
+            giving_back.join(_SECONDS_TO_GIVE_BACK)
         self.end(status, line)
 
     def _continued(self) -> None:
