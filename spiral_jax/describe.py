@@ -87,6 +87,7 @@ def describe(config: RunConfig, num_devices: int) -> dict[str, Any]:
             "tokens_per_evaluation": config.evaluation.batches * config.train.tokens_per_step,
         },
         "reads": reads(config),
+        "extras": extras(config),
         "schedule": schedule(config),
         "memory": layout(config, num_devices) | memory(config, num_devices),
     }
@@ -105,6 +106,17 @@ def reads(config: RunConfig) -> dict[str, list[str]]:
         "evaluation.tasks_data": (config.evaluation.tasks_data,),
     }
     return {field: found for field, places in named.items() if (found := [place for place in places if place])}
+
+
+def extras(config: RunConfig) -> dict[str, str]:
+    """Packages of optional extras that a run of the configuration imports, by the field that asks for each."""
+    wanted = {
+        "logging.tensorboard": ("tensorboardx", config.logging.tensorboard),
+        "logging.wandb": ("wandb", config.logging.wandb),
+        "summary.plot": ("matplotlib", config.summary.plot),
+        "evaluation.tasks": ("lm-eval", config.evaluation.tasks),
+    }
+    return {field: package for field, (package, is_wanted) in wanted.items() if is_wanted}
 
 
 def open_data(config: RunConfig) -> dict[str, Any]:

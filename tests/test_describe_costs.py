@@ -43,3 +43,9 @@ def test_costs_need_a_checkout(monkeypatch, tmp_path):
 def test_the_page_has_what_the_command_prints(capsys):
     assert call(describe, "--costs") == (0, "")
     assert capsys.readouterr().out in (ROOT / "tpu" / "costs.md").read_text(encoding="utf-8")
+
+
+def test_packages_that_fields_ask_for(capsys):
+    """As the extras' own checks have them: what they import is what is named."""
+    assert call(describe, "--config=experiments/quickstart.py", "--config.logging.wandb=mine", "--json") == (0, "")
+    assert json.loads(capsys.readouterr().out)["extras"] == {"logging.wandb": "wandb", "summary.plot": "matplotlib"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from spiral_jax.errors import SpiralError
 from tpu import hosts
-from tpu.bucket import Bucket, Unreachable
+from tpu.bucket import Bucket
 from tpu.decide import (
     LOOK,
     Action,
@@ -27,13 +27,15 @@ from tpu.host.report import STOP, attempt_folder
 from tpu.job import Job
 from tpu.memory import HELD, Memory, Store, Taken, held, this_launcher
 from tpu.providers import Observation, Provider, State
+from tpu.telling import tell
 
-_LONGEST = 3600  # seconds for one set-up, or one create
+_SET_UP = 900  # seconds for one, at most
+_HOUR = 3600
 
 
 def where(job: Job) -> str:
-    """Of a job's slice, as in `us-east5-a qr v5p:4x4x4 x 2`."""
-    return f"{job.zone} {job.provider} {job.slice} x {job.num_slices}"
+    """Of a job's slice, as in `my-project us-east5-a qr v5p:4x4x4 x 2`."""
+    return " ".join(filter(None, [job.project, job.zone, job.provider, f"{job.slice} x {job.num_slices}"]))
 
 
 def read_status(bucket: Bucket, job: Job, attempt: int) -> JobStatus:
@@ -110,7 +112,7 @@ class Babysitter:
     provider: Provider
     bucket: Bucket
     bring_up: Callable[[int, float], None]
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = tell
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     uniform: Callable[[float, float], float] = random.uniform
@@ -122,6 +124,7 @@ class Babysitter:
         self.memory, self._seen = Memory(), Observation(State.UNKNOWN, message="it was not asked")
         self._said, self._words = set[str](), ""
         self._blind = False  # a deletion that goes on without the bucket
+        self._unusable = self._told = 0.0  # since when the slice is, and when that was said last
 
     def run(self) -> int:
         """Exit status: 0 finished, 42 unfinished, 1 failed, 2 what you can mend, 44 diverged, 130 interrupted.
@@ -131,8 +134,10 @@ class Babysitter:
         """
         try:
             self.memory = self._take()
-        except Unreachable:
-            self._say_what_bills(look_again=True)
+        except BaseException as error:
+            self.say_what_bills(look_again=True)
+            if isinstance(error, KeyboardInterrupt):
+                return 130
             raise
         return self._watch()
 
@@ -146,17 +151,17 @@ class Babysitter:
                 self._act(decision)
                 action = decision.action
         except Taken:  # the other one sees to what bills, if it still lives
-            self._say_what_bills(look_again=True)
+            self.say_what_bills(look_again=True)
             raise
         except BaseException as error:
-            self._say_what_bills(look_again=True)
+            self.say_what_bills(look_again=True)
             if isinstance(error, KeyboardInterrupt):
                 self._release()
                 return 130
             raise
         spent = f"{self.memory.chip_seconds / 3600:.1f} chip-hours, attempts: {self.memory.attempt}"
         self.say(f"the end: {self.memory.ending} ({spent})")
-        self._say_what_bills()
+        self.say_what_bills()
         self._release()
         return self.memory.result
 
@@ -176,7 +181,7 @@ class Babysitter:
                         self.say(self.memory.ending)
                         self.memory = dataclasses.replace(self.memory, phase="ended")
                 self._seen = self.provider.observe()
-            self._say_what_bills()
+            self.say_what_bills()
         coming = self._seen.state is State.GONE and self.memory.phase == "creating"
         return 0 if coming or self._seen.state in (State.WAITING, State.READY, State.TRANSIENT) else 2
 
@@ -243,6 +248,9 @@ class Babysitter:
             if self.memory.phase == "ended":
                 raise SpiralError(f"{self.job.name} has finished; allowed: another NAME, or an empty {self.job.root}")
             yield
+        except BaseException:
+            self.say_what_bills(look_again=True)
+            raise
         finally:
             self._release()
 
@@ -280,8 +288,8 @@ class Babysitter:
     def _act(self, decision: Decision) -> None:
         """Remembers, then acts; what cannot be remembered is not begun, only ended."""
         action = decision.action
-        long = action in (Action.CREATE, Action.START)
-        seconds = min(affordable(self.job, decision.memory), _LONGEST) if long else 0
+        longest = {Action.CREATE: self.provider.create_seconds, Action.START: _SET_UP}.get(action, 0)
+        seconds = min(affordable(self.job, decision.memory), longest)
         try:
             self.memory = self.store.save(decision.memory, HELD + seconds)
         except SpiralError as error:
@@ -312,6 +320,8 @@ class Babysitter:
             self.memory, lines = not_created(self.job, self.memory, error.kind, str(error), self.clock())
             for line in lines:
                 self.say(line)
+        else:
+            self.memory = dataclasses.replace(self.memory, refused=0)
 
     def _start(self, seconds: float) -> None:
         trouble = ""
@@ -339,6 +349,7 @@ class Babysitter:
             what = f"{seen.words or 'the slice'}: {seen.state.value}"
             spent = f" ({decision.memory.chip_seconds / 3600:.1f} chip-hours)"
             self.say(what + spent + (f": {seen.message}" if seen.message and seen.state is not State.GONE else ""))
+        self._say_how_long_unusable()
         if decision.memory.ending and not self.memory.ending:
             self.say(f"ending: {decision.memory.ending}")
         new = [f"symptom: {symptom}" for symptom in seen.symptoms if symptom not in self._said]
@@ -346,7 +357,23 @@ class Babysitter:
             self.say(line)
         self._said.update(seen.symptoms)
 
-    def _say_what_bills(self, look_again: bool = False) -> None:
+    def _say_how_long_unusable(self) -> None:
+        """Every hour: a pod may be weeks of queue, so only its owner can say that it has waited long enough."""
+        now = self.clock()
+        if self._seen.state not in (State.TRANSIENT, State.UNKNOWN):
+            self._unusable = 0.0
+        elif not self._unusable:
+            self._unusable = self._told = now
+        elif now - self._told >= _HOUR:
+            self._told, hours = now, (now - self._unusable) / _HOUR
+            self.say(f"for {hours:.0f} hours now, and it may bill; to give it up: {command_line(self.job, 'delete')}")
+
+    def say_what_bills(self, look_again: bool = False) -> None:
+        """Says it.
+
+        Args:
+          look_again: whether the cloud is asked before.
+        """
         try:
             self._seen = self.provider.observe() if look_again else self._seen
         except BaseException:  # Ctrl-C, once more

@@ -85,8 +85,10 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
     if memory.phase == "ended":
         return Decision(memory, Action.END)
     m = _counted(job, memory, seen, status, now)
-    if not seen.ours:
-        text = f"{job.name} is there and is not labelled spiral-jax={job.name}; allowed: another NAME"
+    if seen.ours is None and memory.phase == "creating" and now - m.asked < LANDS:
+        return _wait(m)  # it may be what was asked for, or somebody else's
+    if not (seen.ours or (seen.ours is None and memory.phase == "present")):
+        text = f"{job.name} is there and is not labelled as that of {job.root}; allowed: another NAME"
         return Decision(replace(m, phase="ended", kept=True, ending=text, result=2), Action.END)
     if not m.ending:
         m = _ending(job, m, seen, status, now)
@@ -124,15 +126,17 @@ def not_created(job: Job, memory: Memory, kind: str, line: str, now: float) -> t
         return replace(memory, phase="absent", resume_at=now + LOOK), (line,)
     if kind == "quota":
         # What is still being given back counts against it for a while; what was never granted does so for ever.
-        m = _later(replace(memory, phase="absent"), now)
-        is_never = m.streak > max(job.max_failures, 1)
+        m = replace(memory, phase="absent", refused=memory.refused + 1, resume_at=now + _pause(memory.refused + 1))
+        is_never = m.refused > max(job.max_failures, 1)
         return (replace(m, ending=line, result=2) if is_never else m), (line,)
-    return memory, (f"not known whether the slice was created: {line}",)
+    return _later(memory, now), (f"not known whether the slice was created: {line}",)
 
 
 def started(memory: Memory, trouble: str, now: float) -> Memory:
     """What came of a start: `trouble` is a line, empty if all hosts run."""
-    return replace(memory, started=now, trouble=trouble, beat_seen=now, ended_seen=now if trouble else 0)
+    return replace(
+        memory, starting=False, started=now, trouble=trouble, beat_seen=now, ended_seen=now if trouble else 0
+    )
 
 
 def not_deleted(memory: Memory, now: float) -> Memory:
@@ -149,7 +153,7 @@ def affordable(job: Job, memory: Memory) -> float:
 
 def _counted(job: Job, m: Memory, seen: Observation, status: JobStatus, now: float) -> Memory:
     """With the chip-seconds since the last look, and signs of life."""
-    if seen.ours and (m.billing or seen.billing):
+    if seen.ours is not False and (m.billing or seen.billing):
         # Nobody may have looked for days while it stood in the queue.
         since = m.looked if m.billing else max(m.looked, seen.since or now - LOOK)
         m = replace(m, chip_seconds=m.chip_seconds + job.chips * max(now - since, 0))
@@ -191,7 +195,7 @@ def _absent(job: Job, m: Memory, now: float) -> Decision:
         if job.provider == "qr":  # the service suspends, it does not delete
             return Decision(replace(m, phase="ended", ending="the slice was deleted by hand", result=2), Action.END)
         m, lines = _interruption(job, m, "the node is not there any more", now)
-    m = replace(m, phase="absent", started=0)
+    m = replace(m, phase="absent", started=0, starting=False)
     if m.ending:
         return Decision(replace(m, phase="ended"), Action.END, lines=lines)
     if now < m.resume_at:
@@ -211,7 +215,7 @@ def _lost(job: Job, m: Memory, seen: Observation, now: float) -> Decision:
         m, lines = _interruption(job, m, f"preempted: {why}", now)
     else:
         m, lines = _failure(job, m, why, now)
-    return _deleted(replace(m, started=0), now, lines)
+    return _deleted(replace(m, started=0, starting=False), now, lines)
 
 
 def _ready(job: Job, m: Memory, status: JobStatus, now: float) -> Decision:
@@ -219,7 +223,11 @@ def _ready(job: Job, m: Memory, status: JobStatus, now: float) -> Decision:
     if not m.started:
         if now < m.resume_at:
             return _wait(m, m.resume_at - now)
-        m = replace(m, attempt=m.attempt + 1, trouble="", repaired=False, beat=0, beat_seen=now, ended_seen=0)
+        goes_on = m.starting and not status.ended  # of a launcher that died while it told the hosts
+        if goes_on and status.runs(now):
+            return _wait(started(m, "", now), lines=(f"attempt {m.attempt} runs already",))
+        attempt = m.attempt if goes_on else m.attempt + 1
+        m = replace(m, attempt=attempt, starting=True, trouble="", repaired=False, beat=0, beat_seen=now, ended_seen=0)
         return Decision(m, Action.START, lines=(f"attempt {m.attempt}: set-up, smoke test, start",))
     if m.trouble and status.beat and not status.ended:
         m = replace(m, trouble="", ended_seen=0)  # all hosts have answered since
@@ -269,7 +277,11 @@ def _later(m: Memory, now: float) -> Memory:
     """With a pause that doubles from 30 seconds to half an hour while nothing lasts."""
     lived = m.started and now - m.started >= LIVED
     streak = 1 if lived else m.streak + 1
-    return replace(m, streak=streak, resume_at=now + min(30 * 2 ** min(streak - 1, 6), 1800))
+    return replace(m, streak=streak, resume_at=now + _pause(streak))
+
+
+def _pause(times: int) -> float:
+    return min(30 * 2 ** min(times - 1, 6), 1800)
 
 
 def _deleted(m: Memory, now: float, lines: tuple[str, ...] = ()) -> Decision:

@@ -1,5 +1,6 @@
 """Runs gcloud: argument lists in, JSON out, and "there is no such thing" told apart from every other failure."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spiral_jax.errors import SpiralError
+from tpu.telling import tell
 
 # Of names of flags and variables whose values nobody is to see.
 _SECRET = re.compile(
@@ -73,7 +75,8 @@ def execute(arguments: Sequence[str], timeout: float) -> tuple[int, str, str]:
     try:
         out, err = child.communicate(timeout=timeout)
     except BaseException:
-        os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         raise
     return child.returncode, out, err
@@ -84,7 +87,7 @@ class Gcloud:
     """The CLI, for one project.
 
     Attributes:
-      project: where it is empty, gcloud's own setting holds.
+      project: empty in dry runs only, where it was not given.
       dry_run: print commands, and run none; each answers nothing, `{}` as JSON.
       say: where they are printed.
       execute: runs a program.
@@ -95,7 +98,7 @@ class Gcloud:
 
     project: str = ""
     dry_run: bool = False
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = tell
     execute: Execute = execute
     clock: Callable[[], float] = time.time
     deadline: float = float("inf")
@@ -151,6 +154,22 @@ class Gcloud:
             return json.loads(out)
         except ValueError:
             raise GcloudError("unknown", f"gcloud {' '.join(arguments[:5])}: not JSON: {out[:100]!r}") from None
+
+
+def configured_project(execute: Execute) -> str:
+    """Of gcloud's own settings. A launch keeps to it, whatever they are later.
+
+    Raises:
+      SpiralError: it has none.
+    """
+    command = ["gcloud", "config", "get-value", "project", "--quiet"]
+    try:
+        _, out, _ = execute(command, 60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SpiralError(f"--project is missing, and {shown(command)} failed ({error}); allowed: its id") from None
+    if not out.strip():
+        raise SpiralError("--project is missing; allowed: its id, here or by `gcloud config set project`")
+    return out.strip()
 
 
 def kind_of(err: str, resource: str = "") -> str:

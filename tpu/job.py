@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import re
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ PROVIDERS = ("qr", "vm", "gke")
 PRICINGS = ("spot", "reserved", "on_demand", "flex_start")
 
 LABEL = "spiral-jax"  # of whatever is created for a job, with its name; `reap` looks for it
+ROOT_LABEL = "spiral-jax-root"  # which folder on which bucket: two people may have had the same idea of a name
 
 _FILE = r"(?!.*\.\./)\w[-\w./]*\.py"
 # Of each field that goes into commands, paths and labels: what it may be, and in words. None may begin with a dash.
@@ -130,6 +132,11 @@ class Job:
     def root(self) -> str:
         """Where everything of the job lies."""
         return f"{self.bucket}/{self.name}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of whatever is created for it."""
+        return {LABEL: self.name, ROOT_LABEL: hashlib.sha256(self.root.encode()).hexdigest()[:16]}
 
     @property
     def arguments(self) -> tuple[str, ...]:

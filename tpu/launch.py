@@ -19,12 +19,13 @@ from tpu import hosts, reap, several
 from tpu.babysit import Babysitter, read_status, what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
-from tpu.gcloud import Execute, Gcloud, GcloudError, execute, shown
+from tpu.gcloud import Execute, Gcloud, GcloudError, configured_project, execute, shown
 from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
-from tpu.memory import Store
+from tpu.memory import Memory, Store
 from tpu.plan import ROOT, plan_unless_skipped
 from tpu.providers import gke, provider_of
+from tpu.telling import tell
 
 VERBS = {
     "plan": "check everything, compile, say what it costs; creates nothing",
@@ -55,7 +56,7 @@ class Launcher:
     values: argparse.Namespace
     execute: Execute = execute
     make_bucket: Callable[..., Bucket] = Bucket
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = tell
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     code: Code | None = None
@@ -66,6 +67,12 @@ class Launcher:
         self.provider = provider_of(self.job, gcloud)  # of GKE, whose cluster does the rest, nothing is asked
         self.babysitter = Babysitter(self.provider, self.bucket, self._bring_up, self.say, self.clock, self.sleep)
 
+    def settle(self) -> None:
+        """Takes the project of gcloud's settings for the job's, whatever they become while it runs."""
+        if not self.job.project:
+            self.job = dataclasses.replace(self.job, project=configured_project(self.execute))
+            self.__post_init__()
+
     def plan(self) -> int:
         def locate(url: str) -> str:
             return self.make_bucket(url).location()
@@ -75,14 +82,23 @@ class Launcher:
 
     def create(self) -> int:
         self.plan()
+        self.settle()
         self._go_on()
-        return self.babysitter.create()
+        return self._unwatched(self.babysitter.create())
 
     def babysit(self) -> int:
-        memory, self.code = Store(self.bucket).load(), pack(ROOT)
+        self.code = pack(ROOT)
+        try:
+            memory = Store(self.bucket).load()
+        except SpiralError:
+            with contextlib.suppress(SpiralError):
+                self.settle()
+                self.babysitter.say_what_bills(look_again=True)
+            raise
         if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
             self.plan()
             self._go_on()
+        self.settle()
         return self.babysitter.run()
 
     def setup(self) -> int:
@@ -96,7 +112,7 @@ class Launcher:
 
     def run(self) -> int:
         self._go_on()
-        return self.babysitter.start()
+        return self._unwatched(self.babysitter.start())
 
     def stop(self) -> int:
         memory = Store(self.bucket).load()
@@ -118,8 +134,17 @@ class Launcher:
         return 0
 
     def status(self) -> int:
-        job, now, memory = self.job, self.clock(), Store(self.bucket).load()
-        seen, status = self.provider.observe(), read_status(self.bucket, job, memory.attempt)
+        job, now, seen = self.job, self.clock(), self.provider.observe()
+        try:
+            memory = Store(self.bucket).load()
+        except SpiralError:
+            self.say(what_bills(job, seen, Memory(), now))
+            raise
+        status = read_status(self.bucket, job, memory.attempt)
+        try:
+            training = self._training()
+        except SpiralError as error:
+            training = f"not known ({error})"
         held, hours = memory.owner if memory.until > now else "nobody", memory.chip_seconds / 3600
         spent = f"{hours:,.1f}" + (f" of {job.max_chip_hours:,g}" if job.max_chip_hours else "")
         for name, text in {
@@ -127,7 +152,7 @@ class Launcher:
             "launcher": f"{memory.phase}{': ' + memory.ending if memory.ending else ''}; held by {held}",
             "attempts": f"{memory.attempt}; {memory.failures} failures, {memory.preemptions} interruptions",
             "hosts": f"{status.line or 'nothing yet'} (of {job.hosts})",
-            "training": self._training(),
+            "training": training,
             "spent": f"{spent} chip-hours" + (f", {hours * job.price:,.2f}" if job.price else ""),
         }.items():
             self.say(f"{name:9} {text}")
@@ -156,6 +181,8 @@ class Launcher:
     def of_gke(self) -> int:
         """What verbs do for a cluster, which does the rest: `create` writes the manifest; commands are printed."""
         verb, job, dry = self.values.verb, self.job, self.values.dry_run
+        hours = job.max_chip_hours
+        require(hours is None, "--max_chip_hours", hours, "none with --provider=gke, where nobody keeps it")
         require(verb in ("plan", "create"), "--provider", "gke", "qr or vm for this verb; `create` prints the commands")
         file = Path(f"{job.name}.jobset.yaml")
         text = gke.manifest(job, self.values.image) if verb == "create" else ""
@@ -166,7 +193,14 @@ class Launcher:
             self.say(f"{file} is written")
         for command in gke.commands(job, str(file)):
             self.say(shown(command))
+        restarts = f"up to --max_preemptions={job.max_preemptions} times, whatever has ended it"
+        self.say(f"the cluster starts the job again {restarts}; its node pool bills until it is deleted")
         return 0
+
+    def _unwatched(self, status: int) -> int:
+        if self.job.max_chip_hours is not None:
+            self.say("nobody watches it now: --max_chip_hours holds under `babysit` only")
+        return status
 
     def _go_on(self) -> None:
         """What `stop` asked for before this start is over."""
@@ -198,7 +232,8 @@ def main(arguments: Sequence[str] | None = None, **world) -> int:
     try:
         return _main(arguments, world)
     except (SpiralError, GcloudError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -228,9 +263,15 @@ def _main(arguments: list[str], world: dict) -> int:
         return launcher.of_gke()
     if values.verb == "babysit":
         require(job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
-    return launcher.dry_run() if values.dry_run else getattr(launcher, values.verb)()
+    if values.dry_run:
+        return launcher.dry_run()
+    if values.verb in ("setup", "run", "status", "stop", "delete"):  # the others check everything before
+        launcher.settle()
+    return getattr(launcher, values.verb)()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

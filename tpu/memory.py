@@ -24,11 +24,13 @@ class Memory:
       phase: absent, creating, present, deleting or ended.
       asked: when the last create was sent, and `deleted` the last deletion.
       attempt: the last one.
-      started: when its hosts had been told on this slice; 0 if they were not, or the launcher died meanwhile.
+      starting: its hosts are being told, or the launcher died meanwhile.
+      started: when its hosts had been told on this slice; 0 before.
       trouble: why they could not be told.
       failures: of the job and of requests, `faults` those with status 1 among them.
       preemptions: and other interruptions that are no failures.
       streak: of failures and preemptions in a row, with little training between.
+      refused: creates in a row that a quota did not allow.
       resume_at: before which nothing is begun.
       chip_seconds: that have billed, as far as was seen.
       looked: when they were last counted.
@@ -49,12 +51,14 @@ class Memory:
     asked: float = 0
     deleted: float = 0
     attempt: int = 0
+    starting: bool = False
     started: float = 0
     trouble: str = ""
     failures: int = 0
     faults: int = 0
     preemptions: int = 0
     streak: int = 0
+    refused: int = 0
     resume_at: float = 0
     chip_seconds: float = 0
     looked: float = 0
@@ -90,10 +94,19 @@ class Store:
     generation: int = 0
 
     def load(self) -> Memory:
-        """What is remembered, by whomever."""
+        """What is remembered, by whomever.
+
+        Raises:
+          SpiralError: it cannot be read, or another version of the launcher wrote it.
+        """
         found = self.bucket.get(MEMORY)
         self.generation = found[1] if found else 0
-        return Memory(**json.loads(found[0])) if found else Memory()
+        try:
+            return Memory(**json.loads(found[0])) if found else Memory()
+        except (ValueError, TypeError) as error:
+            raise SpiralError(
+                f"{MEMORY} is of another version ({error}); allowed: the launcher that wrote it"
+            ) from None
 
     def save(self, memory: Memory, seconds: float = HELD) -> Memory:
         """Writes it, and says that this launcher lives on for a while: for no time, if the next one may go on at once.

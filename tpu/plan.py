@@ -93,6 +93,9 @@ def make_plan(job: Job, locate: Callable[[str], str], say: Say = print) -> Plan:
         f"parameters; {train['steps']:,} steps of {train['batch_size']} x {train['sequence_length']} tokens"
     )
     say("  data           " + ", ".join(f"{name.replace('_', ' ')} {number:,.6g}" for name, number in data.items()))
+    for field, package in found["extras"].items():
+        allowed = f"false or empty, or a {LOCK} made with the extra that brings {package}, for the hosts"
+        require(package in pins(), f"--config.{field}", "set", allowed)
     _check_places(job, found["reads"], code, locate, say)
     say(f"  dependencies   {_resolve()}")
     mfu, is_compiled = _mfu(job, found, code, say)

@@ -5,10 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from spiral_jax.hardware import GENERATIONS
-from tpu.gcloud import Gcloud, GcloudError, shown
+from tpu.gcloud import Gcloud, GcloudError, configured_project, execute, shown
 from tpu.job import LABEL, Parser
 from tpu.providers.base import FREE, NODE_STATES, State, delete_command
 from tpu.providers.queued import meaning
+from tpu.telling import tell
+
+# Spot nodes end the same way.
+AGAIN = "; a `babysit` that lives takes it for a preemption: `python -m tpu.launch delete` ends both"
 
 
 class Resource(NamedTuple):
@@ -31,7 +35,7 @@ class Resource(NamedTuple):
     bills: bool
 
 
-def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: Any) -> int:
+def main(arguments: Sequence[str], say: Callable[[str], None] = tell, **world: Any) -> int:
     """The verb `reap`.
 
     Args:
@@ -49,7 +53,8 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: 
     parser.add_argument("--delete", action="store_true")
     parser.add_argument("--dry_run", action="store_true")
     values = parser.parse_args(arguments)
-    gcloud = Gcloud(values.project, values.dry_run, say, **world)
+    project = values.project or ("" if values.dry_run else configured_project(world.get("execute", execute)))
+    gcloud = Gcloud(project, values.dry_run, say, **world)
     zones = values.zone or sorted({zone for generation in GENERATIONS for zone in generation.zones})
 
     found, failed, left = list[Resource](), list[str](), list[str]()
@@ -61,6 +66,8 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: 
             found.extend(one for one in _ours(queued, nodes, zone) if values.name in (None, one.job))
         except GcloudError as error:
             failed.append(f"{zone}: {error}")
+        except (AttributeError, KeyError, TypeError) as error:
+            failed.append(f"{zone}: gcloud's answer has another shape ({error})")
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(look, zones))  # raises what was raised there
@@ -71,15 +78,15 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = print, **world: 
         if values.delete:
             try:
                 gcloud.run(*command)
-                say(f"{one.name}: is being deleted")
+                say(f"{one.name}: is being deleted{AGAIN if one.kind == 'tpu-vm' else ''}")
             except GcloudError as error:
                 left.append(f"{one.name} in {one.zone}: {error}")
     for line in sorted(left):
         say(f"not deleted: {line}")
     for line in sorted(failed):
         say(f"not looked at: {line}")
-    bill = sum(one.bills for one in found)
-    say(f"{len(found)} found, {bill} of them bill, in {len(zones) - len(failed)} of {len(zones)} zones")
+    bill, where = sum(one.bills for one in found), f" of {project}" if project else ""
+    say(f"{len(found)} found, {bill} of them bill, in {len(zones) - len(failed)} of {len(zones)} zones{where}")
     return 2 if failed or left else 0
 
 

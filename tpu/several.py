@@ -24,8 +24,9 @@ from tpu.bucket import Bucket
 from tpu.job import Job, Parser, define, job_of
 from tpu.memory import Store
 from tpu.plan import START_MINUTES, Say, plan_unless_skipped
+from tpu.telling import tell
 
-PAUSE = 30.0  # seconds before a launcher that died is replaced
+PAUSE, LONGEST_PAUSE = 30.0, 300.0  # seconds before a launcher that died is replaced: at first, and after some
 
 
 class Run(NamedTuple):
@@ -38,6 +39,9 @@ class Run(NamedTuple):
       taken: chip-hours that it has spent, or while it is running may spend.
       state: waiting, running or done.
       status: with which it ended.
+      bills: whether something of it is there, for all that is known.
+      resume_at: Unix time before which it gets no other launcher.
+      tries: launchers in a row that left it unfinished.
     """
 
     name: str
@@ -46,23 +50,28 @@ class Run(NamedTuple):
     taken: float
     state: str = "waiting"
     status: int | None = None
+    bills: bool = False
+    resume_at: float = 0.0
+    tries: int = 0
 
 
-def next_start(runs: Sequence[Run], budget: float, side_by_side: int) -> tuple[Run, float] | None:
+def next_start(runs: Sequence[Run], budget: float, side_by_side: int, now: float) -> tuple[Run, float] | None:
     """The run to start now, and its cap; None while nothing can be started.
 
     Runs start in their order: one that does not fit beside those that are running is not overtaken. What a running one
     may still spend is spoken for, so that the budget holds whatever they do. One without a bound of its own gets an
-    equal share of what is left.
+    equal share of what is left. What bills without a launcher gets one whatever is left: nothing else would end it.
     """
     running = sum(run.state == "running" for run in runs)
     waiting = [run for run in runs if run.state == "waiting"]
-    if not waiting or running >= side_by_side:
+    first = next((run for run in waiting if run.bills), waiting[0] if waiting else None)
+    if first is None or now < first.resume_at or (running >= side_by_side and not first.bills):
         return None
-    first = waiting[0]
     room = budget - sum(run.taken for run in runs)
-    shares = min(side_by_side - running, len(waiting))
+    shares = max(1, min(side_by_side - running, len(waiting)))
     more = room / shares if first.wanted is None else first.wanted - first.taken
+    if first.bills:
+        return first, max(first.taken + min(more, room), first.taken, 0.001)
     return (first, first.taken + more) if first.start <= more <= room else None
 
 
@@ -121,7 +130,7 @@ def spent_by(job: Job) -> Spent:
     return Spent(memory.chip_seconds / 3600, over, memory.result if memory.phase == "ended" else None)
 
 
-def main(arguments: Sequence[str], say: Say = print) -> int:
+def main(arguments: Sequence[str], say: Say = tell) -> int:
     """The verb `babysit` with `--jobs`; the arguments are what follows the verb.
 
     Returns:
@@ -147,8 +156,8 @@ def main(arguments: Sequence[str], say: Say = print) -> int:
     entries.sort(key=lambda entry: before[entry.job.name].over)  # what bills already comes first
     runs = {}
     for job, _ in entries:
-        hours, _, status = before[job.name]
-        runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, hours)
+        hours, over, status = before[job.name]
+        runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, hours, bills=not over)
         if status in (0, 44):
             runs[job.name] = runs[job.name]._replace(state="done", status=status)
             say(f"{job.name}: ended before with status {status}, {hours:,.1f} chip-hours")
@@ -159,6 +168,9 @@ def main(arguments: Sequence[str], say: Say = print) -> int:
     left = [run.name for run in runs.values() if run.state == "waiting"]
     spoken_for = sum(run.taken for run in runs.values())
     say(f"{spoken_for:,.1f} of {values.max_chip_hours:,.1f} chip-hours spent or spoken for")
+    for run in runs.values():
+        if run.state == "done" and run.bills:
+            say(f"{run.name}: may bill; ask `python -m tpu.launch status`, give it back with `delete`")
     if left:
         say(f"not started, as the budget does not hold them: {', '.join(left)}")
     return next((run.status for run in runs.values() if run.status), 42 if left else 0)
@@ -170,37 +182,44 @@ def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argpars
     children = dict[str, subprocess.Popen[str]]()
     try:
         while True:
-            while start := next_start(list(runs.values()), values.max_chip_hours, values.side_by_side):
+            while start := next_start(list(runs.values()), values.max_chip_hours, values.side_by_side, time.time()):
                 run, cap = start
                 say(f"{run.name}: started, for at most {cap:,.1f} chip-hours")
                 capped = f"--max_chip_hours={math.floor(cap * 1000) / 1000}"
                 children[run.name] = _launcher([*entries[run.name].arguments, capped, *extra], say)
                 runs[run.name] = run._replace(taken=cap, state="running")
-            if not children:
+            if not children and not any(run.bills and run.state == "waiting" for run in runs.values()):
                 return
             for name in [name for name, child in children.items() if child.poll() is not None]:
                 status = children.pop(name).returncode
-                state, taken, how = "done", runs[name].taken, "at most "  # what may bill on keeps its share
-                try:
-                    spent = Spent() if values.dry_run else spent_by(entries[name].job)
-                    if spent.over:
-                        taken, how = spent.chip_hours, ""
-                    elif spent.status is None and status not in (2, 130):
-                        # Its launcher has died beside what bills: without another one nothing bounds that.
-                        state, taken, how = "waiting", spent.chip_hours, "so far "
-                except SpiralError as error:
-                    say(f"{name}: {error}")
-                say(f"{name}: ended with status {status}, {how}{taken:,.1f} chip-hours")
-                if state == "waiting":
-                    say(f"{name}: another launcher follows in {PAUSE:.0f} s, as the job has not ended")
-                    time.sleep(PAUSE)
-                runs[name] = runs[name]._replace(state=state, taken=taken, status=status)
+                runs[name] = _ended(runs[name], entries[name].job, status, values.dry_run, say)
             time.sleep(0.2)
     finally:
         for child in children.values():
             child.send_signal(signal.SIGINT)  # each says what of its own still bills
         for child in children.values():
             child.wait()
+
+
+def _ended(run: Run, job: Job, status: int, dry_run: bool, say: Say) -> Run:
+    """A run whose launcher has ended: done, or waiting for another one, which alone can end what may bill."""
+    try:
+        spent = Spent() if dry_run else spent_by(job)
+    except SpiralError as error:
+        say(f"{run.name}: {error}")
+        spent = Spent(run.taken, over=False)
+    if spent.over:
+        say(f"{run.name}: ended with status {status}, {spent.chip_hours:,.1f} chip-hours")
+        return run._replace(state="done", taken=spent.chip_hours, status=status, bills=False)
+    run = run._replace(status=status, bills=True)
+    if spent.status is not None or status == 130:  # what may bill on keeps its share
+        say(f"{run.name}: ended with status {status}, at most {run.taken:,.1f} chip-hours")
+        return run._replace(state="done")
+    pause = min(PAUSE * 2**run.tries, LONGEST_PAUSE)
+    say(f"{run.name}: ended with status {status}, so far {spent.chip_hours:,.1f} chip-hours")
+    say(f"{run.name}: another launcher follows in {pause:.0f} s, as the job has not ended")
+    resume_at, tries = time.time() + pause, run.tries + 1
+    return run._replace(state="waiting", taken=spent.chip_hours, resume_at=resume_at, tries=tries)
 
 
 def _launcher(arguments: list[str], say: Say) -> subprocess.Popen[str]:

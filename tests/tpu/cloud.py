@@ -126,6 +126,8 @@ class Cloud:
         self.log.append((self.now, line))
         words = [word for word in arguments[1:] if not word.startswith("-")]
         words = words[1:] if words[0] in ("alpha", "beta") else words
+        if words == ["config", "get-value", "project"]:
+            return 0, self.script.get("project", "my-project") + "\n", ""
         if words[:2] != ["compute", "tpus"] or words[2] not in ("queued-resources", "tpu-vm"):
             return 2, "", f"ERROR: (gcloud) Invalid choice: '{' '.join(words[:3])}'."
         kind, verb = words[2], words[3]

@@ -26,6 +26,7 @@ DESCRIBED = {
         "tokens_per_evaluation": 20 * 2**21,
     },
     "reads": {"data.stores": ["gs://pile/tokens"]},
+    "extras": {"logging.tensorboard": "tensorboardx"},
     "data": {"tokens": 10**11, "epochs": 0.02, "validation_tokens": 10**6},
     "memory": dict.fromkeys(
         ("parameters", "optimizer", "gradients", "core", "gathered_rest", "activations_kept", "logits_block"), 10**9

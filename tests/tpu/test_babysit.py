@@ -347,7 +347,9 @@ def test_what_belongs_to_somebody_else_is_left_alone():
     world = World()
     gcloud = ["gcloud", "compute", "tpus", "queued-resources", "create", "pile", "--zone=us-east5-a"]
     world.cloud.execute([*gcloud, "--accelerator-type=v5p-8", "--runtime-version=x", "--node-id=pile"])
-    assert world.run() == 2 and world.heard("is not labelled spiral-jax=pile; allowed: another NAME")
+    assert world.run() == 2 and world.heard(
+        "is not labelled as that of gs://my-bucket/runs/pile; allowed: another NAME"
+    )
     assert world.babysitter("x:1:a").delete() == 2
     assert len(world.left()) == 1 and world.created() == 1
 

@@ -32,7 +32,7 @@ def test_the_budget_holds_and_the_order_is_kept(data):
     truly = {run.name: run.taken for run in runs}
     caps, order = {}, []
     while True:
-        while found := next_start(runs, budget, wide):
+        while found := next_start(runs, budget, wide, 0):
             run, cap = found
             assert cap - run.taken >= run.start, "a start that could not pay for itself"
             assert run.wanted is None or cap <= run.wanted + 1e-9
@@ -57,20 +57,20 @@ def test_the_budget_holds_and_the_order_is_kept(data):
 
 def test_equal_shares_without_bounds():
     runs = [Run("a", 1, None, 0), Run("b", 1, None, 0), Run("c", 1, None, 0)]
-    assert next_start(runs, 90, 2) == (runs[0], 45)
+    assert next_start(runs, 90, 2, 0) == (runs[0], 45)
     runs[0] = runs[0]._replace(state="running", taken=45)
-    assert next_start(runs, 90, 2) == (runs[1], 45)
-    assert next_start(runs, 90, 1) is None
+    assert next_start(runs, 90, 2, 0) == (runs[1], 45)
+    assert next_start(runs, 90, 1, 0) is None
     # What the first did not need goes to those that come.
     runs[0] = runs[0]._replace(state="done", taken=10)
-    assert next_start(runs, 90, 1) == (runs[1], 80)
+    assert next_start(runs, 90, 1, 0) == (runs[1], 80)
 
 
 def test_what_does_not_fit_is_not_overtaken():
     runs = [Run("a", 1, 60, 0, "running")._replace(taken=60), Run("b", 1, 50, 0), Run("c", 1, 10, 0)]
-    assert next_start(runs, 100, 3) is None
+    assert next_start(runs, 100, 3, 0) is None
     runs[0] = runs[0]._replace(state="done", taken=40)
-    assert next_start(runs, 100, 3) == (runs[1], 50)
+    assert next_start(runs, 100, 3, 0) == (runs[1], 50)
 
 
 def write(path, *jobs):
@@ -185,10 +185,23 @@ def test_what_bills_already_comes_first(world, tmp_path):
     assert world.started == [("c", 95), ("b", 75)]
 
 
+def test_what_bills_gets_a_launcher_whatever_is_left():
+    """Whose cap then ends it: nothing else would."""
+    bills = Run("a", 10, 1000, 995, bills=True)
+    assert next_start([bills], 5000, 1, 0) == (bills, 1000)
+    assert next_start([bills], 990, 1, 0) == (bills, 995)
+    others = [Run("b", 10, None, 100, "running"), Run("c", 10, None, 0), bills]
+    assert next_start(others, 5000, 1, 0) == (bills, 1000)
+    # Its launcher has just died: nobody overtakes it.
+    assert next_start([Run("c", 10, None, 0), bills._replace(resume_at=30)], 5000, 2, 29) is None
+
+
 def test_a_bucket_that_does_not_answer_gives_nothing_back(world, tmp_path, monkeypatch):
+    """What is not known to be over gets another launcher, under the cap that it had."""
+    monkeypatch.setattr(several, "PAUSE", 0.0)
     path = write(tmp_path / "jobs.json", ("a", ["--max_chip_hours=60"]), ("b", []))
-    world.script.update({"a": (0, 5), "b": (0, 5)})
-    answers = iter([Spent(), Spent(), None, Spent(5)])
+    world.script.update({"a": (2, 5), "b": (0, 5)})
+    answers = iter([Spent(), Spent(), None, Spent(5, True, 0), Spent(5)])
 
     def spent_by(job):
         if (answer := next(answers)) is None:
@@ -196,8 +209,16 @@ def test_a_bucket_that_does_not_answer_gives_nothing_back(world, tmp_path, monke
         return answer
 
     monkeypatch.setattr(several, "spent_by", spent_by)
-    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 0
-    assert world.started == [("a", 60), ("b", 40)]
+    several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None)
+    assert world.started == [("a", 60), ("a", 60), ("b", 95)]
+
+
+def test_what_may_bill_is_named_at_the_end(world, tmp_path):
+    path = write(tmp_path / "jobs.json", ("a", []))
+    world.script["a"] = (130, 5)
+    lines = []
+    several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lines.append)
+    assert any(line.startswith("a: may bill; ") for line in lines)
 
 
 def test_what_may_bill_on_keeps_its_share(world, tmp_path):

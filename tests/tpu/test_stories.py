@@ -118,7 +118,7 @@ def test_story_05_a_slice_elsewhere_under_the_same_name_is_refused():
     other = World(zone="us-central1-a")
     other.cloud, other.bucket.objects = world.cloud, world.bucket.objects
     other.cloud.now += 7200  # whoever held it is dead
-    with pytest.raises(SpiralError, match="allowed, until it is deleted: us-east5-a qr v5p:2x2x2 x 1"):
+    with pytest.raises(SpiralError, match="allowed, until it is deleted: my-project us-east5-a qr v5p:2x2x2 x 1"):
         other.run()
     assert world.created() == 1
     with pytest.raises(SpiralError, match="us-east5-a"):  # and is not said to be gone because it is not there

@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -292,3 +294,37 @@ def test_story_13_a_set_up_that_fails_is_tried_again_and_named(slice_of, tmp_pat
 def parent(pid: int) -> int:
     with open(f"/proc/{pid}/stat") as file:
         return int(file.read().rpartition(")")[2].split()[1])
+
+
+WAITS = """
+import sys
+from tpu.host import supervisor
+supervisor.PATIENCE = 3.0
+with supervisor.only_one("gs://b/x", int(sys.argv[1])):
+    print("holds", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_of_several_that_wait_for_one_to_end_one_follows(tmp_path):
+    """The launcher tells a host again and again while its last supervisor saves: those end nobody but that one."""
+    (tmp_path / "spiral_jax").mkdir()
+
+    def start(attempt, before=""):
+        command = [sys.executable, "-c", before + WAITS, str(attempt), "tpu.host.supervisor"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=os.environ | {"HOME": str(tmp_path)}, stdin=pipe, stdout=pipe, text=True)
+
+    slow = start(1, "import signal; signal.signal(15, signal.SIG_IGN)\n")
+    assert slow.stdout.readline() == "holds\n"
+    waiting = [start(2), start(2)]
+    time.sleep(1.5)
+    slow.stdin.close()  # it has saved
+    slow.wait(20)
+    wait_for(lambda: any(child.poll() is not None for child in waiting), 20)  # the other finds its own attempt there
+    (left,) = [child for child in waiting if child.poll() is None]
+    assert left.stdout.readline() == "holds\n"
+    time.sleep(4)  # longer than the patience of whoever waited
+    assert [child.poll() for child in waiting if child is not left] == [1] and left.poll() is None
+    left.stdin.close()
+    assert left.wait(20) == 0

@@ -99,6 +99,7 @@ class World:
             **{
                 "name": "pile",
                 "zone": "us-east5-a",
+                "project": "my-project",
                 "slice": parse_slice("v5p-16"),
                 "bucket": "gs://my-bucket/runs",
                 "config": "experiments/pile.py:1.4b,spiral_b",

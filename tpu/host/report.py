@@ -5,6 +5,7 @@ A thread of its own does all of it: however long the bucket is silent, the job a
 
 import contextlib
 import ctypes
+import itertools
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from tpu.bucket import Bucket, Conflict
 
 _PART = 1 << 20  # bytes of a part, at most
+_PARTS = 8  # between two signs of life
 _KEPT = 256 << 20  # bytes that wait for a bucket that does not answer; older ones are dropped
 _TAIL = 1 << 16  # bytes that stay in the file, for a look at how the job ended
 _SECONDS_AT_THE_END = 1800.0
@@ -41,8 +43,8 @@ class Spool:
         self.file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._sent: int | None = None
 
-    def send(self) -> None:
-        """Sends what is new."""
+    def send(self, most: int | None = None) -> None:
+        """Sends what is new, or so many parts of it."""
         if self._sent is None:
             parts = self._bucket.list(f"{self._folder}/")
             self._sent = max((int(part.name[-16:-4]) + part.size for part in parts), default=0)
@@ -50,7 +52,10 @@ class Spool:
         if dropped > 0:
             self._forget(self._sent + dropped)
             self.note(f"{dropped} bytes of output were dropped")
-        while part := os.pread(self.file, _PART, self._sent):
+        numbers = itertools.count() if most is None else range(most)
+        for _ in numbers:
+            if not (part := os.pread(self.file, _PART, self._sent)):
+                return
             self._bucket.put(f"{self._folder}/{self._sent:012d}.txt", part)
             self._forget(self._sent + len(part))
 
@@ -114,13 +119,15 @@ class Reporter:
         while True:
             last = self._ended
             try:
-                self.spool.send()
+                if self.state["state"] == "ended":  # then the slice may be taken away
+                    self.spool.send()
                 self.state["beat"] = time.time()
                 self.bucket.put(f"{self.folder}/host-{self.host}.json", dict(self.state))
                 if last:
                     return
                 self.first_exit = self.bucket.read(f"{self.folder}/first_exit.json")
                 self.stop_asked = self.stop_asked or self.bucket.get(STOP) is not None
+                self.spool.send(_PARTS)  # a job that prints faster than this is no silent one
             except Exception:
                 # Whatever is wrong with the bucket may be mended; what is to be said waits in the spool.
                 traceback.print_exc()

@@ -38,6 +38,7 @@ HOME = Path.home() / "spiral_jax"
 LOCK = HOME / "supervisor.json"
 SETUP_SECONDS, READY_SECONDS, SMOKE_SECONDS, FREE_SECONDS = 1800.0, 1800.0, 300.0, 20.0
 FILES = 100_000  # that tensorstore and the loaders may have open
+PATIENCE = 330.0  # with the supervisor of an earlier attempt, whose job saves
 LOST = 43  # the launcher starts the job again, and counts a failure
 NOT_FAILURES = (0, 42)
 _LATE = "not done after"
@@ -231,7 +232,7 @@ def only_one(root: str, attempt: int) -> Iterator[None]:
                 at, pid = holder["attempt"], holder["pid"]
                 raise SpiralError(f"--attempt is {attempt}; allowed: one after {at}, which process {pid} runs")
             else:
-                end_other(file, 330.0)
+                end_other(file, PATIENCE)
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "root": root, "attempt": attempt}))
         file.flush()
@@ -239,11 +240,15 @@ def only_one(root: str, attempt: int) -> Iterator[None]:
 
 
 def end_other(file: IO[str], seconds: float) -> None:
-    """Ends the supervisor that has the lock: asks, and after so many seconds kills."""
+    """Ends the supervisor that has the lock: asks, and after so many seconds kills.
+
+    Several may wait for the end of one; which of them follows it is none of the others' to end.
+    """
+    first = read_holder()
     for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
-        if holder := read_holder():
-            machine.send(holder["pid"], number)
-        if machine.wait_until(lambda: _locked(file), patience):
+        if first and read_holder() == first:
+            machine.send(first["pid"], number)
+        if machine.wait_until(lambda: _locked(file) or read_holder() not in (None, first), patience):
             fcntl.flock(file, fcntl.LOCK_UN)
             return
 

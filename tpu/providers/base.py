@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from tpu.gcloud import Gcloud, GcloudError
-from tpu.job import LABEL, Job
+from tpu.job import Job
 
 # On hosts, whoever launches: a launcher elsewhere finds what one here has left running.
 ACCOUNT = "spiral"
@@ -39,7 +39,7 @@ class Observation:
       symptoms: of nodes, as in `pile-0 2026-11-26T18:00:00Z OUT_OF_MEMORY worker 3`.
       billing: whether chips bill; None where that is not known, and what held before holds.
       since: Unix time from which the chips can have billed, as far as it is said.
-      ours: whether it has the job's label, if it is there.
+      ours: whether it has the job's labels, if it is there; None where none are told.
     """
 
     state: State
@@ -50,7 +50,7 @@ class Observation:
     symptoms: tuple[str, ...] = ()
     billing: bool | None = None
     since: float = 0
-    ours: bool = True
+    ours: bool | None = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,13 @@ class Provider:
 
     def observe(self) -> Observation:
         """What the cloud says of the slice."""
+        try:
+            return self._observe()
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            return Observation(State.UNKNOWN, message=f"gcloud's answer has another shape ({error})")
+
+    def _observe(self) -> Observation:
+        """The same, where answers have the shape that they should have."""
         raise NotImplementedError
 
     def create(self, seconds: float) -> None:
@@ -116,12 +123,20 @@ class Provider:
     def _common_flags(self) -> list[str]:
         """Of every create."""
         job = self.job
-        flags = [f"--labels={LABEL}={job.name}", "--scopes=https://www.googleapis.com/auth/cloud-platform"]
+        flags = [
+            f"--labels={','.join(map('='.join, job.labels.items()))}",
+            "--scopes=https://www.googleapis.com/auth/cloud-platform",
+        ]
         for flag in ("network", "subnetwork", "service_account"):
             if value := getattr(job, flag):
                 flags.append(f"--{flag.replace('_', '-')}={value}")
         flags += ["--internal-ips"] if job.internal_ips else []
         return [*flags, *([f"--{job.pricing}"] if job.pricing in ("spot", "reserved") else [])]
+
+
+def is_of(job: Job, labels: dict[str, str] | None) -> bool | None:
+    """Whether labels are those of a job; None where there are none."""
+    return job.labels.items() <= labels.items() if labels else None
 
 
 def delete_command(kind: str, name: str, zone: str) -> list[str]:
@@ -162,7 +177,7 @@ def observe_node(gcloud: Gcloud, job: Job, name: str) -> Observation:
         ),
         billing=state not in FREE,
         since=_seconds(node.get("createTime", "")),
-        ours=node.get("labels", {}).get(LABEL) == job.name,
+        ours=is_of(job, node.get("labels")),
     )
 
 

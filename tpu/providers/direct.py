@@ -19,7 +19,7 @@ class Direct(Provider):
             *self._common_flags(),  # not --async: only who waits is told that there is no capacity
         ]
 
-    def observe(self) -> Observation:
+    def _observe(self) -> Observation:
         return observe_node(self.gcloud, self.job, self.job.name)
 
     def _on_hosts(self, verb: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spiral_jax.errors import SpiralError
 from tpu.hosts import environment
-from tpu.job import LABEL, Job
+from tpu.job import Job
 
 _TEMPLATE = Path(__file__).parent.parent / "templates" / "jobset.yaml"
 
@@ -68,7 +68,7 @@ def manifest(job: Job, image: str) -> str:
     ]
     return string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=json.dumps(job.name),
-        labels=json.dumps({LABEL: job.name}),
+        labels=json.dumps(job.labels),
         slices=job.num_slices,
         hosts=tpu.hosts,
         restarts=job.max_preemptions,
@@ -88,4 +88,14 @@ def commands(job: Job, file: str) -> list[list[str]]:
         ["kubectl", "get", f"jobset/{job.name}"],
         ["kubectl", "logs", f"--selector={label}", "--follow", "--all-containers"],
         ["kubectl", "delete", f"jobset/{job.name}"],
+        [
+            "gcloud",
+            "container",
+            "node-pools",
+            "delete",
+            "POOL",
+            "--cluster=CLUSTER",
+            f"--location={job.region}",
+            *project,
+        ],
     ]

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from tpu.gcloud import GcloudError
-from tpu.job import LABEL
-from tpu.providers.base import Observation, Provider, State, observe_node, unanswered, whole
+from tpu.providers.base import Observation, Provider, State, is_of, observe_node, unanswered, whole
 
 _LONGEST = 7 * 86400  # seconds that a flex-start slice may live
 
@@ -48,7 +47,7 @@ class Queued(Provider):
             command += ["--provisioning-model=flex-start", f"--max-run-duration={int(min(seconds, _LONGEST))}s"]
         return [*command, *self._common_flags(), "--async"]
 
-    def observe(self) -> Observation:
+    def _observe(self) -> Observation:
         job = self.job
         command = ["compute", "tpus", self.kind, "describe", job.name, f"--zone={job.zone}"]
         try:
@@ -57,8 +56,7 @@ class Queued(Provider):
             return unanswered(error)
         status = found.get("state", {})
         word = status.get("state", "")
-        labels = (found.get("tpu", {}).get("nodeSpec") or [{}])[0].get("node", {}).get("labels", {})
-        ours = labels.get(LABEL) == job.name
+        ours = is_of(job, (found.get("tpu", {}).get("nodeSpec") or [{}])[0].get("node", {}).get("labels"))
         if word == "ACTIVE":
             nodes = whole(observe_node(self.gcloud, job, name) for name in self._nodes(found))
             return dataclasses.replace(nodes, words=f"ACTIVE, {nodes.words}", ours=ours)
