@@ -5,7 +5,7 @@ python -m spiral_jax.aot --config=experiments/pile.py:160m,spiral_b --topology=v
 python -m spiral_jax.aot --config=experiments/pile.py:160m,spiral_b --topology=v5e:4x4 --search
 
 Needs libtpu (extra `tpu`) and no TPU. Memory, matrix work and communication are read from the compiled program; times
-are predictions by a roofline whose constants were fitted to four measured runs (tpu/calibration.py).
+are predictions by a roofline whose constants follow from six measured runs of other models (tpu/calibration.py).
 Nothing of this has run on a chip.
 """
 

@@ -5,6 +5,7 @@ import glob
 import math
 import os
 import re
+from collections.abc import Mapping
 
 from spiral_jax.errors import SpiralError
 
@@ -236,6 +237,17 @@ def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of bfloat16 products of one device, by `jax.Device.device_kind`; None where it is not known (CPU)."""
     # The longest name: `TPU v5` is a part of `TPU v5 lite`.
     return _PEAKS.get(max((name for name in _PEAKS if name in device_kind), key=len, default=""))
+
+
+def peak_bytes(stats: Mapping[str, int] | None) -> int | None:
+    """The most that a device has held, by `jax.Device.memory_stats`; None where it does not say.
+
+    A TPU counts what programs need beside their arguments apart, as reserved. Its two peaks may be of two moments, so
+    the sum is an upper bound.
+    """
+    if not stats or "peak_bytes_in_use" not in stats:
+        return None
+    return stats["peak_bytes_in_use"] + stats.get("peak_bytes_reserved", stats.get("bytes_reserved", 0))
 
 
 # What the drivers of TPUs, NVIDIA's GPUs (WSL's, too) and AMD's leave there.

@@ -42,6 +42,9 @@ _RULES = """\
   lie after warm-up and, with `wsd`, not after the start of the decay, counted with the old and with the new number.
   (`optimizer.warmup_fraction` and `optimizer.decay_fraction` are fractions of `train.steps`.)
 
+`train.skip_steps` may change for the steps that are not done yet. A run that was imported and has no step yet may
+change everything but the architecture. `upcycle.*` is read at the first start only, but has to be given again.
+
 `data.stores` may name the same tokens elsewhere; their fingerprints are compared. `data.weights` and
 `data.stage_starts` may change for the steps that are not done yet, and then with further stores at the end of
 `data.stores`.

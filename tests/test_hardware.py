@@ -3,7 +3,7 @@
 import pytest
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.hardware import GENERATIONS, GIB, Slice, parse_slice, peak_flops, region_of
+from spiral_jax.hardware import GENERATIONS, GIB, Slice, parse_slice, peak_bytes, peak_flops, region_of
 
 
 @pytest.mark.parametrize(
@@ -128,3 +128,17 @@ def test_zones_and_images():
 def test_the_message_names_the_flag_that_was_given():
     with pytest.raises(SpiralError, match=r"^--accelerator is 'v5p-127', but no v5p slice has 127 \(TensorCores"):
         parse_slice("v5p-127", "--accelerator")
+
+
+@pytest.mark.parametrize(
+    "stats, peak",
+    [
+        (None, None),
+        ({}, None),
+        ({"bytes_in_use": 1}, None),
+        ({"peak_bytes_in_use": 3, "bytes_limit": 9}, 3),  # GPUs
+        ({"peak_bytes_in_use": 3, "bytes_reserved": 1, "peak_bytes_reserved": 27}, 30),  # TPUs
+    ],
+)
+def test_the_most_that_a_device_has_held(stats, peak):
+    assert peak_bytes(stats) == peak

@@ -34,7 +34,7 @@ _TEXTS = {
         r"[a-z0-9][-a-z0-9]*@[a-z0-9][-a-z0-9.]*\.gserviceaccount\.com",
         "NAME@PROJECT.iam.gserviceaccount.com",
     ),
-    "--config": (rf"{_FILE}(:[-\w.,=+/]*)?", "a file in this tree and its argument, as in FILE.py:ARGUMENT"),
+    "--config": (rf"{_FILE}(:[-\w.,=+/:]*)?", "a file in this tree and its argument, as in FILE.py:ARGUMENT"),
     "--import": (_FILE, "a file in this tree, as in topologies/mine.py"),
     "the argument": (
         r"--config(\.[A-Za-z_]\w*)+=[^\x00-\x1f\x7f]*",

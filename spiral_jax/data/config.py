@@ -20,7 +20,8 @@ class DataConfig:
     Attributes:
       paths: text to train on: files, folders (searched recursively) or glob patterns (`**` crosses folders). A text
         file is a document; of `.jsonl` and `.parquet` files each record is one. `.gz` and `.zst` are unpacked (extras
-        `zstd`, `parquet`). Links to folders are followed. Needed unless `stores` is set.
+        `zstd`, `parquet`). Links to folders are followed. Needed unless `stores` or
+        `examples` is set.
       exclude: `fnmatch` patterns; a file whose full path matches one of them is left out.
       format: what the files of `paths` are: `auto` goes by their names, and takes `.json`, packed or not, for JSON
         lines where the first line is an object on its own; `text`, `jsonl` or `parquet` for all of them.

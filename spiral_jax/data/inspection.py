@@ -41,8 +41,11 @@ def inspect(
       SpiralError: there is no such data, it is damaged, or it is not of this tokenizer.
     """
     place = absolute(place)
-    stores = list(stores_in([join(place, "train"), join(place, "validation"), place], LOCAL))
-    sources: Sequence[Source] = stores or [open_source(place, field="--inspect")]
+    # What is trained on, of whichever kind it is, and the store beside it.
+    sources: Sequence[Source] = [
+        open_source(place, field="--inspect"),
+        *stores_in([join(place, "validation")], LOCAL),
+    ]
     tokenizer = _find_tokenizer(place, sources[0], tokenizer_file, separator)
     for source in sources:
         report(f"{source.name}: {'token store' if isinstance(source, TokenStore) else 'Megatron dataset'}")

@@ -15,8 +15,8 @@ class EvaluationConfig:
 
     Attributes:
       every_steps: steps between evaluations; the last step is always evaluated. 0 for that one only.
-      batches: batches of `train.batch_size` windows per evaluation, from the start of the store; 0 for all of it.
-        Bits per byte then take the store's mean bytes per token. With `data.examples` of held-out ones, 1 or more.
+      batches: batches of `train.batch_size` windows per evaluation, from the start of the store; 0 for all of it. Of
+        a part, bits per byte are estimated with the store's mean bytes per token. With `data.examples`, 1 or more.
       tasks: tasks of the harness (extra `harness`), or `paper` for the papers' nine, or YAML files of tasks of your
         own; their numbers go into the rows of metrics.jsonl as `task/NAME/METRIC`.
       tasks_every_steps: steps between runs of `tasks`; they always run after the last step. 0 for that one only.

@@ -104,10 +104,16 @@ def gpus_of_process(process: Launched | None, visible: int) -> tuple[list[int], 
     return [process.local_id], note
 
 
-def is_lone_pod(environment: Environment) -> bool:
-    """Whether this is a pod of Kubernetes that cannot be one of several processes: jax knows those of indexed jobs."""
-    is_pod = "KUBERNETES_SERVICE_HOST" in environment
-    return is_pod and not any(name in environment for name in ("JOB_COMPLETION_INDEX", *_OF_TPU_PODS))
+def is_alone(environment: Environment) -> bool:
+    """Whether this process cannot be one of several, though jax would ask a cluster for the others.
+
+    A pod of Kubernetes that is none of an indexed job, which jax knows; or a notebook's host with one TPU, which names
+    itself as the only one, and has nobody to ask for an address.
+    """
+    if "KUBERNETES_SERVICE_HOST" in environment:
+        return not any(name in environment for name in ("JOB_COMPLETION_INDEX", *_OF_TPU_PODS))
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
+    return len(hosts.split(",")) == 1 and hosts != "" and not any(name.startswith("MEGASCALE") for name in environment)
 
 
 def address_of_process_0(launcher: Launched) -> str | None:

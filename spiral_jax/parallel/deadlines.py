@@ -16,9 +16,8 @@ _SECONDS_OF_A_STOP = 5.0  # a tick that comes so late is that of a process that 
 
 @dataclasses.dataclass(frozen=True)
 class DeadlineConfig:
-    """How long things may take. When one takes longer, the run ends with status 43, to be started again.
-
-    0 minutes stand for as long as it takes.
+    """How long things may take. When one takes longer, the run ends with status 43, to be started again. 0
+    minutes stand for as long as it takes.
 
     Attributes:
       start_minutes: from the first line to the first step, but for the preparation of data and the compilation.
@@ -26,7 +25,7 @@ class DeadlineConfig:
       evaluation_minutes: a batch of an evaluation; compiling what tasks need counts to their first batch.
       save_minutes: what steps wait for a save, or the run for the last one.
       exit_minutes: from the last save to the end, the sample and the plot included.
-      silence_seconds: that one of several processes may say nothing, as it is gone, stopped or cut off.
+      silence_seconds: that one of several processes may say nothing, as it is gone, stopped or cut off; 5 or more.
     """
 
     start_minutes: float = 60.0

@@ -26,7 +26,7 @@ from spiral_jax.parallel.cluster import (
     Launched,
     address_of_process_0,
     gpus_of_process,
-    is_lone_pod,
+    is_alone,
     launched,
     visible_gpus,
 )
@@ -85,7 +85,7 @@ def join(values: flags.FlagValues, silence: float = 60.0) -> Processes:
 def _completed(place: Place, started: Launched | None) -> Place:
     """The place with what the launcher says where the user said nothing; a process that is one of one is alone."""
     given = (place.coordinator_address, place.num_processes, place.process_id)
-    if given == (None, None, None) and is_lone_pod(os.environ) and started is None:
+    if given == (None, None, None) and is_alone(os.environ) and started is None:
         return dataclasses.replace(place, num_processes=1, process_id=0)
     if started is None:
         return place

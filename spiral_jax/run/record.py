@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from spiral_jax.data.pipeline import WindowOrder
-from spiral_jax.hardware import peak_flops
+from spiral_jax.hardware import peak_bytes, peak_flops
 from spiral_jax.progress import Progress
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.metrics import MetricsWriter, step_line
@@ -87,7 +87,7 @@ def complete_row(config: RunConfig, order: WindowOrder, row: dict) -> dict:
         for name, causal in (("mfu", True), ("mfu_full_attention", False)):
             flops = config.model.train_flops_per_token(config.train.sequence_length, causal=causal)
             row[name] = flops * tokens_per_second / (peak * jax.device_count())
-    memory = jax.local_devices()[0].memory_stats()
-    if memory:
-        row["device_memory_bytes"] = memory["peak_bytes_in_use"]
+    memory = peak_bytes(jax.local_devices()[0].memory_stats())
+    if memory is not None:
+        row["device_memory_bytes"] = memory
     return row

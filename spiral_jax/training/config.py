@@ -79,7 +79,9 @@ class OptimizerConfig:
       warmup_fraction: see `warmup_steps`.
       decay_fraction: part of the steps that `wsd` decays over.
       final_fraction: the last step's learning rate over the peak (`cosine`, `wsd`).
-      beta1, beta2, epsilon: AdamW's decay of the first and second moment, and the term that keeps it finite.
+      beta1: AdamW's decay of the first moment.
+      beta2: AdamW's decay of the second moment.
+      epsilon: the term that keeps AdamW's division, and Muon's, finite.
       weight_decay: decoupled, times the learning rate, on matrices and embeddings only.
       muon_momentum: decay of Muon's momentum.
       muon_update_rms: root mean square of Muon's update of a matrix, before the learning rate. 0.2 is about AdamW's, so

@@ -20,7 +20,7 @@ from spiral_jax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What becomes of a run whose numbers are no numbers, or too large. May change when a run is resumed.
+    """What becomes of a run whose numbers are no numbers, or too large.
 
     The update of a step with a loss or gradients that are not finite is skipped: the step counts, its data is used up
     and the learning rate goes on, but parameters and optimizer state stay as they were.

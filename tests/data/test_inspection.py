@@ -217,3 +217,16 @@ def test_places_that_hold_no_tokens(tmp_path):
         run(tmp_path / "nothing")
     with pytest.raises(SpiralError, match=rf"--inspect is '{tmp_path}', which holds no tokens; allowed: a folder"):
         run(tmp_path)
+
+
+def test_a_megatron_dataset_with_a_validation_store_beside_it(tmp_path):
+    """As docs/pile.md puts them on a bucket: both are read, not the small one alone."""
+    write_megatron(tmp_path, ByteTokenizer())
+    write_store(tmp_path / "validation", ByteTokenizer())
+    printed = run(tmp_path, verify=True, tokenizer_file="bytes")
+    assert f"ok: {tmp_path}/validation" in printed and printed.count("Megatron dataset") == 1
+    content = np.fromfile(tmp_path / "data.bin", "<u2")
+    content[1] = 300
+    content.tofile(tmp_path / "data.bin")
+    with pytest.raises(SpiralError, match="is id 300"):
+        run(tmp_path, verify=True, tokenizer_file="bytes")

@@ -3,7 +3,7 @@
 import pytest
 
 from spiral_jax.errors import SpiralError
-from spiral_jax.parallel.cluster import Launched, gpus_of_process, is_lone_pod, launched, visible_gpus
+from spiral_jax.parallel.cluster import Launched, gpus_of_process, is_alone, launched, visible_gpus
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
          "SLURM_LOCALID": "1"}  # fmt: skip
@@ -66,9 +66,15 @@ def test_how_many_gpus_are_seen(tmp_path):
     assert visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1,2"}, tmp_path) == 3
 
 
+def test_hosts_with_one_tpu_that_are_alone():
+    """Kaggle's notebooks name their one host, and have nobody that says where process 0 listens."""
+    assert is_alone({"TPU_PROCESS_ADDRESSES": "local"}) and is_alone({"TPU_WORKER_HOSTNAMES": "localhost"})
+    assert not is_alone({"TPU_WORKER_HOSTNAMES": "a,b"}) and not is_alone({"TPU_WORKER_HOSTNAMES": ""})
+    assert not is_alone({"TPU_PROCESS_ADDRESSES": "local", "MEGASCALE_NUM_SLICES": "2"})
+    assert not is_alone({"TPU_PROCESS_ADDRESSES": "a:1,a:2", "TPU_WORKER_HOSTNAMES": "a"})
+
+
 def test_pods_that_are_alone():
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-    assert is_lone_pod(pod) and not is_lone_pod({})
-    assert not is_lone_pod(pod | {"JOB_COMPLETION_INDEX": "0"}) and not is_lone_pod(
-        pod | {"TPU_WORKER_HOSTNAMES": "a,b"}
-    )
+    assert is_alone(pod) and not is_alone({})
+    assert not is_alone(pod | {"JOB_COMPLETION_INDEX": "0"}) and not is_alone(pod | {"TPU_WORKER_HOSTNAMES": "a,b"})
