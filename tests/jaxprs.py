@@ -3,11 +3,17 @@
 import jax
 
 
-def shapes_in(jaxpr):
-    """Shapes of all arrays that a program makes, in all that it calls."""
+def equations_in(jaxpr):
+    """All of a program, and of all that it calls."""
     for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
+        yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
+                yield from equations_in(inner)
+
+
+def shapes_in(jaxpr):
+    """Shapes of all arrays that a program makes."""
+    for equation in equations_in(jaxpr):
+        yield from (variable.aval.shape for variable in equation.outvars)

@@ -21,23 +21,30 @@ def dot_general(x, kernel, dimension_numbers, precision=None) -> jax.Array:
     """
     (axes, _), _ = dimension_numbers
     inputs = math.prod(kernel.shape[: len(axes)])
-    out_RxF = _product(x.reshape(-1, inputs), kernel.reshape(inputs, -1), precision)
+    out_RxF = _product(x.reshape(-1, inputs), kernel, precision)
     return out_RxF.reshape(*x.shape[: x.ndim - len(axes)], *kernel.shape[len(axes) :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x_RxD, kernel_DxF, precision):
-    return jnp.matmul(x_RxD, kernel_DxF, precision=precision)
+def _product(x_RxD, kernel, precision):
+    return jnp.matmul(x_RxD, _as_matrix(x_RxD, kernel), precision=precision)
 
 
-def _product_forward(x_RxD, kernel_DxF, precision):
-    return _product(x_RxD, kernel_DxF, precision), (x_RxD, kernel_DxF)
+def _product_forward(x_RxD, kernel, precision):
+    # The kernel as it came: another shape of what was gathered would be kept where gathered parameters are not to be.
+    return _product(x_RxD, kernel, precision), (x_RxD, kernel)
 
 
 def _product_backward(precision, kept, gradient_RxF):
-    x_RxD, kernel_DxF = kept
+    x_RxD, kernel = kept
+    kernel_DxF = _as_matrix(x_RxD, kernel)
     d_x_RxD = jax.lax.dot_general(gradient_RxF, kernel_DxF, (((1,), (1,)), ((), ())), precision)
-    return d_x_RxD, jax.lax.dot_general(x_RxD, gradient_RxF, (((0,), (0,)), ((), ())), precision)
+    d_kernel_DxF = jax.lax.dot_general(x_RxD, gradient_RxF, (((0,), (0,)), ((), ())), precision)
+    return d_x_RxD, d_kernel_DxF.reshape(kernel.shape)
+
+
+def _as_matrix(x_RxD, kernel) -> jax.Array:
+    return kernel.reshape(x_RxD.shape[-1], -1)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -5,6 +5,7 @@ import math
 
 import jax
 import pytest
+from jaxprs import equations_in
 
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -90,6 +91,19 @@ SLOW = {
     "injection": config_of(model=dict(topology="injection")),
     "unshared": config_of(model=dict(chunks=(1, 1), shared_core=False), gather_core="step"),
 }
+
+
+@pytest.mark.parametrize("remat", ["keep_all", "keep_products"])
+def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat):
+    """Whatever the products of this platform make of a matrix: it is gathered as often as where nothing is kept."""
+
+    def gathers(remat):
+        config = config_of(model=dict(remat=remat))
+        program = make_program(config, make_mesh(config.mesh, jax.devices()))
+        traced = program.train_step.trace(program.abstract_state, program.abstract_batch)
+        return sum(equation.primitive is jax.lax.all_gather_p for equation in equations_in(traced.jaxpr.jaxpr))
+
+    assert gathers(remat) == gathers("keep_inputs")
 
 
 @pytest.mark.parametrize(
