@@ -33,6 +33,10 @@ from spiral_jax.run.overrides import as_typed
 OK, FAILED, USAGE, DIVERGED = 0, 1, 2, 44
 
 _LONGEST_LINE = 4000
+# What a runtime says of a program that would fail again, and of everything else it says.
+_OF_THE_PROGRAM = re.compile(
+    "(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|FAILED_PRECONDITION|UNIMPLEMENTED|NOT_FOUND):|.*callback", re.I
+)
 _NO_CONFIG = "--config is missing; for example --config=experiments/quickstart.py"
 
 
@@ -129,6 +133,15 @@ def _pass_over_absent_tpu() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def compute_in(dtype: str) -> None:
+    """Has accelerators compute products of float32 in float32, where they would take bfloat16 or TF32 for it.
+
+    It holds for this process, which computes in nothing else.
+    """
+    if dtype == "float32" and has_accelerators():
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @contextlib.contextmanager
 def _platforms_blamed() -> Iterator[None]:
     """Makes one line of what jax raises where it cannot start the platforms that JAX_PLATFORMS names.
@@ -165,6 +178,9 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
             return 128 + signal.SIGINT, "interrupted"
         case BrokenPipeError():
             return FAILED, "the reader of its output left"
+        case jax.errors.JaxRuntimeError() if not _OF_THE_PROGRAM.match(str(error).partition("\n")[0]):
+            # A chip that halted, a network that broke: no other try need meet it.
+            return HUNG, "".join(traceback.format_exception(error))
     return FAILED, "".join(traceback.format_exception(error))
 
 

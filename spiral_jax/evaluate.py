@@ -264,6 +264,7 @@ def on_these_devices(config: RunConfig, batch_size: int | None) -> RunConfig:
 
 def placed_model(config: RunConfig) -> PlacedModel:
     """The run's model on the devices here."""
+    command.compute_in(config.model.dtype)
     mesh = make_mesh(config.mesh)
     return place(config.model, mesh, backend_for(mesh, config.model, config.train.attention))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from absl import flags
 from etils import epath
+from jax._src import xla_bridge
 
 from spiral_jax import command
 from spiral_jax.convert.architecture import config_to_huggingface, is_vanilla
@@ -56,6 +57,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")  # a run may have the accelerators, or need other hosts for them
     workdir = run_directory(values.workdir)
     output = output_folder("output", values.output, _files_of_export(values.output))
     step = export(workdir, output, step=values.step, dtype=values.dtype)

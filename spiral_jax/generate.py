@@ -236,6 +236,7 @@ def open_model(
     else:
         config, params = read_model_of(saved, dtype=dtype)
     check_dtype(config.dtype, "--dtype")
+    command.compute_in(config.dtype)
     data, fsdp, tensor = mesh.devices.shape
     check_divisible((data, fsdp, tensor), config, data * fsdp, 1)
     placed = place(config, mesh, backend_for(mesh, config))

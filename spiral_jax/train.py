@@ -68,6 +68,7 @@ def main(values: flags.FlagValues) -> None:
     config = command.config_of(values)
     profiled = parse_profile(values.profile)
     check_dtype(config.model.dtype, "model.dtype")
+    command.compute_in(config.model.dtype)
     # What may be wrong on one machine alone comes after this: its process can then tell the others.
     with (
         Guards(config.deadlines) as guards,

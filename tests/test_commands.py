@@ -10,7 +10,7 @@ import jax
 import pytest
 from verbs import call
 
-from spiral_jax import describe, evaluate, train
+from spiral_jax import command, describe, evaluate, train
 from spiral_jax.hardware import has_accelerators
 from spiral_jax.run.claim import claim
 
@@ -304,3 +304,33 @@ def test_a_tpu_library_without_a_tpu_is_passed_over():
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+@pytest.mark.parametrize(
+    "said, status",
+    [
+        ("INTERNAL: Core halted unexpectedly: INTERNAL: Accelerator device halted prematurely", 43),
+        ("UNAVAILABLE: The TPU driver does not answer", 43),
+        ("ABORTED: a slice was lost", 43),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes", 1),
+        ("INVALID_ARGUMENT: an executable of other shapes", 1),
+        ("INTERNAL: CpuCallback error calling callback: Traceback", 1),
+    ],
+)
+def test_what_a_runtime_says_is_tried_again_unless_it_is_of_the_program(said, status):
+    """A launcher starts 43 again, as a failure of the machine; of 1 it takes two."""
+    found, text = command._outcome(jax.errors.JaxRuntimeError(said))
+    assert found == status and "JaxRuntimeError" in text and said in text
+
+
+@pytest.mark.parametrize(
+    "dtype, there, expected", [("float32", True, "highest"), ("bfloat16", True, None), ("float32", False, None)]
+)
+def test_float32_is_float32_on_accelerators(dtype, there, expected, monkeypatch):
+    monkeypatch.setattr(command, "has_accelerators", lambda: there)
+    before = jax.config.jax_default_matmul_precision
+    try:
+        command.compute_in(dtype)
+        assert jax.config.jax_default_matmul_precision == expected
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)

@@ -49,7 +49,7 @@ class DataConfig:
         `stores` that has one.
       examples: a task or data set that brings its own targets and weights, used instead of `paths` and `stores`:
         `listops`, `cfg3b`, or the name of one of your own (docs/own_targets.md); empty for none.
-      retry_seconds: how long a failing remote read is tried again before the run stops.
+      retry_seconds: how long a failing remote read is tried again before the run ends with status 43.
       cache_dir: folder to keep remote tokens in for the next epoch; empty for none.
       cache_gigabytes: bound of that folder, in units of 1e9 bytes. It fills up and then stays as it is.
       read_threads: threads that read training batches.

@@ -66,12 +66,12 @@ def scoring_batches(
     for first in range(0, count, batch_size):
         windows_BxW = np.full((batch_size, L + 1), separator_id, np.int32)
         weights_BxL = np.zeros((batch_size, L), np.float32)
-        for row, k in enumerate(range(first, min(first + batch_size, count))):
-            # Position p of the stream is token p - 1; position 0 is the separator.
-            start, stop = k * stride, min(k * stride + L + 1, N + 1)
-            read = source.read(max(start - 1, 0), stop - 1)
+        windows = [(k * stride, min(k * stride + L + 1, N + 1)) for k in range(first, min(first + batch_size, count))]
+        # Position p of the stream is token p - 1; position 0 is the separator. A remote source reads all at once.
+        found = source.read_many([(max(start - 1, 0), stop - 1) for start, stop in windows])
+        for row, ((start, stop), read) in enumerate(zip(windows, found, strict=True)):
             windows_BxW[row, (1 if start == 0 else 0) : stop - start] = read
-            weights_BxL[row, (0 if k == 0 else L - stride) : stop - start - 1] = 1
+            weights_BxL[row, (0 if start == 0 else L - stride) : stop - start - 1] = 1
         yield windows_BxW, weights_BxL
 
 

@@ -61,6 +61,8 @@ class ModelConfig:
       rotary_base: base of the rotary frequencies.
       layer_norm_epsilon: epsilon of every LayerNorm.
       dtype: compute dtype. Parameters are float32 (float64 when computing in float64, which needs jax_enable_x64).
+        Commands compute products of `float32` in float32 on accelerators, too; a program of one's own sets
+        `jax_default_matmul_precision` for that.
       remat: what the forward pass keeps of a layer for the backward pass, which recomputes the rest: all activations
         (`keep_all`), its input and the outputs of weight products and attention (`keep_products`), its input and
         attention's output (`keep_attention`), or its input alone (`keep_inputs`). Splash attention is then not

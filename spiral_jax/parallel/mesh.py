@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.errors import SpiralError, require
@@ -95,7 +96,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     of_slice = (shape[0] // len(slices), *shape[1:])
     # Auto: the compiler propagates shardings between the constraints given here, as linen's logical axes expect.
     types = (AxisType.Auto,) * len(AXES)
-    parts = [jax.make_mesh(of_slice, AXES, axis_types=types, devices=slices[index]).devices for index in sorted(slices)]
+    try:
+        # `jax.make_mesh` cuts an axis of the torus in two for v5e only, and most meshes of v5p and v6e need that.
+        parts = [
+            mesh_utils.create_device_mesh(of_slice, slices[index], allow_split_physical_axes=True)
+            for index in sorted(slices)
+        ]
+    except NotImplementedError as error:
+        reason = " ".join(str(error).split())
+        raise SpiralError(
+            f"mesh is {of_slice} on a slice of {slices[min(slices)][0].device_kind}; allowed: axes that its torus can "
+            f"be cut into ({reason})"
+        ) from error
     return Mesh(np.concatenate(parts), AXES, axis_types=types)
 
 

@@ -29,6 +29,7 @@ there when they are whole, and W&B's files stay on the machine.
 
 import dataclasses
 import os
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,9 +137,9 @@ def make_workdir(workdir: Path) -> None:
 
     with refusals(workdir, line):
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
+        probe = workdir / f".probe-{uuid.uuid4().hex}"  # hosts of containers may have one process id
         probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # the processes of a run may have one id on their hosts
+        probe.unlink(missing_ok=True)
 
 
 def _run_path(place: str | os.PathLike) -> Path:

@@ -92,6 +92,15 @@ def test_every_token_is_predicted_once_from_the_right_context():
         assert found == expected, (N, L, stride)
 
 
+def test_a_batch_is_one_read():
+    """Of a bucket each takes as long as all of them."""
+    source = source_of(41)
+    asked, read_many = [], source.read_many
+    source.read_many = lambda ranges: asked.append(len(ranges)) or read_many(ranges)
+    batches = list(scoring_batches(source, SEPARATOR, 8, 4, 3))
+    assert asked == [3, 3, 3, 1] and len(batches) == 4
+
+
 def test_windows_are_no_more_than_needed():
     for N, L, stride in GRID:
         count = num_scoring_windows(N, L, stride)

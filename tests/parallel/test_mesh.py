@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec
 
 from spiral_jax.errors import SpiralError
@@ -150,3 +151,28 @@ def test_what_does_not_divide_is_refused_by_name(change, field):
         config.check_mesh(8)
     assert "\n" not in str(error.value)
     assert dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)).check_mesh(1) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "topology, sizes",
+    [
+        ("v5p:4x4x4", [(1, 64, 1), (2, 32, 1), (1, 32, 2), (2, 8, 4)]),
+        ("v6e:8x8", [(1, 64, 1), (2, 32, 1), (4, 16, 1), (1, 32, 2), (1, 16, 4)]),
+        ("v5e:4x4", [(2, 4, 2), (1, 16, 1)]),
+    ],
+)
+def test_every_mesh_lies_on_a_slice(described, topology, sizes):
+    """An axis of the torus may have to be cut in two, which `jax.make_mesh` does for v5e only."""
+    devices = described(topology)
+    for size in sizes:
+        mesh = make_mesh(MeshConfig(*size), devices)
+        assert mesh.devices.shape == size and set(mesh.devices.flat) == set(devices)
+
+
+def test_a_mesh_that_a_torus_cannot_be_cut_into_is_a_line(monkeypatch):
+    def refuse(*args, **more):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1\nof size 3")
+
+    monkeypatch.setattr(mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(SpiralError, match=r"mesh is \(1, 8, 1\) on a slice of cpu; allowed: axes .*index 1 of size 3"):
+        make_mesh(MeshConfig(1, 8, 1))

@@ -66,7 +66,7 @@ def test_what_starting_again_mends_does_not_fail_the_job():
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
     again = rule["onExitCodes"]["values"]
     assert {42, 43, 127, 137, 143, 255} <= set(again) and not {1, 2, 44} & set(again)
-    assert spec["backoffLimit"] == 0 and spec["template"]["spec"]["terminationGracePeriodSeconds"] == 30
+    assert spec["backoffLimit"] == 0 and spec["template"]["spec"]["terminationGracePeriodSeconds"] == 300
 
 
 @pytest.mark.parametrize(

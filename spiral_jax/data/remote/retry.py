@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 
 _T = TypeVar("_T")
 # A window is a few kilobytes and takes a fraction of a second, or its connection hangs: asking again soon is what keeps
@@ -42,7 +42,7 @@ class Retry:
 
         Raises:
           FileNotFoundError: there is no such file.
-          SpiralError: it failed for good, or for too long.
+          SpiralError: it failed for good; `Unreachable` if for too long, on this machine perhaps alone.
         """
         begin, failures = time.monotonic(), 0
         while True:
@@ -61,7 +61,7 @@ class Retry:
             failing = time.monotonic() - begin
             if failing + delay > self._seconds:
                 failed = f"{self._url}: {what} failed {failures} times in {failing:.1f} s"
-                raise SpiralError(f"{failed} (data.retry_seconds is {self._seconds:g}), the last time with: {reason}")
+                raise Unreachable(f"{failed} (data.retry_seconds is {self._seconds:g}), the last time with: {reason}")
             self._say(failing, what, reason)
             await self._sleep(delay)
 

@@ -22,7 +22,7 @@ from spiral_jax.data.storage import LOCAL, Storage
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import num_windows
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 
 pytest.importorskip("aiohttp")
 
@@ -103,7 +103,7 @@ def test_what_passes_is_tried_again_range_by_range(server, fault):
 def test_what_does_not_pass_is_an_error_when_the_time_is_over(server, fault):
     blob = open_file(server, retry_seconds=0.2, first_timeout=0.1 if fault == "hang" else 10)
     server.fault = lambda request: fault if request.start == 1000 else ""
-    with pytest.raises(SpiralError) as caught:
+    with pytest.raises(Unreachable) as caught:  # one process of several may be the only one that meets it
         blob.read_many([(0, 1000), (1000, 2000)])
     message = str(caught.value)
     assert message.startswith(f"{server.url}/file: reading bytes 1000:2000 failed ") and "\n" not in message
