@@ -1,7 +1,7 @@
 """The papers' pretraining runs: four sizes of nine families on the Pile (docs/spec.md section 5).
 
     python -m spiral_jax.train --config=experiments/pile.py:1.4b,spiral_b --workdir=DIR --config.data.stores=PILE
-    python -m spiral_jax.train --config=experiments/pile.py:410m,vanilla,v5p:4x4x4 --workdir=DIR ...
+    python -m spiral_jax.train --config=experiments/pile.py:410m,vanilla,v5p-128 --workdir=DIR ...
     python -m spiral_jax.describe --config=experiments/pile.py:160m,spiral_l
 
 SIZE is 160m, 410m, 1b or 1.4b; FAMILY is vanilla, vanilla_mesh, base, residual, anchor, anchor_star, mesh (the
@@ -15,8 +15,8 @@ Expect, after 120,818 steps of 512 x 4096 tokens, perplexities on the Pile near 
 vanilla, 11.29 for spiral_b and 10.94 for spiral_l; at 1.4b 7.44, 7.30 and 7.14. Every
 device has a part of the parameters (`mesh.fsdp=-1`). With a SLICE (LAYOUTS has them) micro-batches, `model.remat` and
 `train.gather_core` are those that closed forms put first (`aot --search`); vanilla_mesh has vanilla's, the loops and
-spiral_l have spiral_b's. No compiled program and no chip has confirmed them. Without a SLICE little memory is used, and
-`--config.train.accumulation` is to be raised until the activations fit.
+spiral_l have spiral_b's. Of those in tpu/predictions two were compiled and the faster is here; no chip has confirmed
+it. Without a SLICE little memory is used, and `--config.train.accumulation` is to be raised until the activations fit.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "1.4b": dict(d_model=2048, num_heads=16, peak=2e-4, vanilla=24, loop=(4, 8, 4), spiral_l=(8, 8, 8)),
 }
 # Of 512 sequences on a slice: micro-batches, model.remat, train.gather_core. `python -m tpu.predict` compiles them, and
-# what comes second.
+# what comes second; for the points of tpu/predictions that were searched, the faster of the two is here.
 LAYOUTS: dict[str, dict[str, dict[str, tuple[int, str, str]]]] = {
     "v5p:4x4x4": {
         "160m": {"vanilla": (1, "keep_products", "iteration"), "spiral_b": (1, "keep_products", "step")},

@@ -1,8 +1,7 @@
-"""Measured TPU runs, what their programs do, and the constants that follow from them.
+"""Measured TPU runs, what their programs do, and the constants of `predict` that follow from them.
 
-`predict.FITTED`, with which the points of tpu/predictions were made, was fitted to the four runs of Levanter on v5p
-(November 2026); their attention was counted in blocks of 1024 by 1024 scores, though they computed blocks of 512. Two
-runs of tpuchat on single chips of other generations came later. `PROPOSED` is what all six ask for:
+Six runs that others measured: four of Levanter on v5p, and one of tpuchat on a single chip of v5e and of v6e each. With
+two benchmarks they decide:
 
 - products: on v5p 0.80 of the peak, from a benchmark of Levanter's loss by its authors, which also gives what a logit
   costs (`LOSS_SECONDS`); on v6e 0.70, as tpuchat measured a product of 8192 cubed at 0.695; on v5e 0.90, which its run
@@ -33,28 +32,18 @@ from spiral_jax.roofline.slices import describe_devices
 from tpu import llama, single_chip
 
 BOUNDS = (4.0, 30.0)  # of vector operations per score
-HALF = ("v6e",)
+HALF = ("v6e", "tpu7x")  # whose vector units take two numbers of bfloat16 for one
 # What Levanter's loss (its XLA form, the default on TPUs when the runs were made) takes on a v5p chip for every logit,
 # forward and backward, besides its four matrix products. From .agents/projects/linear_ce_loss.md of
 # marin-community/marin, vocabulary 128,256: 0.24 million tokens/s a chip with d_model 512 (0.96 on four), 39 thousand
 # with 8192. Two equations, whose other unknown is the efficiency of the products: 0.80. The loss of `llama` is another
 # program, with less to do by its count of bytes, and so is this package's.
 LOSS_SECONDS = 21e-12
-PRODUCTS = {"v5e": 0.9, "v5p": 0.8, "v6e": 0.7}
-SCORE_OPERATIONS = 13.7
 
 
-def constants_for(generation: str, score_operations: float = SCORE_OPERATIONS) -> Constants:
-    """Of a generation that was measured."""
-    return dataclasses.replace(
-        FITTED,
-        mxu_efficiency=PRODUCTS[generation],
-        attention_efficiency=PRODUCTS[generation],
-        score_operations=score_operations / (2 if generation in HALF else 1),
-    )
-
-
-PROPOSED = {generation: constants_for(generation) for generation in PRODUCTS}
+def constants_for(generation: str, score_operations: float) -> Constants:
+    """Of a generation, with so many operations for each score of one whose vector unit takes no bfloat16."""
+    return dataclasses.replace(FITTED[generation], score_operations=score_operations / (2 if generation in HALF else 1))
 
 
 class Run(NamedTuple):
@@ -157,10 +146,9 @@ def predict_run(run: Run, counted: Count, constants: Constants | None = None) ->
     Args:
       run: what was measured.
       counted: its work.
-      constants: None for those `PROPOSED`.
+      constants: None for `FITTED`.
     """
-    constants = PROPOSED[generation_of(run)] if constants is None else constants
-    return total(counted.costs, constants).step_seconds + counted.logits * LOSS_SECONDS
+    return total(counted.costs, constants or FITTED[generation_of(run)]).step_seconds + counted.logits * LOSS_SECONDS
 
 
 def generation_of(run: Run) -> str:
@@ -173,7 +161,7 @@ def fit(runs: Sequence[Run], counts: Sequence[Count], **others: float) -> float:
     Args:
       runs: what was measured.
       counts: work of each run.
-      others: constants that are to be others than those `PROPOSED`.
+      others: constants that are to be others.
     """
 
     def squares(operations: float) -> float:

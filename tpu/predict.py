@@ -3,19 +3,22 @@
     pip install -e '.[tpu]'
     python -m tpu.predict                 those of POINTS whose report is missing; killed, it goes on where it was
     python -m tpu.predict 410m-v5p-4x4x4-vanilla ...
+    python -m tpu.predict --again         all, by the constants as they are now: nothing is compiled
 
 Needs no TPU; about four minutes a compilation on two cores. A searched point is the faster, by its compiled program, of
-the two layouts that closed forms put first (`aot --search --max_compilations=2`); experiments/pile.py is to start from
-it. None has been searched yet: the two of 1.4b on v5p that are there have the layout of WHOLE. The others have a layout
-that they are given.
+the two layouts that closed forms put first (`aot --search --max_compilations=2`), which experiments/pile.py starts
+from. The others have a layout that they are given.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from spiral_jax.data import atomic
 from spiral_jax.errors import SpiralError
+from spiral_jax.roofline.report import prediction
 
 FOLDER = Path(__file__).parent / "predictions"
 SEARCH = ("--search", "--max_compilations=2")
@@ -43,7 +46,11 @@ POINTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 def main(names: list[str]) -> None:
-    """Makes these points, by default all that are missing."""
+    """Makes these points, by default all that are missing; or predicts those that are there again."""
+    if names == ["--again"]:
+        for path in sorted(FOLDER.glob("*.json")):
+            predict_again(path)
+        return
     for name in names:
         if name not in POINTS:
             raise SpiralError(f"the point is {name!r}; allowed: {', '.join(POINTS)}")
@@ -52,6 +59,13 @@ def main(names: list[str]) -> None:
         output = FOLDER / f"{name}.json"
         if names or not output.exists():
             compile_point(*POINTS[name], output)
+
+
+def predict_again(path: Path) -> None:
+    """Writes what the constants make of a report's costs."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["prediction"] |= prediction(found, found["prediction"]["costs"])
+    atomic.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def compile_point(size: str, family: str, topology: str, flags: tuple[str, ...], output: Path) -> None:

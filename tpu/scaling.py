@@ -22,7 +22,7 @@ BATCHES = (512, 4096)
 HEAD = """# From 16 to 4,096 chips, on paper
 
 Spiral-B on the Pile, sequences of 4,096 tokens, bfloat16. By closed forms (`spiral_jax/roofline/on_paper.py`), which
-are within 5 % of the twelve compiled points of [predictions](predictions/README.md); nothing here was compiled, and
+are within 5 % of the compiled points of [predictions](predictions/README.md); nothing here was compiled, and
 nothing has run on a TPU. `fsdp` lies over a slice, `data` over slices, `tensor` is 2 only where 1 does not divide or
 fit; of micro-batches, `model.remat` and `train.gather_core` the fastest that fits is shown. MFU counts causal
 attention; "limit" is what takes most of the step. v6e slices have 256 chips at most: more are several, joined by the
@@ -34,7 +34,7 @@ TAIL = """## Where scaling breaks
   4,096 sequences moves that by eight, and is another recipe.
 - `fsdp` has to divide the width: 160m (768) ends at 256 devices on that axis, and goes on with `tensor` or more slices.
 - What is gathered and summed per step hardly shrinks with the number of chips, and hides behind at most half of the
-  computing (`predict.FITTED.hidden_share`, an assumption): where the MFU falls from one row to the next, it shows.
+  computing (`predict.Constants.hidden_share`, an assumption): where the MFU falls from one row to the next, it shows.
 - Heads of 64 fill half of a matrix unit of 128 (v5p), a quarter of one of 256 (v6e): 160m and 410m are limited by
   attention however many chips there are.
 """

@@ -4,16 +4,16 @@ import jax.numpy as jnp
 
 from spiral_jax.hardware import Slice
 from spiral_jax.kernels.splash import block_size, padded_head_width
-from spiral_jax.roofline.predict import FITTED, KERNEL_PRODUCTS, Prediction, beside, padded
+from spiral_jax.roofline.predict import KERNEL_PRODUCTS, Prediction, beside, constants_of, padded, scores_in_blocks
 from spiral_jax.training import costs
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.step import TrainState
 
-# Memory traffic of the twelve compiled points of tpu/predictions, within 10 % (`tests/roofline/test_on_paper.py`):
-# vectors of d numbers in the compute dtype per token and executed layer, by `model.remat` (the two between the ends are
-# assumed to lie between them), and per token and iteration; rows of logits per token; passes over what is gathered and
+# Memory traffic of the compiled points of tpu/predictions, within 12 % (`tests/roofline/test_on_paper.py`): vectors of
+# d numbers in the compute dtype per token and executed layer, by `model.remat` (that of `keep_attention` is assumed to
+# lie between its neighbours'), and per token and iteration; rows of logits per token; passes over what is gathered and
 # summed.
-LAYER_VECTORS = {"keep_all": 222.0, "keep_products": 204.0, "keep_attention": 187.0, "keep_inputs": 169.0}
+LAYER_VECTORS = {"keep_all": 222.0, "keep_products": 170.0, "keep_attention": 170.0, "keep_inputs": 169.0}
 ITERATION_VECTORS, LOGIT_ROWS, PASSES = 31.0, 3.0, 0.32
 # Of the time that memory takes by itself, how much is not beside products: 0.41 to 0.57 in the compiled points.
 MEMORY_ALONE = 0.5
@@ -23,6 +23,10 @@ ROUNDS = 1.5
 # What the compiled points hold beyond `costs.memory`: where everything is kept, so many vectors of d numbers per token
 # and executed layer in all (31.5 to 31.9); otherwise vectors per token, of the layer in the backward pass (5 to 20).
 KEEP_ALL_VECTORS, WORKING_VECTORS = 31.7, 20.0
+# Vectors among them whose last axis is a head's: queries, keys, values, what attention makes of them. A head narrower
+# than 128 takes as much room.
+HEAD_VECTORS = {"keep_all": 4, "keep_products": 4, "keep_attention": 1, "keep_inputs": 0}
+LANES = 128
 
 
 def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: TrainState | None = None) -> Prediction:
@@ -37,8 +41,7 @@ def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: Train
     num_devices = chips.devices * num_slices
     _, fsdp, tensor = config.check_mesh(num_devices)
     model, train = config.model, config.train
-    L, d, form = train.sequence_length, model.d_model, costs.flops(config)
-    peak = num_devices * chips.peak_flops
+    L, d, constants = train.sequence_length, model.d_model, constants_of(chips)
     state = costs.state_on(config, num_devices) if state is None else state
     moved = sum(costs.communication(config, num_devices, state))
     tokens = train.tokens_per_step / num_devices
@@ -54,13 +57,13 @@ def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: Train
     links = sum(chips.ring_bandwidths()) / chips.generation.devices or chips.hbm_bandwidth
     alone = {
         "compute": product_seconds(config, chips, num_devices),
-        "attention": form.attention_causal * _attention_factor(config, chips) / peak / FITTED.attention_efficiency,
-        "hbm": traffic / chips.hbm_bandwidth / FITTED.hbm_efficiency,
-        "ici": ROUNDS * moved / links / FITTED.ici_efficiency,
+        "attention": _attention_seconds(config, chips, num_devices),
+        "hbm": traffic / chips.hbm_bandwidth / constants.hbm_efficiency,
+        "ici": ROUNDS * moved / links / constants.ici_efficiency,
         "dcn": between / chips.dcn_bandwidth,
     }
     limits = {"compute": alone["compute"], "attention": alone["attention"], "hbm": alone["hbm"] * MEMORY_ALONE}
-    return beside(alone, limits | {"ici": 0.0, "dcn": 0.0}, FITTED)
+    return beside(alone, limits | {"ici": 0.0, "dcn": 0.0}, constants)
 
 
 def peak_bytes(config: StepConfig, num_devices: int, state: TrainState | None = None) -> float:
@@ -75,24 +78,34 @@ def peak_bytes(config: StepConfig, num_devices: int, state: TrainState | None = 
     data, fsdp, tensor = config.check_mesh(num_devices)
     model, train = config.model, config.train
     L, rows = train.sequence_length, train.batch_size // (data * fsdp * train.accumulation)
+    layer_tokens = sum(layers * n for layers, n in model.executed_layers(L))
     vectors = WORKING_VECTORS * L
     if model.remat == "keep_all":
-        layer_tokens = sum(layers * n for layers, n in model.executed_layers(L))
         vectors = KEEP_ALL_VECTORS * layer_tokens / tensor + model.operators.topology.kept_vectors() * L
         held["activations_kept"] = 0
+    vectors += (
+        HEAD_VECTORS[model.remat] * (padded(model.head_width, LANES) / model.head_width - 1) * layer_tokens / tensor
+    )
     return sum(held.values()) + rows * vectors * model.d_model * jnp.dtype(model.dtype).itemsize
 
 
 def product_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:
     """Time of a step's matrix products alone."""
-    return costs.flops(config).dense_executed / (num_devices * chips.peak_flops * FITTED.mxu_efficiency)
+    return costs.flops(config).dense_executed / (num_devices * chips.peak_flops * constants_of(chips).mxu_efficiency)
 
 
-def _attention_factor(config: StepConfig, chips: Slice) -> float:
-    """What splash kernels compute over the causal products of the closed form: padding, whole blocks, scores again."""
-    model, L = config.model, config.train.sequence_length
+def _attention_seconds(config: StepConfig, chips: Slice, num_devices: int) -> float:
+    """Time of splash kernels: whole blocks of scores, heads padded, forward as often as `model.remat` asks."""
+    model, L, constants = config.model, config.train.sequence_length, constants_of(chips)
     width = padded_head_width(model.head_width)
-    blocks = L / block_size(L, width, jnp.dtype(model.dtype), chips.generation.device_kind)
-    forward = KERNEL_PRODUCTS["fwd"] * costs.FORWARD_ATTENTION[model.remat]
-    products = forward + KERNEL_PRODUCTS["dq"] + KERNEL_PRODUCTS["dkv"]
-    return padded(width, chips.generation.mxu) / model.head_width * (blocks + 1) / blocks * products / 6
+    block = block_size(L, width, jnp.dtype(model.dtype), chips.generation.device_kind)
+    # The closed form counts six products of half the scores. Coarse levels have blocks of the same share of them.
+    scores = costs.flops(config).attention_causal / (6 * 2 * model.head_width) / num_devices
+    scores *= scores_in_blocks(L, block) / (L**2 / 2)
+    vector = scores / chips.vector_rate * constants.score_operations
+
+    def seconds(kind: str) -> float:
+        flops = 2 * scores * padded(width, chips.generation.mxu) * KERNEL_PRODUCTS[kind]
+        return max(flops / (chips.peak_flops * constants.mxu_efficiency), vector)
+
+    return costs.FORWARD_ATTENTION[model.remat] * seconds("fwd") + seconds("dq") + seconds("dkv")

@@ -26,28 +26,34 @@ class Constants:
 
     Attributes:
       mxu_efficiency: share of the peak FLOP/s of matrix products, their dimensions padded to the matrix unit's.
-      attention_efficiency: the same of splash kernels' products.
+      score_operations: vector operations that a splash kernel takes for each score (mask, softmax, conversions).
       hbm_efficiency: share of the peak bandwidth.
       ici_efficiency: share of the links' bandwidth.
       hidden_share: of the time that cores compute, how much communication can at most be hidden.
-      score_operations: vector operations that a splash kernel takes for each score (mask, softmax, conversions), beside
-        its products; 0 where `attention_efficiency` stands for both.
     """
 
     mxu_efficiency: float
-    attention_efficiency: float
-    hbm_efficiency: float
-    ici_efficiency: float
-    hidden_share: float
-    score_operations: float = 0.0
+    score_operations: float
+    hbm_efficiency: float = 0.7
+    ici_efficiency: float = 0.8
+    hidden_share: float = 0.5
 
 
-# November 2026, with programs of libtpu 0.0.52, all on v5p: attention fitted to four training runs of Levanter,
-# products solved from a benchmark of its loss. The others are assumed: those runs hardly depend on them. `calibration`
-# says what six runs of three generations ask for, which the points of tpu/predictions do not have yet.
-FITTED = Constants(
-    mxu_efficiency=0.8, attention_efficiency=0.423, hbm_efficiency=0.7, ici_efficiency=0.8, hidden_share=0.5
-)
+# By generation, November 2026: what six runs measured by others on v5p, v5e and v6e say, with programs of libtpu 0.0.52
+# (`tpu.calibration`). v4 and tpu7x, of which nothing is known, are given the numbers of their neighbours. The shares of
+# memory and links and what is hidden are assumed. Nothing was fitted to a step of this package.
+FITTED = {
+    "v4": Constants(mxu_efficiency=0.8, score_operations=13.7),
+    "v5e": Constants(mxu_efficiency=0.9, score_operations=13.7),
+    "v5p": Constants(mxu_efficiency=0.8, score_operations=13.7),
+    "v6e": Constants(mxu_efficiency=0.7, score_operations=6.85),
+    "tpu7x": Constants(mxu_efficiency=0.7, score_operations=6.85),
+}
+
+
+def constants_of(chips: Slice) -> Constants:
+    """Those of a slice's generation."""
+    return FITTED[chips.generation.name]
 
 
 class Place(NamedTuple):
@@ -105,7 +111,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    operations: Iterable[Operation], chips: Slice, places: Sequence[Place], constants: Constants = FITTED
+    operations: Iterable[Operation], chips: Slice, places: Sequence[Place], constants: Constants | None = None
 ) -> Prediction:
     """Time of one step.
 
@@ -113,9 +119,10 @@ def predict(
       operations: of the compiled program (`work.operations`).
       chips: the slice, or one of several.
       places: of the devices, in the order of the program's mesh (`places_of`).
-      constants: shares of the peaks.
+      constants: None for those of the generation.
     """
-    return total([cost(operation, chips, places) for operation in operations], constants)
+    costs = [cost(operation, chips, places) for operation in operations]
+    return total(costs, constants or constants_of(chips))
 
 
 def places_of(devices: Iterable[jax.Device]) -> list[Place]:
@@ -136,7 +143,7 @@ def total(costs: Iterable[Cost], constants: Constants) -> Prediction:
     for one in costs:
         seconds = {
             "compute": one.matmul / constants.mxu_efficiency,
-            "attention": max(one.attention / constants.attention_efficiency, one.vector * constants.score_operations),
+            "attention": max(one.attention / constants.mxu_efficiency, one.vector * constants.score_operations),
             "hbm": one.hbm / constants.hbm_efficiency,
             "ici": one.ici / constants.ici_efficiency,
             "dcn": one.dcn,

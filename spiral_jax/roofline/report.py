@@ -4,17 +4,18 @@ import collections
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from spiral_jax.hardware import GIB, Slice
+from spiral_jax.hardware import GIB, Slice, parse_slice
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.progress import Report
 from spiral_jax.roofline import hlo, memory, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
-from spiral_jax.roofline.predict import FITTED, compact, cost, places_of, total, written
+from spiral_jax.roofline.predict import compact, constants_of, cost, places_of, read, total, written
 from spiral_jax.roofline.slices import describe_devices
 from spiral_jax.roofline.unwanted import unwanted
 from spiral_jax.training import costs
@@ -94,8 +95,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
     operations = work.operations(module)
     devices = step.program.placed.mesh.devices.flatten()
     places = places_of(devices)
-    counted = compact(cost(operation, chips, places) for operation in operations)
-    found = total(counted, FITTED)
+    counted = written(compact(cost(operation, chips, places) for operation in operations))
     model, train = config.model, config.train
     form, num_devices = costs.flops(config), len(devices)
     dense, state = work.dense_flops(operations) * num_devices, step.program.abstract_state
@@ -103,8 +103,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
     traffic = work.collectives(operations)
     # What differs along `data` or `fsdp`; `tensor` is the mesh's last axis.
     rows = [place // step.program.placed.mesh.shape["tensor"] for place in range(num_devices)]
-    peak_flops = chips.peak_flops * num_devices
-    return {
+    found = {
         "slice": {
             "topology": str(chips),
             "accelerator_type": chips.accelerator_type,
@@ -141,19 +140,32 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "closed_form": costs.communication(config, num_devices, state)._asdict(),
         },
         "bytes_between_slices": _sent(operations, [place.slice_index for place in places]),
-        "prediction": {
-            "is": "a prediction by a roofline; no step of this program has run on a TPU",
-            "step_seconds": found.step_seconds,
-            "tokens_per_second_per_chip": train.tokens_per_step / found.step_seconds / (chips.chips * num_slices),
-            "mfu": form.causal / found.step_seconds / peak_flops,
-            "mfu_full_attention": (form.dense + form.attention) / found.step_seconds / peak_flops,
-            "bound": found.bound,
-            "seconds_by_limit": found.limits,
-            "seconds_alone": {{"compute": "matrix_products"}.get(what, what): s for what, s in found.alone.items()},
-            "hbm_bytes_per_device": work.hbm_bytes(operations),
-            "constants": dataclasses.asdict(FITTED),
-            "costs": written(counted),
-        },
+    }
+    return found | {"prediction": prediction(found, counted) | {"hbm_bytes_per_device": work.hbm_bytes(operations)}}
+
+
+def prediction(found: dict[str, Any], counted: Sequence[str]) -> dict[str, Any]:
+    """What a roofline says of a compiled step, by the constants of its generation.
+
+    Args:
+      found: the other parts of its report.
+      counted: what its operations cost, as it is kept there (`predict.written`).
+    """
+    chips = parse_slice(found["slice"]["topology"])
+    constants, flops, step = constants_of(chips), found["flops"], found["step"]
+    guess, num_chips = total(read(counted), constants), chips.chips * found["slice"]["slices"]
+    peak_flops = chips.peak_flops * found["slice"]["devices"]
+    return {
+        "is": "a prediction by a roofline; no step of this program has run on a TPU",
+        "step_seconds": guess.step_seconds,
+        "tokens_per_second_per_chip": step["batch_size"] * step["sequence_length"] / guess.step_seconds / num_chips,
+        "mfu": (flops["dense_model"] + flops["attention_model_causal"]) / guess.step_seconds / peak_flops,
+        "mfu_full_attention": (flops["dense_model"] + flops["attention_model"]) / guess.step_seconds / peak_flops,
+        "bound": guess.bound,
+        "seconds_by_limit": guess.limits,
+        "seconds_alone": {{"compute": "matrix_products"}.get(what, what): s for what, s in guess.alone.items()},
+        "constants": dataclasses.asdict(constants),
+        "costs": list(counted),
     }
 
 

@@ -144,6 +144,33 @@ def _walk(scope: Scope, times: int, num_devices: int, repeated: set[Instruction]
         yield from max(inside, key=lambda found: (dense_flops(found), hbm_bytes(found)), default=())
 
 
+def _unnamed(instruction: Instruction) -> str:
+    """What a collective without a name is: one that puts shards into zeros and sums them gathers them.
+
+    libtpu does so over a whole cube, and drops the names of those that it makes one of.
+    """
+    if _base(instruction) != "all-reduce":
+        return ""
+    sizes = {True: 0, False: 0}
+    for operand in instruction.operands:
+        sizes[_is_padded(operand)] += operand.size
+    return "all_gather, as a sum" if sizes[True] > sizes[False] else ""
+
+
+def _is_padded(value: Instruction) -> bool:
+    """Whether a value is a shard in zeros of the whole's shape."""
+    fusion: Instruction | None = None
+    while value.opcode in (*fusions.VIEWS, "copy", "copy-start", "copy-done", "fusion"):
+        fusion = value if value.opcode == "fusion" else fusion
+        value = value.fused.results[0] if value.opcode == "fusion" else value.operands[0]
+    if value.opcode != "dynamic-update-slice":
+        return False
+    whole = value.operands[0]
+    if whole.opcode == "parameter" and fusion is not None:
+        whole = fusion.operands[int(whole.literal)]
+    return whole.opcode in ("broadcast", "constant")
+
+
 def _communicates(instruction: Instruction) -> bool:
     """Whether a custom call hands a collective to the sparse cores, as tpu7x does with all of some size."""
     called = instruction.called("called_computations")
@@ -164,7 +191,7 @@ def _operation(instruction: Instruction, times: int, num_devices: int, repeated:
         parts, named = list(_inside(fused)), [instruction, fused.root, *fused.instructions]
     return Operation(
         name=instruction.name,
-        source=next((x.source for x in named if x.source), ""),
+        source=next((x.source for x in named if x.source), "") or _unnamed(instruction),
         times=times,
         matmuls=tuple(matmul(part) for part in parts if part.opcode in ("dot", "convolution")),
         hbm_bytes=_traffic(instruction, repeated),

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.pile import get_config
+from spiral_jax.roofline.report import prediction
+from tpu import predict
 from tpu.table import tables
 
 POINTS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parents[2].glob("tpu/predictions/*.json")}
@@ -13,7 +16,21 @@ POINTS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).par
 def test_all_points_are_there():
     families = ("vanilla", "mesh", "spiral_b", "spiral_l")
     groups = ("160m-v5e-4x4", "1.4b-v5p-4x4x4", "1.4b-v6e-8x8")
-    assert POINTS.keys() == {f"{group}-{family}" for group in groups for family in families}
+    assert POINTS.keys() >= {f"{group}-{family}" for group in groups for family in families}
+    assert POINTS.keys() <= predict.POINTS.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "tried" in point])
+def test_a_slice_starts_from_what_was_searched(name):
+    """`pile.py:SIZE,FAMILY,SLICE` is the faster of the two layouts that were compiled."""
+    point, (size, family, topology, _) = POINTS[name], predict.POINTS[name]
+    assert len(point["tried"]) == 2 and point["prediction"]["step_seconds"] == min(
+        one["predicted_step_seconds"] for one in point["tried"] if "failed" not in one
+    )
+    config = get_config(f"{size},{family},{topology}")
+    found = (config.train.accumulation, config.model.remat, config.train.gather_core)
+    assert found == tuple(point["step"][field] for field in ("accumulation", "remat", "gather_core"))
+    assert point["step"]["mesh"] == {"data": 1, "fsdp": 64, "tensor": 1}
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -22,17 +39,30 @@ def test_a_point(name):
     assert point["memory"]["peak_bytes"] <= point["memory"]["usable_bytes"]
     assert point["memory"]["simulated_peak_bytes"] == pytest.approx(point["memory"]["peak_bytes"], rel=0.03)
     assert point["scores_and_logits_in_memory"] == []
-    limit = {"keep_all": 1.01, "keep_inputs": 1.35}[point["step"]["remat"]]
+    limit = {"keep_all": 1.01, "keep_products": 1.01, "keep_inputs": 1.35}[point["step"]["remat"]]
     assert 0.999 < point["flops"]["dense_executed_over_model"] <= limit
     assert point["flops"]["dense_executed"] == pytest.approx(point["flops"]["dense_executed_closed_form"], rel=0.01)
     sent = point["communication_per_device"]
-    assert (sent["gathered_bytes"], sent["summed_bytes"]) == pytest.approx(tuple(sent["closed_form"].values()), rel=0.1)
+    # The closed form has the embedding and the head, most of a small model, in bfloat16: the compiler rounds one later.
+    allowed = 0.15 if name.startswith("160m-v5p") else 0.1
+    gathered, summed = sent["closed_form"].values()
+    assert sent["gathered_bytes"] == pytest.approx(gathered, rel=allowed)
+    assert sent["summed_bytes"] == pytest.approx(summed, rel=0.1)
     assert point["step"]["batch_size"] * point["step"]["sequence_length"] == 512 * 4096
+    # The constants as they are now: else, python -m tpu.predict --again.
+    assert prediction(point, point["prediction"]["costs"]).items() <= point["prediction"].items()
     assert point["versions"].keys() >= {"jax", "libtpu"} and "spiral_jax.aot" in point["command"]
 
 
-@pytest.mark.parametrize("group", ["160m-v5e-4x4", "1.4b-v5p-4x4x4", "1.4b-v6e-8x8"])
-@pytest.mark.parametrize("family", ["spiral_b", "spiral_l"])
+@pytest.mark.parametrize(
+    "group, family",
+    [
+        (group, family)
+        for group in ("160m-v5e-4x4", "1.4b-v5p-4x4x4", "1.4b-v6e-8x8")
+        for family in ("spiral_b", "spiral_l")
+        if (group, family) != ("1.4b-v5p-4x4x4", "spiral_b")  # which has a layout of its own, found by a search
+    ],
+)
 def test_a_spiral_stands_to_the_loop_as_the_closed_forms_do(group, family):
     """Matrix work, executed, of which it does less; and activations.
 

@@ -369,3 +369,35 @@ def test_a_tpu_program_with_attention_kernels(devices):
     found = operations(parse(jax.jit(step).lower(array).compile().as_text()))
     kernels = sorted((op.kernel, op.times) for op in found if op.kernel)
     assert kernels == [(Kernel(kind, 6, 512, 64, "bf16"), 3) for kind in ("dkv", "dq", "fwd")]
+
+
+PADDED = """%pad (s: bf16[2,8]) -> bf16[16,8] {
+  %s = bf16[2,8]{1,0} parameter(0)
+  %zero = bf16[] constant(0)
+  %z = bf16[16,8]{1,0} broadcast(%zero), dimensions={}
+  %i = s32[] constant(2)
+  %o = s32[] constant(0)
+  ROOT %u = bf16[16,8]{1,0} dynamic-update-slice(%z, %s, %i, %o)
+}"""
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("", "all_gather, as a sum"), (', metadata={op_name="jit(f)/psum"}', "jit(f)/psum")],
+)
+def test_a_sum_of_shards_and_zeros_without_a_name_is_a_gather(name, expected):
+    """libtpu gathers so over a whole cube. Of several in one, the larger share says what it is."""
+    found = program(
+        f"""  %a = bf16[2,8]{{1,0}} parameter(0)
+  %g = bf16[16,8]{{1,0}} parameter(1)
+  %f = bf16[16,8]{{1,0}} fusion(%a), kind=kLoop, calls=%pad
+  %cs = (bf16[16,8]{{1,0:S(1)}}, bf16[16,8]{{1,0}}, u32[]{{:S(2)}}) copy-start(%f)
+  %cd = bf16[16,8]{{1,0:S(1)}} copy-done(%cs)
+  %small = f32[4]{{0}} parameter(2)
+  %ar = (bf16[16,8]{{1,0}}, f32[4]{{0}}) all-reduce(%cd, %small), channel_id=1, replica_groups={{}}, to_apply=%add{name}
+  ROOT %ar2 = bf16[16,8]{{1,0}} all-reduce(%g), channel_id=2, replica_groups={{}}, to_apply=%add""",
+        PADDED,
+        "%add (x: bf16[], y: bf16[]) -> bf16[] {\n  %x = bf16[] parameter(0)\n  %y = bf16[] parameter(1)\n"
+        "  ROOT %s = bf16[] add(%x, %y)\n}",
+    )
+    assert [one.source for one in found if one.collective] == [expected, ""]

@@ -68,7 +68,7 @@ def test_what_it_says_and_costs(world):
     assert found.chip_hours == pytest.approx(hours)
     text = "\n".join(world.lines)
     assert f"chip-hours     {hours:,.1f}: training" in text and f"money          {2 * hours:,.2f} at 2 " in text
-    assert "50.7 of 95.74 GiB" in text and "libtpu 1, not " in text
+    assert f"{POINT['memory']['peak_bytes'] / 2**30:.1f} of 95.74 GiB" in text and "libtpu 1, not " in text
     (cut,) = re.findall(r"--max_chip_hours=30 ends it near step (\d+) of 1,000", text)
     assert int(cut) == pytest.approx(1000 * (30 - 64 / 6) / (hours - 64 / 6), abs=1)
     assert world.calls[0][1:] == (f"--config={JOB.config}", "--devices=64", "--data", "--json")

@@ -30,7 +30,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("device", "device", "", 30, 5),
     Section("attention", "attention", "", 150, 10),
-    Section("training", "training", "", 150, 20),
+    Section("training", "training", "", 300, 20),
     Section("point-160m-vanilla", "points", "160m-vanilla", 90, 8),
     Section("point-160m-spiral_b", "points", "160m-spiral_b", 120, 10),
     Section("checkpoint", "checkpoint", "", 60, 8),

@@ -33,8 +33,9 @@ OUTPUTS = ("value", "gradient of q", "gradient of k", "gradient of v")
 # Of `relative_error`, for values and for gradients. bfloat16 rounds inputs of products to 0.1 %, and the output; on a
 # TPU products of float32 do the same unless asked not to. A mask one place off gives 40 %, a scale 3 % off gives 2 %.
 ALLOWED = {"bfloat16": (0.01, 0.02), "float32": (0.005, 0.01)}
-# What a single element may be off, as a multiple of that (`worst_element`).
-WORST = 5
+# What a single element may be off, as a multiple of that (`worst_element`). Gradients of float32 whose terms should
+# cancel do so only as far as bfloat16 goes: 5 % in the first rows of q's, by NumPy, at a length of 512.
+WORST = {"bfloat16": 5, "float32": 15}
 
 
 def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
@@ -73,7 +74,7 @@ def compare(findings: Findings, name: str, dtype: str, found: list[jax.Array], t
     for output, a, b in zip(OUTPUTS, found, truth, strict=True):
         allowed = value if output == "value" else gradient
         findings.at_most(f"{name}: {output}, relative error", relative_error(a, b), allowed)
-        findings.at_most(f"{name}: {output}, worst element", worst_element(a, b), WORST * allowed)
+        findings.at_most(f"{name}: {output}, worst element", worst_element(a, b), WORST[dtype] * allowed)
 
 
 def inputs(case: Case, dtype: str) -> list[np.ndarray]:

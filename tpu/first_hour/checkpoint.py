@@ -5,8 +5,8 @@ import uuid
 
 import jax
 import numpy as np
-from etils import epath
 
+from spiral_jax.data.storage import writable_path
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.training.step import make_program
@@ -22,7 +22,7 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
     # Moments that are not all zero, so that they can be mistaken for nothing.
     state = state.replace(opt_state=jax.tree.map(_numbered, state.opt_state))
     size_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    folder = epath.Path(workdir) / f"first_hour-{uuid.uuid4().hex[:8]}"
+    folder = writable_path("--workdir", workdir) / f"first_hour-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     try:
         findings.say(f"saving {size_bytes / 1e6:,.0f} MB to {folder}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # Measured over predicted, where a prediction counts as true.
-STEP_SECONDS, PEAK_BYTES, SHARE = (0.75, 1.33), (0.9, 1.1), (0.75, 1.33)
+STEP_SECONDS, PEAK_BYTES, CONSTANT = (0.75, 1.33), (0.9, 1.1), (0.75, 1.33)
 Row = tuple[str, ...]
 OK, NOT = "as expected", "NOT as expected"
 
@@ -54,9 +54,9 @@ def compare(found: dict[str, Any], predictions: dict[str, Any]) -> tuple[list[Ro
                     (f"{name} peak GiB", _gib(measured["peak_bytes"]), _gib(point["peak_bytes"]), PEAK_BYTES),
                 ]
         elif name == "speed" and section["status"] in ("passed", "failed"):
-            for what, share in predictions["constants"].items():
+            for what, constant in predictions["constants"].get(generation, {}).items():
                 if what in measured:
-                    expected.append((what, measured[what]["share_of_peak"], share, SHARE))
+                    expected.append((what, measured[what]["constant"], constant, CONSTANT))
         for what, value, guess, (low, high) in expected:
             ratio = value / guess if value else None
             row_ok = ratio is not None and low <= ratio <= high

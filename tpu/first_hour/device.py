@@ -11,7 +11,10 @@ from tpu.first_hour.findings import Findings, generation_of
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "spiral_jax")
 # What changes how programs are compiled; no other variable is looked at, as some hold secrets.
-VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_ACCELERATOR_TYPE", "TPU_CHIPS_PER_HOST_BOUNDS")
+VARIABLES = (
+    "JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_ACCELERATOR_TYPE", "TPU_CHIPS_PER_HOST_BOUNDS",
+    "TPU_LIBRARY_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY",
+)  # fmt: skip
 
 
 def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
@@ -21,6 +24,7 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
     findings.measured |= {
         "platform": device.platform,
         "device_kind": device.device_kind,
+        "platform_version": device.client.platform_version,  # the library that runs, which may be another
         "generation": generation.name if generation else None,
         "devices": len(jax.devices()),
         "memory_stats": device.memory_stats(),

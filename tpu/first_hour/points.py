@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from experiments import pile
+from spiral_jax.hardware import peak_bytes
 from spiral_jax.model.config import ModelConfig, Remat
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
 from spiral_jax.run.config import RunConfig
@@ -63,7 +64,7 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
         if number < WARM:
             findings.say(f"step {number + 1}: {seconds[-1]:.3f} s, loss {loss:.4f}")
     step_seconds = statistics.median(seconds[WARM:])
-    flops, stats = costs.flops(config), device.memory_stats() or {}
+    flops, stats = costs.flops(config), device.memory_stats()
     findings.at_most("loss of the last step (it saw one batch only) minus ln(vocabulary)",
                      loss - float(np.log(config.model.vocab_size)), 0)  # fmt: skip
     findings.measured |= {
@@ -73,7 +74,8 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
         "seconds": seconds,
         "tokens_per_second": config.train.tokens_per_step / step_seconds,
         "model_flops_per_second": (flops.dense + flops.attention_causal) / step_seconds,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "peak_bytes": peak_bytes(stats),
+        "memory_stats": stats,
         "compiled_peak_bytes": getattr(step.memory_analysis(), "peak_memory_in_bytes", None),
         "loss": loss,
     }

@@ -17,7 +17,7 @@ from spiral_jax.hardware import GENERATIONS, Generation, Slice
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.roofline import hlo, work
 from spiral_jax.roofline.compiling import compile_described
-from spiral_jax.roofline.predict import FITTED, places_of, predict
+from spiral_jax.roofline.predict import FITTED, compact, constants_of, cost, places_of, total, written
 from spiral_jax.roofline.slices import describe_devices
 from spiral_jax.training.step import make_program
 from tpu.first_hour.points import POINTS, step_config
@@ -38,7 +38,8 @@ def main(names: list[str]) -> None:
         # Read again each time: another process may make another point.
         kept = json.loads(OUTPUT.read_text(encoding="utf-8"))["points"] if OUTPUT.exists() else {}
         kept.setdefault(generation.name, {})[point] = made
-        found = {"format": 1, "constants": dataclasses.asdict(FITTED), "points": kept}
+        constants = {name: dataclasses.asdict(of) for name, of in FITTED.items()}
+        found = {"format": 1, "constants": constants, "points": kept}
         atomic.write_text(OUTPUT, json.dumps(found, indent=1) + "\n")
 
 
@@ -49,11 +50,14 @@ def predict_point(generation: Generation, point: str) -> dict[str, Any]:
     config = step_config(point, "full")
     program = make_program(config, make_mesh(config.mesh, devices))
     compiled, text = compile_described(program.train_step.lower(program.abstract_state, program.abstract_batch))
-    found = predict(work.operations(hlo.parse(text)), chips, places_of(devices))
+    places = places_of(devices)
+    counted = compact(cost(operation, chips, places) for operation in work.operations(hlo.parse(text)))
+    found = total(counted, constants_of(chips))
     analysis: Any = compiled.memory_analysis()
     return {
         "step_seconds": found.step_seconds,
         "bound": found.bound,
+        "costs": written(counted),
         "peak_bytes": analysis.peak_memory_in_bytes,
         "usable_bytes": generation.hbm_bytes,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},

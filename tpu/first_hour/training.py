@@ -46,9 +46,13 @@ class Allowed(NamedTuple):
     movement: float
 
 
-# float32 is computed in float32 on both (`jax_default_matmul_precision`). For bfloat16, five times and more what lies
+# Products of float32 are computed in float32 on both (`jax_default_matmul_precision`), but exp and log of v4 and v5e
+# are good to 4000 units in the last place only (jax's docs/accuracy.md). For bfloat16, five times and more what lies
 # between it and float32 on a CPU: 4e-5, 4e-4, 0.6 % and 5 % (the tiny Spiral-B; tests/tpu/first_hour/test_sections.py).
-ALLOWED = {"float32": Allowed(1e-5, 1e-4, 1e-3, 0.05), "bfloat16": Allowed(0.001, 0.01, 0.03, 0.25)}
+ALLOWED = {"float32": Allowed(1e-4, 1e-3, 1e-3, 0.05), "bfloat16": Allowed(0.001, 0.01, 0.03, 0.25)}
+
+
+START = 1e-4  # normal numbers take a logarithm; those of another seed are 1.4 off
 
 
 class Run(NamedTuple):
@@ -86,7 +90,7 @@ def compare(findings: Findings, family: str, dtype: str, ours: Run, reference: R
     """Checks of one model."""
     name, allowed = f"{family} {dtype}", ALLOWED[dtype]
     findings.measured[name] |= {"losses": ours.losses, "losses_on_cpu": reference.losses}
-    findings.at_most(f"{name}: initial parameters, same seed", relative_error(ours.start, reference.start), 1e-6)
+    findings.at_most(f"{name}: initial parameters, same seed", relative_error(ours.start, reference.start), START)
     for step, (a, b) in enumerate(zip(ours.losses, reference.losses, strict=True), 1):
         findings.at_most(f"{name}: loss of step {step}", abs(a - b) / abs(b), allowed.loss)
     for step, (a, b) in enumerate(zip(ours.norms, reference.norms, strict=True), 1):

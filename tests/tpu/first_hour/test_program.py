@@ -26,6 +26,11 @@ found = {"checks": [{"what": "x", "found": 0.0, "allowed": 1.0, "ok": True}], "m
 if name == "device":
     found["measured"] |= {"platform": os.environ.get("PLATFORM", "cpu"), "device_kind": "a device", "generation": None}
 print("working on", name, flush=True)
+if behaviour == "busy":
+    tries = result + ".tries"
+    open(tries, "a").write("x")
+    if len(open(tries).read()) < 3:
+        sys.exit("RuntimeError: Unable to initialize backend 'tpu': the TPU is already in use by process 7")
 if behaviour == "hang":
     time.sleep(600)
 if behaviour == "die":
@@ -89,6 +94,29 @@ def test_on_a_tpu_the_sizes_are_full(run, monkeypatch):
     _, found, _ = run("--minutes=60")
     assert found["size"] == "full" and found["sections"]["attention"]["measured"]["size"] == "full"
     assert run("--size=tiny")[1]["size"] == "tiny"
+
+
+def test_a_chip_that_is_not_free_yet_is_tried_again(run, monkeypatch):
+    monkeypatch.setattr(program, "SECONDS_TO_FREE", 0.1)
+    status, found, printed = run("--sections=attention,decoding", attention="busy", device="pass")
+    assert status == 0 and found["sections"]["attention"]["tries"] == 3
+    assert found["sections"]["decoding"]["tries"] == 1 and "the chip is not free yet" in printed.out
+    monkeypatch.setattr(program, "TRIES", 1)
+    assert run("--sections=attention", attention="busy")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "given, expected", [(None, "tpu,cpu"), ("tpu", "tpu,cpu"), ("tpu,cpu", "tpu,cpu"), ("cpu", "cpu")]
+)
+def test_the_cpu_can_be_compared_with(given, expected, monkeypatch, tmp_path):
+    """Whatever the notebook has set."""
+    monkeypatch.setattr(program, "_has_tpu", lambda: True)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+    command = [sys.executable, "-c", "import os; print(os.environ['JAX_PLATFORMS'])"]
+    with program._child(command, subprocess.DEVNULL, tmp_path) as child:
+        assert child.stdout.read() == f"{expected}\n"
 
 
 def test_every_section_survives_the_others(run):
