@@ -192,10 +192,10 @@ class Babysitter:
             if self._seen.state is not State.READY:
                 raise SpiralError(f"{self.job.name} is {self._seen.words or 'not known'}; allowed: a READY slice")
             status, now = read_status(self.bucket, self.job, self.memory.attempt), self.clock()
-            if self.memory.started and status.runs(now):
+            if (self.memory.started or self.memory.starting) and status.runs(now):
                 self.say(f"attempt {self.memory.attempt} runs")
                 return 0
-            self.memory = dataclasses.replace(self.memory, phase="present", started=0, resume_at=0)
+            self.memory = dataclasses.replace(self.memory, phase="present", started=0, starting=False, resume_at=0)
             self._act(decide(self.job, self.memory, self._seen, JobStatus(), now))
             return 1 if self.memory.trouble or not self.memory.started else 0
 

@@ -87,4 +87,4 @@ def test_gcloud_accepts_every_line():
 
 def test_the_predictions_page_moved_whole():
     page = Path(ROOT / "tpu" / "predictions" / "README.md").read_text(encoding="utf-8")
-    assert "twelve points" in page and "## Muon beside AdamW" in page
+    assert "Nothing here has run on a TPU" in page and "## Muon beside AdamW" in page
