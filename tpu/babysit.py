@@ -29,7 +29,7 @@ from tpu.memory import HELD, Memory, Store, Taken, held, this_launcher
 from tpu.providers import Observation, Provider, State
 from tpu.telling import tell
 
-_SET_UP = 900  # seconds for one, at most
+SET_UP = 900  # seconds for one, at most
 _HOUR = 3600
 
 
@@ -288,7 +288,7 @@ class Babysitter:
     def _act(self, decision: Decision) -> None:
         """Remembers, then acts; what cannot be remembered is not begun, only ended."""
         action = decision.action
-        longest = {Action.CREATE: self.provider.create_seconds, Action.START: _SET_UP}.get(action, 0)
+        longest = {Action.CREATE: self.provider.create_seconds, Action.START: SET_UP}.get(action, 0)
         seconds = min(affordable(self.job, decision.memory), longest)
         try:
             self.memory = self.store.save(decision.memory, HELD + seconds)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spiral_jax.errors import SpiralError, escape_unprintable, require
 from tpu import hosts, reap, several
-from tpu.babysit import Babysitter, read_status, what_bills
+from tpu.babysit import SET_UP, Babysitter, read_status, what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
 from tpu.gcloud import Execute, Gcloud, GcloudError, configured_project, execute, shown
@@ -221,8 +221,8 @@ class Launcher:
         speed = f"{row['tokens_per_second']:,.0f} tokens/s{mfu}"
         return f"step {row['step']:,} of {steps:,}, {loss}, {speed}, {left:,.1f} hours left"
 
-    def _bring_up(self, attempt: int, seconds: float = 900) -> None:
-        hosts.bring_up(self.provider, self.bucket, attempt, self.code or pack(ROOT), seconds=min(seconds, 900))
+    def _bring_up(self, attempt: int, seconds: float = SET_UP) -> None:
+        hosts.bring_up(self.provider, self.bucket, attempt, self.code or pack(ROOT), seconds=seconds)
 
 
 def main(arguments: Sequence[str] | None = None, **world) -> int:

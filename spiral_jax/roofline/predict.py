@@ -110,21 +110,6 @@ class Prediction(NamedTuple):
         return max(self.limits, key=lambda what: self.limits[what])
 
 
-def predict(
-    operations: Iterable[Operation], chips: Slice, places: Sequence[Place], constants: Constants | None = None
-) -> Prediction:
-    """Time of one step.
-
-    Args:
-      operations: of the compiled program (`work.operations`).
-      chips: the slice, or one of several.
-      places: of the devices, in the order of the program's mesh (`places_of`).
-      constants: None for those of the generation.
-    """
-    costs = [cost(operation, chips, places) for operation in operations]
-    return total(costs, constants or constants_of(chips))
-
-
 def places_of(devices: Iterable[jax.Device]) -> list[Place]:
     """Where devices are, described ones too."""
     # A device of a single slice may lack the attribute.

@@ -7,7 +7,18 @@ import pytest
 
 from spiral_jax.hardware import parse_slice
 from spiral_jax.roofline.matmul import Matmul
-from spiral_jax.roofline.predict import FITTED, Constants, Cost, Place, compact, cost, predict, read, total, written
+from spiral_jax.roofline.predict import (
+    FITTED,
+    Constants,
+    Cost,
+    Place,
+    compact,
+    constants_of,
+    cost,
+    read,
+    total,
+    written,
+)
 from spiral_jax.roofline.work import Collective, Kernel, Operation
 
 PEAK = Constants(
@@ -15,6 +26,10 @@ PEAK = Constants(
 )  # fmt: skip
 
 USUAL = FITTED["v5p"]
+
+
+def predict(operations, chips, places, constants=None):
+    return total([cost(operation, chips, places) for operation in operations], constants or constants_of(chips))
 
 
 def places(text: str, num_slices: int = 1) -> list[Place]:

@@ -4,6 +4,9 @@ import bucket
 import loopback
 import pytest
 
+from tests.tpu.world import World
+from tpu import hosts
+
 
 @pytest.fixture(scope="session")
 def storage():
@@ -19,6 +22,14 @@ def bucket_url(storage, monkeypatch, request) -> str:
     name = f"b{abs(hash(request.node.nodeid)):x}"
     bucket.make_bucket(storage, name)
     return f"gs://{name}"
+
+
+@pytest.fixture
+def world(monkeypatch) -> World:
+    """A job of 5,000 seconds, whose hosts are started in virtual time."""
+    world = World({"jobs": [{"runs": 5000, "status": 0}]})
+    monkeypatch.setattr(hosts, "bring_up", lambda *given, seconds: world.bring_up(given[2], seconds))
+    return world
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,16 @@ JOB = ["pile", "--accelerator=v5p-16", "--zone=us-east5-a", "--bucket=gs://my-bu
 CONFIG = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
 
 
-def typed(world: World, verb: str, *flags: str) -> int:
+def typed(world: World, verb: str, *flags: str, job: Sequence[str] = JOB) -> int:
     """A verb in a world."""
     return launch.main(
-        [verb, *JOB, *flags],
+        [verb, *job, *flags],
         execute=world.execute,
         make_bucket=lambda url, patience=0: world.bucket,
         say=world.say,
         clock=lambda: world.cloud.now,
         sleep=world.sleep,
     )
-
-
-@pytest.fixture
-def world(monkeypatch):
-    world = World({"jobs": [{"runs": 5000, "status": 0}]})
-    monkeypatch.setattr(hosts, "bring_up", lambda *given, seconds: world.bring_up(given[2], seconds))
-    return world
 
 
 def test_create_then_run_then_status_then_delete(world, capsys):

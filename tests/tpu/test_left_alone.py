@@ -12,7 +12,7 @@ from tests.tpu.cloud import DIRECT, QUEUED
 from tests.tpu.launches import ROOT
 from tests.tpu.test_launch import CONFIG, JOB, typed
 from tests.tpu.world import Killed, World
-from tpu import hosts, launch, reap
+from tpu import reap
 from tpu.decide import Action, JobStatus, decide, not_created
 from tpu.gcloud import Gcloud
 from tpu.memory import Memory
@@ -27,13 +27,6 @@ for _ in range(3):
     tell("nobody reads this")
 sys.exit(7)
 """
-
-
-@pytest.fixture
-def world(monkeypatch):
-    world = World({"jobs": [{"runs": 5000, "status": 0}]})
-    monkeypatch.setattr(hosts, "bring_up", lambda *given, seconds: world.bring_up(given[2], seconds))
-    return world
 
 
 def test_a_reader_that_is_gone_ends_nobody():
@@ -58,14 +51,7 @@ def test_a_launch_keeps_to_the_project_that_it_began_with(world, capsys):
     without = [word for word in JOB if not word.startswith("--project")]
 
     def at_home(verb, *flags):
-        return launch.main(
-            [verb, *without, *flags],
-            execute=world.execute,
-            make_bucket=lambda url, patience=0: world.bucket,
-            say=world.say,
-            clock=lambda: world.cloud.now,
-            sleep=world.sleep,
-        )
+        return typed(world, verb, *flags, job=without)
 
     assert at_home("create", *CONFIG) == 0 and world.created() == 1
     asked = [line for _, line in world.cloud.log if " compute " in line]
@@ -132,7 +118,7 @@ def test_labels_that_are_left_out_once_end_nothing():
 
 def test_an_attempt_whose_launcher_died_while_it_told_the_hosts_goes_on():
     world = World({"jobs": [{"runs": 5000, "status": 0}]})
-    steps = next(n for n in range(1, 200) if World(world.script).killed(at=n) is False or _started_at(n))
+    steps = next(n for n in range(1, 200) if _started_at(n))
     world.killed(at=steps)
     assert list(world.attempts) == [1]
     world.cloud.now += 60
