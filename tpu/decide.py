@@ -104,6 +104,8 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
     if status.stop and not landing and (status.all_ended or not m.started):
         m = replace(m, phase="ended", kept=seen.state is not State.GONE)
         return Decision(replace(m, ending="stopped, as `stop` asked", result=42), Action.END)
+    if seen.state in (State.GONE, State.LOST) and m.started and m.beat_seen == now and status.runs(now):
+        return _wait(m)  # its hosts have just spoken: one answer may be wrong, and two are not
     if seen.state is State.GONE:
         return _absent(job, m, now)
     m = replace(m, phase="present")

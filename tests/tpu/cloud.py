@@ -107,9 +107,9 @@ class Cloud:
 
     Args:
       script: `timelines`, of one incarnation after another (the last again and again); `fail`, a list of {"when":
-        regular expression on the command, "error": of ERRORS, or `hang`, "from", "to": times since the start, or "nth":
-        which such commands, "effect": whether it takes effect all the same}; `lands`, seconds from a create to its
-        effect; `deletes`, seconds a deletion takes; `create_seconds`, that `vm`'s takes.
+        regular expression on the command, "error": of ERRORS, or `hang` or `missing`, "from", "to": times since the
+        start, or "nth": which such commands, "effect": whether it takes effect all the same}; `lands`, seconds from a
+        create to its effect; `deletes`, seconds a deletion takes; `create_seconds`, that `vm`'s takes.
       start: when it begins.
     """
 
@@ -138,6 +138,8 @@ class Cloud:
                 self.now += min(timeout, 3600)
                 raise subprocess.TimeoutExpired(arguments, timeout)
             self.now += self.call_seconds
+            if fault["error"] == "missing":
+                return self._missing(kind, verb, words[4], flags["zone"])
             return self._error(fault["error"], kind, verb)
         self.now += self.call_seconds
         answer = getattr(self, f"_{verb}")(kind, words[4:], flags)

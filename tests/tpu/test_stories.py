@@ -39,6 +39,16 @@ def test_story_01_nothing_is_created_before_gone_was_said(error):
     assert world.cloud.slices[0].created - world.cloud.start >= 1800
 
 
+@pytest.mark.parametrize(
+    "provider, kind", [("qr", "queued-resources"), ("qr", "tpu-vm"), ("vm", "tpu-vm")], ids=["request", "node", "vm"]
+)
+def test_story_01_what_is_missing_once_while_its_hosts_speak_is_there(provider, kind):
+    once = {"when": f"{kind} describe pile", "error": "missing", "nth": [40]}
+    world = World({"fail": [once], "jobs": [{"runs": 3000, "status": 0}]}, provider=provider)
+    ended_well(world, world.run())
+    assert world.cloud.seen["0"] > 40 and world.created() == 1 and len(world.attempts) == 1
+
+
 @pytest.mark.parametrize("state", ["REPAIRING", "RESTARTING", "REIMAGING", "HIDDEN", "UNKNOWN"])
 def test_story_02_what_comes_back_by_itself_is_waited_for(state):
     broken = (3000, {"state": "ACTIVE", "nodes": {"0": {"state": state, "description": "a link is down"}}})
