@@ -140,7 +140,7 @@ def train(
         about = description(config, program.placed.mesh)
         writer = MetricsWriter(workdir, config.logging, last_step=first - 1, about=about, check=guards.check_claim)
     started = time.perf_counter()
-    train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    train_step = program.lowered().compile()
     evaluations = evaluations_of(config, data, opened.tasks, program.placed, processes, between_batches)
     processes.say(f"compiled in {duration(time.perf_counter() - started)}")
 

@@ -6,6 +6,7 @@ parameters sharded over all chips, gathered in bfloat16 layer by layer, every la
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -57,7 +58,7 @@ class Llama:
 
     @property
     def num_params(self) -> int:
-        return sum(functools.reduce(int.__mul__, shape) for shape in self.shapes().values())
+        return sum(map(math.prod, self.shapes().values()))
 
 
 def lower_train_step(model: Llama, sequences: int, devices: Sequence[jax.Device]):
@@ -96,21 +97,26 @@ def _before_d(name: str, shape: tuple[int, ...]) -> tuple[None, ...]:
 
 def _train_step(model: Llama, device_kind: str, state: dict, tokens_BxW: jax.Array):
     loss, grads = jax.value_and_grad(functools.partial(_loss, model, device_kind))(state["params"], tokens_BxW)
-    count = state["count"] + 1
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / jax.lax.axis_size(AXIS), grads)
     norm = jnp.sqrt(jax.lax.psum(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)), AXIS))
     clip = jnp.minimum(1, 1 / (norm + 1e-6))
+    return adamw(state, jax.tree.map(lambda g: g * clip, grads)), jax.lax.pmean(loss, AXIS), norm
+
+
+def adamw(state: dict, grads: dict) -> dict:
+    """The state after a step: `params`, moments `mean` and `square`, each in its dtype, and the steps' `count`."""
+    count = state["count"] + 1
 
     def update(x, mean, square, g):
-        g = g * clip
         mean = BETAS[0] * mean + (1 - BETAS[0]) * g
         square = BETAS[1] * square + (1 - BETAS[1]) * g * g
         direction = mean / (1 - BETAS[0] ** count) / (jnp.sqrt(square / (1 - BETAS[1] ** count)) + EPSILON)
-        return x - LEARNING_RATE * (direction + WEIGHT_DECAY * x), mean, square
+        # The step's count makes float32 of what is bfloat16 otherwise.
+        return tuple(y.astype(x.dtype) for y in (x - LEARNING_RATE * (direction + WEIGHT_DECAY * x), mean, square))
 
     updated = jax.tree.map(update, state["params"], state["mean"], state["square"], grads)
     params, mean, square = ({name: three[i] for name, three in updated.items()} for i in range(3))
-    return {"params": params, "mean": mean, "square": square, "count": count}, jax.lax.pmean(loss, AXIS), norm
+    return {"params": params, "mean": mean, "square": square, "count": count}
 
 
 def _gather(x: jax.Array) -> jax.Array:

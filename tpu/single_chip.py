@@ -6,12 +6,13 @@ have no parameters, everything is bfloat16, nothing is computed again, gradients
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from tpu.llama import BETAS, EPSILON, LEARNING_RATE, WEIGHT_DECAY, rotated
+from tpu.llama import adamw, rotated
 
 BLOCK = 1024  # of queries and keys, as they had it
 MICRO_BATCHES = 16
@@ -61,7 +62,7 @@ class SharedKeys:
 
     @property
     def num_params(self) -> int:
-        return sum(functools.reduce(int.__mul__, shape) for shape in self.shapes().values())
+        return sum(map(math.prod, self.shapes().values()))
 
 
 def lower_train_step(model: SharedKeys, rows: int, micro_batches: int, device: jax.Device):
@@ -85,27 +86,14 @@ def lower_train_step(model: SharedKeys, rows: int, micro_batches: int, device: j
 
 
 def _train_step(model: SharedKeys, state: dict, tokens_AxBxW: jax.Array):
-    params, count = state["params"], state["count"] + 1
-
     def add(summed, tokens_BxW):
-        loss, grads = jax.value_and_grad(functools.partial(_loss, model))(params, tokens_BxW)
+        loss, grads = jax.value_and_grad(functools.partial(_loss, model))(state["params"], tokens_BxW)
         return jax.tree.map(jnp.add, summed, (loss, grads)), None
 
-    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
     (loss, grads), _ = jax.lax.scan(add, zeros, tokens_AxBxW)
     A = tokens_AxBxW.shape[0]
-
-    def update(x, mean, square, g):
-        g = g / A
-        mean = BETAS[0] * mean + (1 - BETAS[0]) * g
-        square = BETAS[1] * square + (1 - BETAS[1]) * g * g
-        direction = mean / (1 - BETAS[0] ** count) / (jnp.sqrt(square / (1 - BETAS[1] ** count)) + EPSILON)
-        # The step's count makes float32 of what is bfloat16 otherwise.
-        return tuple(y.astype(x.dtype) for y in (x - LEARNING_RATE * (direction + WEIGHT_DECAY * x), mean, square))
-
-    updated = jax.tree.map(update, params, state["mean"], state["square"], grads)
-    params, mean, square = ({name: three[i] for name, three in updated.items()} for i in range(3))
-    return {"params": params, "mean": mean, "square": square, "count": count}, loss / A
+    return adamw(state, jax.tree.map(lambda g: g / A, grads)), loss / A
 
 
 def _loss(model: SharedKeys, params: dict, tokens_BxW: jax.Array) -> jax.Array:

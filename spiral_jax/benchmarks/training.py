@@ -160,7 +160,7 @@ def _ours(model: ModelConfig, size: Size) -> Timed:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     begin = time.perf_counter()
     program = make_program(config, mesh)
-    train_step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    train_step = program.lowered().compile()
     windows_BxW = program.put_rows_of_process(_windows(size).astype(np.int32))
     state = [program.init(jax.random.key(0))]
 

@@ -188,8 +188,7 @@ def sharded(config: StepConfig) -> Finding:
         )
         state = program.init(jax.random.key(0))
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.abstract_state.params)
-        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch)
-        compiled = compiled.compile()
+        compiled = program.lowered().compile()
         state, metrics = compiled(state.replace(params=placed), program.placed.put(windows_BxW))
         change = jax.tree.map(lambda x, before: np.asarray(x) - np.asarray(before), state.params, params)
         return {name: np.asarray(metrics[name]) for name in ("loss", "gradient_norm")}, change

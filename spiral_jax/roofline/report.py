@@ -76,7 +76,7 @@ def compile_step(config: StepConfig, chips: Slice, num_slices: int, say: Report)
     usable = chips.generation.hbm_bytes
     say(f"compiling for {num_slices} x {chips}; this takes minutes")
     started = time.perf_counter()
-    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    lowered = program.lowered()
     try:
         compiled, text = compile_described(lowered)
     except jax.errors.JaxRuntimeError as error:

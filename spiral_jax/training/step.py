@@ -60,6 +60,10 @@ class Program:
     abstract_state: TrainState
     abstract_batch: Any
 
+    def lowered(self) -> jax.stages.Lowered:
+        """The step for the shapes that it is called with, ready to be compiled; nothing has to be on the devices."""
+        return self.train_step.lower(self.abstract_state, self.abstract_batch)
+
     def put_rows_of_process(self, rows: Any) -> Any:
         """This process's rows of a batch, as the batch on the devices of all."""
 

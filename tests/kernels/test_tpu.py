@@ -99,7 +99,7 @@ def test_a_run_on_a_slice_gets_splash(devices):
     model = dataclasses.replace(MODEL, chunks=(2, 1), core_layers=1)
     config = RunConfig(model=model, train=TrainConfig(batch_size=4, sequence_length=256))
     program = make_program(config, mesh)
-    text = program.train_step.lower(program.abstract_state, program.abstract_batch).as_text()
+    text = program.lowered().as_text()
     assert kernel_calls(text) == {(kind, length) for kind in ("fwd", "dq", "dkv") for length in (128, 256)}
 
 

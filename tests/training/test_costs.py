@@ -38,7 +38,7 @@ def compiled():
         if config not in cache:
             sizes = dataclasses.astuple(config.mesh)
             program = make_program(config, make_mesh(config.mesh, jax.devices()[: math.prod(sizes)]))
-            step = program.train_step.lower(program.abstract_state, program.abstract_batch)
+            step = program.lowered()
             cache[config] = work.operations(hlo.parse(step.compile().as_text()))
         return cache[config]
 

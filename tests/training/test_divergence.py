@@ -92,7 +92,7 @@ def programs():
 
     def compiled(config):
         program = make_program(config, make_mesh(config.mesh))
-        lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+        lowered = program.lowered()
         return config, program, lowered.compile()
 
     listed = dataclasses.replace(CONFIG.train, skip_steps=PASSED_OVER)

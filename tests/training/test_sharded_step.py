@@ -117,7 +117,7 @@ def compiled():
         if config not in cache:
             mesh = make_mesh(config.mesh, jax.devices()[: math.prod(dataclasses.astuple(config.mesh))])
             program = make_program(config, mesh)
-            step = program.train_step.lower(program.abstract_state, program.abstract_batch)
+            step = program.lowered()
             cache[config] = program, step.compile()
         return cache[config]
 

@@ -61,7 +61,7 @@ def step(params):
                 data=BASE.data if brings_targets else DataConfig(),
             )
             program = make_program(config, make_mesh(config.mesh, jax.devices()[: math.prod(mesh)]))
-            lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+            lowered = program.lowered()
             compiled[key] = program, lowered.compile()
         program, train_step = compiled[key]
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract_state).replace(params=params)

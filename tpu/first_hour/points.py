@@ -51,7 +51,7 @@ def run(findings: Findings, size: str, workdir: str, argument: str) -> None:
     state = program.init(jax.random.key(0))
     findings.say("compiling")
     began = time.perf_counter()
-    step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    step = program.lowered().compile()
     compiled = time.perf_counter()
     shape = program.abstract_batch.shape
     rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)

@@ -49,7 +49,7 @@ def predict_point(generation: Generation, point: str) -> dict[str, Any]:
     devices = describe_devices(chips)[:1]
     config = step_config(point, "full")
     program = make_program(config, make_mesh(config.mesh, devices))
-    compiled, text = compile_described(program.train_step.lower(program.abstract_state, program.abstract_batch))
+    compiled, text = compile_described(program.lowered())
     places = places_of(devices)
     counted = compact(cost(operation, chips, places) for operation in work.operations(hlo.parse(text)))
     found = total(counted, constants_of(chips))
