@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import random
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 from spiral_jax.errors import SpiralError
 from tpu import hosts
+from tpu.bills import command_line, elsewhere, what_bills, where
 from tpu.bucket import Bucket
 from tpu.decide import (
     LOOK,
@@ -20,6 +20,7 @@ from tpu.decide import (
     decide,
     not_created,
     not_deleted,
+    not_ours,
     started,
 )
 from tpu.gcloud import GcloudError, shown
@@ -31,11 +32,6 @@ from tpu.telling import tell
 
 SET_UP = 900  # seconds for one, at most
 _HOUR = 3600
-
-
-def where(job: Job) -> str:
-    """Of a job's slice, as in `my-project us-east5-a qr v5p:4x4x4 x 2`."""
-    return " ".join(filter(None, [job.project, job.zone, job.provider, f"{job.slice} x {job.num_slices}"]))
 
 
 def read_status(bucket: Bucket, job: Job, attempt: int) -> JobStatus:
@@ -65,35 +61,6 @@ def read_status(bucket: Bucket, job: Job, attempt: int) -> JobStatus:
         line=f"host {end['host']}: {how}: {end['line']}",
         kernel=tuple(end["kernel"]),
     )
-
-
-def command_line(job: Job, verb: str) -> str:
-    """How to do something else with the job."""
-    flags = [f"--accelerator={job.slice.accelerator_type}", f"--zone={job.zone}", f"--bucket={job.bucket}"]
-    flags += [f"--num_slices={job.num_slices}"] * (job.num_slices > 1) + [f"--provider={job.provider}"]
-    flags += [f"--project={job.project}"] * bool(job.project)
-    return f"python -m tpu.launch {shlex.join([verb, job.name, *flags])}"
-
-
-def what_bills(job: Job, seen: Observation, memory: Memory, now: float) -> str:
-    """One line: that nothing does, or what, and what deletes it."""
-    sent = memory.phase == "creating" and now - memory.asked < 600
-    if seen.state is State.GONE and not sent:
-        return "nothing bills: there is no slice"
-    chips = f"{job.name} ({job.chips} chips of {job.slice.generation.name} in {job.zone})"
-    if seen.state is State.GONE:
-        what = f"{chips} may still come into being and bill: a create was just sent"
-    elif seen.billing:
-        what = f"{chips} is {seen.words} and BILLS"
-    elif seen.state is State.UNKNOWN:
-        what = f"{chips} may be there and bill: the cloud could not be asked ({seen.message})"
-    elif seen.state is State.WAITING:
-        what = f"{chips} is {seen.words}; it does not bill yet, and will when it gets chips"
-    elif seen.billing is None:
-        what = f"{chips} is {seen.words} and may bill until it is gone"
-    else:
-        what = f"{chips} is {seen.words}; it does not bill, but keeps its name and quota"
-    return f"{what}; delete it with: {command_line(job, 'delete')}"
 
 
 @dataclasses.dataclass
@@ -146,6 +113,8 @@ class Babysitter:
         action = Action.WAIT
         try:
             while action is not Action.END:
+                if self._blind:
+                    self._recall()
                 self._seen = self.provider.observe()
                 decision = self._decide()
                 self._act(decision)
@@ -173,6 +142,8 @@ class Babysitter:
         """
         with self._holding():
             self._seen = self.provider.observe()
+            if self._seen.ours is False:
+                raise SpiralError(not_ours(self.job))
             if self._seen.state is State.GONE:
                 decision = self._decide()
                 if decision.action is Action.CREATE:
@@ -197,6 +168,8 @@ class Babysitter:
                 return 0
             self.memory = dataclasses.replace(self.memory, phase="present", started=0, starting=False, resume_at=0)
             self._act(decide(self.job, self.memory, self._seen, JobStatus(), now))
+            if self.memory.ending:
+                self.say(self.memory.ending)
             return 1 if self.memory.trouble or not self.memory.started else 0
 
     def delete(self) -> int:
@@ -212,12 +185,9 @@ class Babysitter:
             except SpiralError as error:
                 self._forget(error)
                 break
-            memory = self._checked(memory)
+            memory = self.checked(memory)
             try:
-                if memory.phase != "ended" or memory.result:  # what has finished stays so
-                    memory = dataclasses.replace(memory, ending="deleted, as `delete` asked", result=2)
-                self.memory = dataclasses.replace(memory, phase="deleting", deleted=0, kept=False)
-                self.memory = self.store.save(self.memory)
+                self.memory = self.store.save(self._to_delete(memory))
                 break
             except Taken:  # its launcher has just written; after this it finds that it is held by another
                 if last:
@@ -230,8 +200,21 @@ class Babysitter:
     def _forget(self, error: SpiralError) -> None:
         """Goes on with a deletion without the bucket, whatever is there."""
         self.say(f"what is remembered cannot be used: {error}")
-        self.memory = Memory(phase="deleting", ending="deleted, as `delete` asked", result=2)
-        self._blind = True
+        self.memory, self._blind = self._to_delete(Memory()), True
+
+    def _recall(self) -> None:
+        """After that, takes what is remembered as soon as it can be read."""
+        deleted = self.memory.deleted
+        with contextlib.suppress(SpiralError):
+            memory = self._to_delete(self.store.load())
+            if not elsewhere(self.job, memory):
+                self.memory, self._blind = dataclasses.replace(memory, deleted=deleted, where=where(self.job)), False
+
+    def _to_delete(self, memory: Memory) -> Memory:
+        """A memory with which everything is deleted; what has finished stays so."""
+        if memory.phase != "ended" or memory.result:
+            memory = dataclasses.replace(memory, ending="deleted, as `delete` asked", result=2)
+        return dataclasses.replace(memory, phase="deleting", deleted=0, kept=False)
 
     def _decide(self) -> Decision:
         """What to do next, once the slice was looked at."""
@@ -266,22 +249,23 @@ class Babysitter:
                 memory = self.store.load()
                 if memory.until > before.until:
                     raise Taken(f"{self.job.name} is held by {memory.owner}; allowed: one launcher at a time")
-        memory = self._checked(memory)
+        memory = self.checked(memory)
         if memory.phase == "ended" and memory.result:  # whoever starts it again wants it to go on
             memory = Memory(
                 attempt=memory.attempt,
                 mended=memory.attempt,
                 where=memory.where,
+                kept=memory.kept,
                 chip_seconds=memory.chip_seconds,
                 looked=memory.looked,
             )
         return self.store.save(memory)
 
-    def _checked(self, memory: Memory) -> Memory:
+    def checked(self, memory: Memory) -> Memory:
         """Raises SpiralError if its slice may be somewhere else."""
-        place = where(self.job)
-        if (memory.phase not in ("absent", "ended") or memory.kept) and memory.where not in ("", place):
-            name, there = self.job.name, memory.where
+        self.memory, place = memory, where(self.job)
+        if there := elsewhere(self.job, memory):
+            name = self.job.name
             raise SpiralError(f"{name} is {place}; allowed, until it is deleted: {there}, where it has a slice")
         return dataclasses.replace(memory, where=place)
 

@@ -87,9 +87,9 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
     m = _counted(job, memory, seen, status, now)
     if seen.ours is None and memory.phase == "creating" and now - m.asked < LANDS:
         return _wait(m)  # it may be what was asked for, or somebody else's
-    if not (seen.ours or (seen.ours is None and memory.phase == "present")):
-        text = f"{job.name} is there and is not labelled as that of {job.root}; allowed: another NAME"
-        return Decision(replace(m, phase="ended", kept=True, ending=text, result=2), Action.END)
+    is_known = memory.phase == "present" or (memory.phase == "deleting" and bool(memory.deleted or memory.started))
+    if not (seen.ours or (seen.ours is None and is_known)):
+        return Decision(replace(m, phase="ended", kept=seen.ours is None, ending=not_ours(job), result=2), Action.END)
     if not m.ending:
         m = _ending(job, m, seen, status, now)
     if m.ending:
@@ -108,12 +108,19 @@ def decide(job: Job, memory: Memory, seen: Observation, status: JobStatus, now: 
         return _wait(m)  # its hosts have just spoken: one answer may be wrong, and two are not
     if seen.state is State.GONE:
         return _absent(job, m, now)
-    m = replace(m, phase="present")
+    if m.phase == "creating":
+        m = replace(m, resume_at=0)  # it was for another create, should this one not have come true
+    m = replace(m, phase="present", kept=False, unheard=0)
     if seen.state is State.LOST:
         return _lost(job, m, seen, now)
     if seen.state is State.READY:
         return _ready(job, m, status, now)
     return _wait(replace(m, repaired=m.repaired or seen.state is State.TRANSIENT))
+
+
+def not_ours(job: Job) -> str:
+    """What to say where somebody else has a slice of that name."""
+    return f"{job.name} is there and is not labelled as that of {job.root}; allowed: another NAME"
 
 
 def not_created(job: Job, memory: Memory, kind: str, line: str, now: float) -> tuple[Memory, tuple[str, ...]]:
@@ -131,7 +138,8 @@ def not_created(job: Job, memory: Memory, kind: str, line: str, now: float) -> t
         m = replace(memory, phase="absent", refused=memory.refused + 1, resume_at=now + _pause(memory.refused + 1))
         is_never = m.refused > max(job.max_failures, 1)
         return (replace(m, ending=line, result=2) if is_never else m), (line,)
-    return _later(memory, now), (f"not known whether the slice was created: {line}",)
+    m = replace(memory, unheard=memory.unheard + 1, resume_at=now + _pause(memory.unheard + 1))
+    return m, (f"not known whether the slice was created: {line}",)
 
 
 def started(memory: Memory, trouble: str, now: float) -> Memory:
@@ -184,7 +192,7 @@ def _capped(job: Job, m: Memory) -> Memory:
 def _torn_down(m: Memory, seen: Observation, now: float) -> Decision:
     """Towards the end: nothing may be left."""
     if seen.state is State.GONE:
-        return _wait(m) if now - m.asked < LANDS else Decision(replace(m, phase="ended"), Action.END)
+        return _wait(m) if now - m.asked < LANDS else Decision(replace(m, phase="ended", kept=False), Action.END)
     return _deleted(m, now) if m.phase != "deleting" or now - m.deleted >= LEAVES else _wait(m)
 
 
@@ -197,7 +205,7 @@ def _absent(job: Job, m: Memory, now: float) -> Decision:
         if job.provider == "qr":  # the service suspends, it does not delete
             return Decision(replace(m, phase="ended", ending="the slice was deleted by hand", result=2), Action.END)
         m, lines = _interruption(job, m, "the node is not there any more", now)
-    m = replace(m, phase="absent", started=0, starting=False)
+    m = replace(m, phase="absent", started=0, starting=False, kept=False)
     if m.ending:
         return Decision(replace(m, phase="ended"), Action.END, lines=lines)
     if now < m.resume_at:
@@ -225,11 +233,10 @@ def _ready(job: Job, m: Memory, status: JobStatus, now: float) -> Decision:
     if not m.started:
         if now < m.resume_at:
             return _wait(m, m.resume_at - now)
-        goes_on = m.starting and not status.ended  # of a launcher that died while it told the hosts
-        if goes_on and status.runs(now):
+        if m.starting and status.runs(now):  # of a launcher that died while it told the hosts
             return _wait(started(m, "", now), lines=(f"attempt {m.attempt} runs already",))
-        attempt = m.attempt if goes_on else m.attempt + 1
-        m = replace(m, attempt=attempt, starting=True, trouble="", repaired=False, beat=0, beat_seen=now, ended_seen=0)
+        m = replace(m, attempt=m.attempt + 1, starting=True, trouble="", repaired=False)
+        m = replace(m, beat=0, beat_seen=now, ended_seen=0)
         return Decision(m, Action.START, lines=(f"attempt {m.attempt}: set-up, smoke test, start",))
     if m.trouble and status.beat and not status.ended:
         m = replace(m, trouble="", ended_seen=0)  # all hosts have answered since

@@ -145,7 +145,7 @@ def stop(provider: Provider, bucket: Bucket, attempt: int, seconds: float = SAVE
     if provider.gcloud.dry_run:
         _tell(provider, {"code": "CODE", "sha256": "SHA256"}, f"--end={END:g}")
         return
-    bucket.put(STOP, {"time": time.time()})  # before anything is read: an attempt may be coming up
+    ask_to_stop(bucket)  # before anything is read: an attempt may be coming up
     plan = bucket.read(f"{attempt_folder(attempt)}/job.json")
     if plan is None:
         return
@@ -165,6 +165,11 @@ def stop(provider: Provider, bucket: Bucket, attempt: int, seconds: float = SAVE
         return line
 
     _until_answered(end, lambda: left() - told, 600.0)
+
+
+def ask_to_stop(bucket: Bucket) -> None:
+    """Asks, by the bucket alone, hosts and launchers to end the job."""
+    bucket.put(STOP, {"time": time.time()})
 
 
 def states(bucket: Bucket, attempt: int) -> dict[int, dict]:

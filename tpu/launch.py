@@ -16,7 +16,8 @@ from pathlib import Path
 
 from spiral_jax.errors import SpiralError, escape_unprintable, require
 from tpu import hosts, reap, several
-from tpu.babysit import SET_UP, Babysitter, read_status, what_bills
+from tpu.babysit import SET_UP, Babysitter, read_status
+from tpu.bills import what_bills
 from tpu.bucket import Bucket
 from tpu.code import Code, pack
 from tpu.gcloud import Execute, Gcloud, GcloudError, configured_project, execute, shown
@@ -24,7 +25,7 @@ from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
 from tpu.memory import Memory, Store
 from tpu.plan import ROOT, plan_unless_skipped
-from tpu.providers import gke, provider_of
+from tpu.providers import State, gke, provider_of
 from tpu.telling import tell
 
 VERBS = {
@@ -87,18 +88,21 @@ class Launcher:
         return self._unwatched(self.babysitter.create())
 
     def babysit(self) -> int:
-        self.code = pack(ROOT)
+        memory = None
         try:
             memory = Store(self.bucket).load()
-        except SpiralError:
-            with contextlib.suppress(SpiralError):
-                self.settle()
+            self.code = pack(ROOT)
+            if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
+                self.plan()
+                self._go_on()
+            self.settle()
+        except BaseException:
+            if memory is None or memory.kept or memory.phase not in ("absent", "ended"):
+                with contextlib.suppress(SpiralError):
+                    self.settle()
+                self.babysitter.memory = memory or Memory()
                 self.babysitter.say_what_bills(look_again=True)
             raise
-        if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
-            self.plan()
-            self._go_on()
-        self.settle()
         return self.babysitter.run()
 
     def setup(self) -> int:
@@ -115,12 +119,17 @@ class Launcher:
         return self._unwatched(self.babysitter.start())
 
     def stop(self) -> int:
-        memory = Store(self.bucket).load()
-        if memory.attempt:
-            hosts.stop(self.provider, self.bucket, memory.attempt)
-        else:
-            self.say("no attempt was started")
-        self.say(what_bills(self.job, self.provider.observe(), memory, self.clock()))
+        memory = self.babysitter.checked(Store(self.bucket).load())
+        seen = self.provider.observe()
+        try:
+            if memory.attempt and seen.state is State.READY:
+                hosts.stop(self.provider, self.bucket, memory.attempt)
+            else:
+                hosts.ask_to_stop(self.bucket)
+                words = seen.words or seen.state.value
+                self.say(f"asked for on the bucket; {self.job.name} is {words}, attempt {memory.attempt}")
+        finally:
+            self.say(what_bills(self.job, seen, memory, self.clock()))
         return 0
 
     def delete(self) -> int:

@@ -30,7 +30,7 @@ class Memory:
       failures: of the job and of requests, `faults` those with status 1 among them.
       preemptions: and other interruptions that are no failures.
       streak: of failures and preemptions in a row, with little training between.
-      refused: creates in a row that a quota did not allow.
+      refused: creates in a row that a quota did not allow; `unheard`, of which nothing is known.
       resume_at: before which nothing is begun.
       chip_seconds: that have billed, as far as was seen.
       looked: when they were last counted.
@@ -59,6 +59,7 @@ class Memory:
     preemptions: int = 0
     streak: int = 0
     refused: int = 0
+    unheard: int = 0
     resume_at: float = 0
     chip_seconds: float = 0
     looked: float = 0
@@ -100,19 +101,20 @@ class Store:
           SpiralError: it cannot be read, or another version of the launcher wrote it.
         """
         found = self.bucket.get(MEMORY)
-        self.generation = found[1] if found else 0
         try:
-            return Memory(**json.loads(found[0])) if found else Memory()
+            memory = Memory(**json.loads(found[0])) if found else Memory()
         except (ValueError, TypeError) as error:
             raise SpiralError(
                 f"{MEMORY} is of another version ({error}); allowed: the launcher that wrote it"
             ) from None
+        self.generation = found[1] if found else 0
+        return memory
 
     def save(self, memory: Memory, seconds: float = HELD) -> Memory:
         """Writes it, and says that this launcher lives on for a while: for no time, if the next one may go on at once.
 
         Raises:
-          Taken: another launcher has written it since.
+          Taken: another launcher has written it since; nor is it written by this one later.
           Unreachable: the bucket cannot be reached.
         """
         owner = self.owner if seconds else ""
@@ -122,9 +124,11 @@ class Store:
                 self.generation = self.bucket.put(MEMORY, vars(memory), self.generation)
                 break
             except Conflict:
+                before = self.generation
                 writer = self.load().owner
                 # Once it may have been we, whom the answer did not reach.
                 if last or not self.owner or writer != self.owner:
+                    self.generation = before  # so that nothing of ours replaces theirs later, either
                     raise Taken(f"{MEMORY} was written by another launcher ({writer or 'unknown'})") from None
         return memory
 

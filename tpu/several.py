@@ -126,7 +126,7 @@ class Spent(NamedTuple):
 def spent_by(job: Job) -> Spent:
     """What a job has spent, whichever launchers looked after it, by their memory on the bucket."""
     memory = Store(Bucket(job.root)).load()
-    over = not memory.billing and memory.phase in ("absent", "ended")
+    over = not (memory.billing or memory.kept) and memory.phase in ("absent", "ended")
     return Spent(memory.chip_seconds / 3600, over, memory.result if memory.phase == "ended" else None)
 
 
@@ -158,22 +158,31 @@ def main(arguments: Sequence[str], say: Say = tell) -> int:
     for job, _ in entries:
         hours, over, status = before[job.name]
         runs[job.name] = Run(job.name, job.chips * START_MINUTES / 60, job.max_chip_hours, hours, bills=not over)
-        if status in (0, 44):
+        own = job.max_chip_hours
+        is_spent = over and own is not None and hours > 0 and own - hours < runs[job.name].start
+        if status in (0, 44) or is_spent:
+            status = 2 if status is None else status
             runs[job.name] = runs[job.name]._replace(state="done", status=status)
             say(f"{job.name}: ended before with status {status}, {hours:,.1f} chip-hours")
     try:
         _babysit({entry.job.name: entry for entry in entries}, runs, values, say)
     except KeyboardInterrupt:
+        _say_what_may_bill(runs, say)
         return 130
     left = [run.name for run in runs.values() if run.state == "waiting"]
     spoken_for = sum(run.taken for run in runs.values())
     say(f"{spoken_for:,.1f} of {values.max_chip_hours:,.1f} chip-hours spent or spoken for")
-    for run in runs.values():
-        if run.state == "done" and run.bills:
-            say(f"{run.name}: may bill; ask `python -m tpu.launch status`, give it back with `delete`")
+    _say_what_may_bill(runs, say)
     if left:
         say(f"not started, as the budget does not hold them: {', '.join(left)}")
-    return next((run.status for run in runs.values() if run.status), 42 if left else 0)
+    status = next((run.status for run in runs.values() if run.status), 42 if left else 0)
+    return 1 if status < 0 else status
+
+
+def _say_what_may_bill(runs: Mapping[str, Run], say: Say) -> None:
+    for run in runs.values():
+        if run.bills:
+            say(f"{run.name}: may bill; ask `python -m tpu.launch status`, give it back with `delete`")
 
 
 def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argparse.Namespace, say: Say) -> None:
@@ -188,7 +197,7 @@ def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argpars
                 capped = f"--max_chip_hours={math.floor(cap * 1000) / 1000}"
                 children[run.name] = _launcher([*entries[run.name].arguments, capped, *extra], say)
                 runs[run.name] = run._replace(taken=cap, state="running")
-            if not children and not any(run.bills and run.state == "waiting" for run in runs.values()):
+            if not children and not any(map(_comes, runs.values())):
                 return
             for name in [name for name, child in children.items() if child.poll() is not None]:
                 status = children.pop(name).returncode
@@ -196,9 +205,15 @@ def _babysit(entries: Mapping[str, Entry], runs: dict[str, Run], values: argpars
             time.sleep(0.2)
     finally:
         for child in children.values():
-            child.send_signal(signal.SIGINT)  # each says what of its own still bills
+            # Each says what of its own still bills; SIGINT is ignored in what a script starts in the background.
+            child.send_signal(signal.SIGTERM)
         for child in children.values():
             child.wait()
+
+
+def _comes(run: Run) -> bool:
+    """Whether a launcher of a waiting run follows later, whatever is left of the budget, or to see whether it fits."""
+    return run.state == "waiting" and (run.bills or time.time() < run.resume_at)
 
 
 def _ended(run: Run, job: Job, status: int, dry_run: bool, say: Say) -> Run:
@@ -208,10 +223,10 @@ def _ended(run: Run, job: Job, status: int, dry_run: bool, say: Say) -> Run:
     except SpiralError as error:
         say(f"{run.name}: {error}")
         spent = Spent(run.taken, over=False)
-    if spent.over:
+    if spent.over and (status >= 0 or spent.status is not None):
         say(f"{run.name}: ended with status {status}, {spent.chip_hours:,.1f} chip-hours")
         return run._replace(state="done", taken=spent.chip_hours, status=status, bills=False)
-    run = run._replace(status=status, bills=True)
+    run = run._replace(status=status, bills=not spent.over)
     if spent.status is not None or status == 130:  # what may bill on keeps its share
         say(f"{run.name}: ended with status {status}, at most {run.taken:,.1f} chip-hours")
         return run._replace(state="done")

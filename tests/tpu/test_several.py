@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiral_jax.errors import SpiralError
+from tests.tpu.world import MemoryBucket, World
 from tpu import several
+from tpu.memory import Memory
 from tpu.several import Run, Spent, next_start, read_entries
 
 COMMON = ("--accelerator=v5litepod-16", "--zone=us-west4-a", "--bucket=gs://runs-of-ours")
@@ -226,6 +229,66 @@ def test_what_may_bill_on_keeps_its_share(world, tmp_path):
     world.script.update({"a": (130, 5), "b": (0, 10)})
     several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None)
     assert world.started == [("a", 60), ("b", 40)]
+
+
+def test_a_run_that_has_spent_its_own_cap_holds_nobody_up(world, tmp_path):
+    path = write(tmp_path / "jobs.json", ("a", ["--max_chip_hours=60"]), ("b", []))
+    world.spent["a"] = Spent(59, True, 2)
+    world.script["b"] = (0, 10)
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 2
+    assert world.started == [("b", 41)]
+
+
+def test_a_slice_that_was_kept_may_bill(world, tmp_path, monkeypatch):
+    """It was in the queue when its job was stopped, and did not bill then."""
+    memory = Memory(phase="ended", kept=True, ending="stopped", result=42, chip_seconds=7200)
+    bucket = MemoryBucket(World())
+    bucket.put("launch.json", vars(memory))
+    monkeypatch.undo()
+    monkeypatch.setattr(several, "Bucket", lambda root: bucket)
+    assert several.spent_by(World().job) == Spent(2, False, 42)
+
+
+def test_a_launcher_that_is_killed_between_two_slices_is_replaced(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(several, "PAUSE", 0.5)
+    path = write(tmp_path / "jobs.json", ("a", []))
+    world.script["a"] = (0, 30)
+    start, deaths = several._launcher, iter(["kill -9 $$"])
+
+    def launcher(arguments, say):
+        child = start(arguments, say)
+        if death := next(deaths, None):
+            world.spent["a"] = Spent(7, True, None)
+            return subprocess.Popen(["sh", "-c", death], text=True)
+        return child
+
+    monkeypatch.setattr(several, "_launcher", launcher)
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lambda line: None) == 0
+    assert world.started == [("a", 100), ("a", 100)]
+
+
+def test_a_signal_ends_launchers_that_heed_no_interrupt_and_says_what_may_bill(world, tmp_path, monkeypatch):
+    """As those of a script, in whose background SIGINT is ignored."""
+    path = write(tmp_path / "jobs.json", ("a", ["--max_chip_hours=60"]), ("b", []))
+    world.script.update({"a": (130, 5), "b": (0, 5)})
+    start, children, lines = several._launcher, [], []
+
+    def launcher(arguments, say):
+        child = start(arguments, say)
+        if arguments[0] == "b":
+            child.wait()
+            child = subprocess.Popen(["sh", "-c", "trap '' INT; exec sleep 60"], text=True)
+            children.append(child)
+        return child
+
+    def sleep(seconds):
+        if children:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(several, "_launcher", launcher)
+    monkeypatch.setattr(several.time, "sleep", sleep)
+    assert several.main([f"--jobs={path}", "--max_chip_hours=100", "--skip_plan", *COMMON], lines.append) == 130
+    assert children[0].returncode == -signal.SIGTERM and any(line.startswith("a: may bill; ") for line in lines)
 
 
 @pytest.mark.parametrize(
