@@ -141,9 +141,7 @@ class Babysitter:
           0 if it is there or asked for, otherwise 2.
         """
         with self._holding():
-            self._seen = self.provider.observe()
-            if self._seen.ours is False:
-                raise SpiralError(not_ours(self.job))
+            self._look()
             if self._seen.state is State.GONE:
                 decision = self._decide()
                 if decision.action is Action.CREATE:
@@ -159,7 +157,7 @@ class Babysitter:
     def start(self) -> int:
         """Starts an attempt once, unless one runs. Returns 0, or 1 if it could not be started."""
         with self._holding():
-            self._seen = self.provider.observe()
+            self._look()
             if self._seen.state is not State.READY:
                 raise SpiralError(f"{self.job.name} is {self._seen.words or 'not known'}; allowed: a READY slice")
             status, now = read_status(self.bucket, self.job, self.memory.attempt), self.clock()
@@ -168,8 +166,6 @@ class Babysitter:
                 return 0
             self.memory = dataclasses.replace(self.memory, phase="present", started=0, starting=False, resume_at=0)
             self._act(decide(self.job, self.memory, self._seen, JobStatus(), now))
-            if self.memory.ending:
-                self.say(self.memory.ending)
             return 1 if self.memory.trouble or not self.memory.started else 0
 
     def delete(self) -> int:
@@ -215,6 +211,12 @@ class Babysitter:
         if memory.phase != "ended" or memory.result:
             memory = dataclasses.replace(memory, ending="deleted, as `delete` asked", result=2)
         return dataclasses.replace(memory, phase="deleting", deleted=0, kept=False)
+
+    def _look(self) -> None:
+        """Looks at the slice, which is the job's if it has labels or is remembered; SpiralError if it is not."""
+        self._seen = self.provider.observe()
+        if self._seen.ours is False or (self._seen.ours is None and self.memory.phase == "absent"):
+            raise SpiralError(not_ours(self.job))
 
     def _decide(self) -> Decision:
         """What to do next, once the slice was looked at."""
