@@ -43,7 +43,7 @@ LAYOUTS: dict[str, dict[str, dict[str, tuple[int, str, str]]]] = {
         "1.4b": {"vanilla": (1, "keep_products", "iteration"), "spiral_b": (1, "keep_products", "step")},
     },
     "v6e:8x8": {
-        "160m": {"spiral_b": (1, "keep_products", "step")},
+        "160m": {"spiral_b": (1, "keep_attention", "step")},
         "410m": {"spiral_b": (1, "keep_products", "step")},
     },
 }

@@ -22,7 +22,7 @@ from spiral_jax.corpus.sources import find_sources
 from spiral_jax.data.prepared import open_stores
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.model.chunks import Level
-from spiral_jax.roofline.points import chip_hours, nearest, read_points
+from spiral_jax.roofline.points import Model, chip_hours, nearest, read_points
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.inputs import check_data, open_examples, window_order
 from spiral_jax.training.costs import flops, layout, memory
@@ -64,7 +64,12 @@ def describe(config: RunConfig, num_devices: int) -> dict[str, Any]:
     """
     model, length, steps = config.model, config.train.sequence_length, config.train.steps
     return {
-        "model": {"notation": model.notation, "topology": model.topology, "d_model": model.d_model},
+        "model": {
+            "notation": model.notation,
+            "topology": model.topology,
+            "d_model": model.d_model,
+            "head_width": model.head_width,
+        },
         "parameters": {
             "total": model.total_parameters,
             "non_embedding": model.non_embedding_parameters,
@@ -160,15 +165,15 @@ def costs() -> list[dict[str, Any]]:
         config = RunConfig.from_dict(values.to_dict())
         model, needed = config.model, flops(config)
         total, found = (needed.dense + needed.attention_causal) * config.train.steps, {}
-        key = (model.notation, model.topology, model.total_parameters)
+        key = Model(model.notation, model.topology, model.total_parameters, model.head_width)
         for name, chips in slices:
-            point = nearest(points, chips.generation.name, *key)
+            point = nearest(points, chips.generation.name, key)
             assert point is not None, "slices are those of points"
             found[name] = {
                 "chip_hours": chip_hours(total, point.mfu, chips),
                 "mfu": point.mfu,
                 "point": point.name,
-                "own_point": point.is_of(*key),
+                "own_point": point.model == key,
             }
         rows.append({"size": row["size"], "family": row["family"], "notation": model.notation, "flops": total} | found)
     return rows

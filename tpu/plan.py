@@ -24,7 +24,7 @@ from typing import Any
 
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.hardware import GIB
-from spiral_jax.roofline.points import chip_hours, nearest, read_points
+from spiral_jax.roofline.points import Model, chip_hours, nearest, read_points
 from tpu import hosts
 from tpu.code import Code, pack
 from tpu.job import Job
@@ -205,9 +205,9 @@ def _mfu(job: Job, found: dict[str, Any], code: Code, say: Say) -> tuple[float, 
             f"--accelerator is {str(job.slice)!r}, of which a device needs {needed:.2f} GiB or more of {usable:.2f}; "
             "allowed: a larger slice, or a larger train.accumulation"
         )
-    key = (model["notation"], model["topology"], found["parameters"]["total"])
+    key = Model(model["notation"], model["topology"], found["parameters"]["total"], model["head_width"])
     points = read_points(ROOT / "tpu/predictions")
-    point = nearest(points, generation.name, *key) or min(points, key=lambda one: one.mfu)
+    point = nearest(points, generation.name, key) or min(points, key=lambda one: one.mfu)
     say(f"  memory         {needed:.1f} of {usable:.2f} GiB a device; MFU as predicted for {point.name}, the nearest")
     return point.mfu, False
 

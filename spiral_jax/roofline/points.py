@@ -13,28 +13,36 @@ from spiral_jax.hardware import Slice, parse_slice
 FOLDER = "tpu/predictions"
 
 
+class Model(NamedTuple):
+    """What a model's speed depends on.
+
+    Attributes:
+      notation: layers and resolutions, as `ModelConfig.notation`.
+      topology: as `ModelConfig.topology`.
+      parameters: all of them.
+      head_width: of attention, which on matrix units of 128 or 256 decides what a small model can reach.
+    """
+
+    notation: str
+    topology: str
+    parameters: int
+    head_width: int
+
+
 class Point(NamedTuple):
     """A compiled step, as far as runs near it can be judged by it.
 
     Attributes:
       name: of its file.
       slice: that it was compiled for.
-      notation: layers and resolutions of the model, as `ModelConfig.notation`.
-      topology: of the model.
-      parameters: of the model.
+      model: that it trains.
       mfu: predicted; causal attention counts.
     """
 
     name: str
     slice: Slice
-    notation: str
-    topology: str
-    parameters: int
+    model: Model
     mfu: float
-
-    def is_of(self, notation: str, topology: str, parameters: int) -> bool:
-        """Whether it is this model's own."""
-        return (self.notation, self.topology, self.parameters) == (notation, topology, parameters)
 
 
 def read_points(folder: str | Path = FOLDER) -> list[Point]:
@@ -47,9 +55,8 @@ def read_points(folder: str | Path = FOLDER) -> list[Point]:
     for path in sorted(Path(folder).glob("*.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            model, mfu = found["model"], float(found["prediction"]["mfu"])
-            chips = parse_slice(found["slice"]["topology"])
-            points.append(Point(path.stem, chips, model["notation"], model["topology"], model["parameters"], mfu))
+            model, mfu = Model(**found["model"]), float(found["prediction"]["mfu"])
+            points.append(Point(path.stem, parse_slice(found["slice"]["topology"]), model, mfu))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SpiralError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if not points:
@@ -57,14 +64,15 @@ def read_points(folder: str | Path = FOLDER) -> list[Point]:
     return points
 
 
-def nearest(points: Sequence[Point], generation: str, notation: str, topology: str, parameters: int) -> Point | None:
-    """The point to judge a model by: of the same chips, then resolutions, topology, size; None without any."""
+def nearest(points: Sequence[Point], generation: str, model: Model) -> Point | None:
+    """The point to judge a model by: of the same chips, then head width, resolutions, topology, size; None without."""
     return min(
         (point for point in points if point.slice.generation.name == generation),
         key=lambda point: (
-            _resolutions(point.notation) != _resolutions(notation),
-            point.topology != topology,
-            abs(math.log(point.parameters / parameters)),
+            abs(math.log(point.model.head_width / model.head_width)),
+            _resolutions(point.model.notation) != _resolutions(model.notation),
+            point.model.topology != model.topology,
+            abs(math.log(point.model.parameters / model.parameters)),
         ),
         default=None,
     )

@@ -16,6 +16,8 @@ from spiral_jax.roofline.work import Collective, Kernel, Matmul, Operation
 # Products of two [block, head_width] or [block, block] operands that each splash kernel computes per block of scores:
 # fwd q k and p v; dq q k once more, do v, ds k; dkv q k a third time, p do, do v, ds q.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# By which the matrix unit makes a product of float32 of products of bfloat16.
+FLOAT32_PASSES = 6
 # The two chiplets of a chip talk over a link as fast as this many between chips (Google's page on TPU7x).
 LINKS_INSIDE_A_CHIP = 6
 
@@ -218,8 +220,7 @@ def scores_in_blocks(length: int, block: int) -> float:
 
 def kernel_flops(kernel: Kernel, scores: float, chips: Slice) -> float:
     """Floating-point operations of a splash kernel's products, the head width padded to `mxu`."""
-    # Products of float32 are six of bfloat16.
-    passes = 6 if kernel.dtype == "f32" else 1
+    passes = FLOAT32_PASSES if kernel.dtype == "f32" else 1
     return 2 * scores * padded(kernel.head_width, chips.generation.mxu) * KERNEL_PRODUCTS[kernel.kind] * passes
 
 

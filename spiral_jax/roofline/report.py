@@ -12,7 +12,7 @@ import jax
 from spiral_jax.hardware import GIB, Slice, parse_slice
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.progress import Report
-from spiral_jax.roofline import hlo, memory, work
+from spiral_jax.roofline import hlo, memory, points, work
 from spiral_jax.roofline.compiling import compile_described
 from spiral_jax.roofline.groups import cross
 from spiral_jax.roofline.predict import compact, constants_of, cost, places_of, read, total, written
@@ -111,7 +111,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "slices": num_slices,
             "devices": num_devices,
         },
-        "model": {"notation": model.notation, "topology": model.topology, "parameters": model.total_parameters},
+        "model": points.Model(model.notation, model.topology, model.total_parameters, model.head_width)._asdict(),
         "step": {
             "mesh": layout["mesh"],
             "batch_size": train.batch_size,

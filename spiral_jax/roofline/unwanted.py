@@ -20,10 +20,15 @@ def unwanted(module: Module, config: StepConfig, num_devices: int) -> list[str]:
     heads, vocab = model.num_heads // tensor, model.vocab_size // tensor
     # Levels of a few chunks have few scores, and at 128 they would look like what a kernel keeps in 128 lanes.
     lengths = {n for _, n in model.executed_layers(train.sequence_length) if n > 128}
+    # What a stack of layers keeps, where its width is as large as a level's length.
+    widths = {model.d_model // tensor, model.d_ff // tensor, model.d_model, model.d_ff}
+    stacks = {layers for layers, _ in model.executed_layers(train.sequence_length) if layers != heads}
+    activations = {tuple(sorted((layers, rows, n, n))) for layers in stacks for n in lengths & widths}
 
     def is_unwanted(array: Array) -> bool:
         dims = array.dims
         scores = any(dims.count(n) >= 2 and array.size >= rows * heads * n * n for n in lengths)
+        scores = scores and tuple(sorted(dims)) not in activations
         is_table = sorted(dims) == sorted((vocab, model.d_model))
         logits = vocab in dims and array.size >= rows * train.sequence_length * vocab
         return scores or (logits and not is_table)

@@ -37,9 +37,9 @@ def test_compiled_points(path):
     expected = point["prediction"]
     alone = expected["seconds_alone"]
     assert found.step_seconds == pytest.approx(expected["step_seconds"], rel=0.05)
-    assert found.alone["compute"] == pytest.approx(alone["matrix_products"], rel=0.07)
-    assert found.alone["attention"] == pytest.approx(alone["attention"], rel=0.02)
-    assert found.alone["hbm"] == pytest.approx(alone["hbm"], rel=0.12)
+    assert found.alone["compute"] == pytest.approx(alone["matrix_products"], rel=0.01)
+    assert found.alone["attention"] == pytest.approx(alone["attention"], rel=0.001)
+    assert found.alone["hbm"] == pytest.approx(alone["hbm"], rel=0.06)
     assert found.alone["ici"] == pytest.approx(alone["ici"], rel=0.3)
 
 

@@ -39,15 +39,18 @@ def test_a_point(name):
     assert point["memory"]["peak_bytes"] <= point["memory"]["usable_bytes"]
     assert point["memory"]["simulated_peak_bytes"] == pytest.approx(point["memory"]["peak_bytes"], rel=0.03)
     assert point["scores_and_logits_in_memory"] == []
-    limit = {"keep_all": 1.01, "keep_products": 1.01, "keep_inputs": 1.35}[point["step"]["remat"]]
+    limit = 1.01 if point["step"]["remat"] in ("keep_all", "keep_products") else 1.35
     assert 0.999 < point["flops"]["dense_executed_over_model"] <= limit
     assert point["flops"]["dense_executed"] == pytest.approx(point["flops"]["dense_executed_closed_form"], rel=0.01)
     sent = point["communication_per_device"]
-    # The closed form has the embedding and the head, most of a small model, in bfloat16: the compiler rounds one later.
-    allowed = 0.15 if name.startswith("160m-v5p") else 0.1
     gathered, summed = sent["closed_form"].values()
+    if "v5p" in name:  # there the embedding is gathered in float32, which the closed form has in bfloat16
+        model = get_config(",".join(predict.POINTS[name][:2])).model
+        gathered += 2 * model.vocab_size * model.d_model
+    # Compiled before gathers were known whose names are lost.
+    allowed = 0.1 if "1.4b-v6e" in name else 1e-3
     assert sent["gathered_bytes"] == pytest.approx(gathered, rel=allowed)
-    assert sent["summed_bytes"] == pytest.approx(summed, rel=0.1)
+    assert sent["summed_bytes"] == pytest.approx(summed, rel=allowed)
     assert point["step"]["batch_size"] * point["step"]["sequence_length"] == 512 * 4096
     # The constants as they are now: else, python -m tpu.predict --again.
     assert prediction(point, point["prediction"]["costs"]).items() <= point["prediction"].items()

@@ -18,7 +18,7 @@ JOB = Job(
 POINT = json.loads((ROOT / "tpu/predictions/1.4b-v5p-4x4x4-spiral_b.json").read_text())
 # Of `describe --json --data` what matters here.
 DESCRIBED = {
-    "model": {"notation": "4+8x{1/8,1/4,1/2,1}+4", "topology": "mesh"},
+    "model": {"notation": "4+8x{1/8,1/4,1/2,1}+4", "topology": "mesh", "head_width": 128},
     "parameters": {"total": POINT["model"]["parameters"]},
     "flops": {"train_per_token_causal": 8e9},
     "train": {
