@@ -194,15 +194,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def read_row(path: Path, step: int) -> dict[str, Any] | None:
     """The row of a step; None if there is none."""
-    found = (row for row in reversed(read_rows(path)) if row["step"] == step)
-    return next(found, None)
+    rows = (row for _, lines in _files(path, step) for line in lines if (row := _row(line)) is not None)
+    return next((row for row in reversed(list(rows)) if row["step"] == step), None)
 
 
 def drop_rows_after(path: Path, last_step: int) -> list[str]:
     """Drops the rows of steps after `last_step`, so that no step appears twice after a resume; others keep every bit.
 
-    Broken lines, wherever they are, go to WORKDIR/damaged/metrics.jsonl.lines. If the last one has no end, it was cut
-    short by a kill, and is dropped.
+    Broken lines go to WORKDIR/damaged/metrics.jsonl.lines, wherever they are in a file, and of parts if they are in one
+    that such a step may be in. If the last one has no end, it was cut short by a kill, and is dropped.
 
     Args:
       path: `rows_of` a run.
@@ -215,7 +215,7 @@ def drop_rows_after(path: Path, last_step: int) -> list[str]:
       SpiralError: the disk refuses.
     """
     said = []
-    for file, lines in _files(path):
+    for file, lines in _files(path, last_step):
         rows = [_row(line) for line in lines]
         kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= last_step]
         broken = [n for n, (line, row) in enumerate(zip(lines, rows, strict=True), 1) if row is None and line.strip()]
@@ -241,7 +241,7 @@ def add_to_row(path: Path, step: int, values: dict[str, Any]) -> None:
     Raises:
       SpiralError: the disk refuses.
     """
-    for file, lines in _files(path):
+    for file, lines in _files(path, step):
         rows = [_row(line) for line in lines]
         if any(row is not None and row["step"] == step for row in rows):
             completed = [
@@ -289,11 +289,17 @@ def validation_measure(row: Mapping[str, Any]) -> str:
     return f"{row['validation_bits_per_byte']:.4f} bits per byte"
 
 
-def _files(path: Path) -> list[tuple[Path, list[bytes]]]:
-    """The files of `rows_of` a run, in the order of their steps, each with its lines."""
+def _files(path: Path, since: int = 0) -> list[tuple[Path, list[bytes]]]:
+    """The files of `rows_of` a run that may hold steps from `since` on, in their order, each with its lines.
+
+    Of parts those that end before are not read: after some weeks they are tens of thousands.
+    """
     if not path.exists():
         return []
     files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix == ".jsonl")
+    begun = [file.name for file in files if file.stem.isdigit() and int(file.stem) <= since]
+    ended = set(begun[:-1])
+    files = [file for file in files if file.name not in ended]
     contents = read_all(files) if is_bucket(path) else [file.read_bytes() for file in files]
     return [(file, _lines(content)) for file, content in zip(files, contents, strict=True)]
 

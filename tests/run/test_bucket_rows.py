@@ -6,7 +6,7 @@ import time
 import pytest
 from etils import epath
 
-from spiral_jax.run import row_parts
+from spiral_jax.run import metrics, row_parts
 from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, read_rows, rows_of
 
 
@@ -53,13 +53,31 @@ def test_a_resume_drops_later_parts_and_later_rows_of_a_part(place):
     assert (rows_of(place) / "000000001.jsonl").read_bytes() == before
 
 
+def test_parts_that_end_before_are_not_read_by_a_resume(place, monkeypatch):
+    """After weeks they are tens of thousands, and every preemption would wait for them."""
+    write(place, [[1, 2], [3, 4, 5], [6], [7, 8]])
+    read, read_all = [], metrics.read_all
+
+    def reading(files):
+        read.append([file.name for file in files])
+        return read_all(files)
+
+    monkeypatch.setattr(metrics, "read_all", reading)
+    writer = MetricsWriter(place, LoggingConfig(), last_step=6)
+    assert metrics.read_row(rows_of(place), 4) == row_of(4) and metrics.read_row(rows_of(place), 9) is None
+    writer.complete(6, {"validation_loss": 2.5})
+    writer.close()
+    from_6, from_3 = ["000000006.jsonl", "000000007.jsonl"], ["000000003.jsonl", "000000006.jsonl"]
+    assert read == [from_6, from_3, from_6[:1], from_6[:1]] and len(read_rows(rows_of(place))) == 6
+
+
 def test_broken_lines_of_a_part_are_set_aside_and_the_others_kept(place, capsys):
     write(place, [[1, 2], [3, 4, 5], [6]])
     part = rows_of(place) / "000000003.jsonl"
     lines = part.read_bytes().splitlines(keepends=True)
     part.write_bytes(lines[0] + b'{"step": \xff\n' + lines[2])
     assert len(read_rows(rows_of(place))) == 5
-    write(place, [], last_step=6)
+    write(place, [], last_step=5)
     assert part.read_bytes() == lines[0] + lines[2]
     assert (place / "damaged/000000003.jsonl.lines").read_bytes() == b'{"step": \xff\n'
     err = capsys.readouterr().err
