@@ -54,13 +54,15 @@ def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: Train
     L, d, constants = train.sequence_length, model.d_model, constants_of(chips)
     state = costs.state_on(config, num_devices) if state is None else state
     moved = sum(costs.communication(config, num_devices, state))
-    tokens = train.tokens_per_step / num_devices
-    layer_tokens = train.batch_size * sum(layers * n for layers, n in model.executed_layers(L)) / num_devices
+    # Along `tensor` devices have the same tokens. By the two layouts that were compiled, a device moves no fewer bytes of
+    # vectors for being one of two: what is cut is made up for by what both have whole.
+    tokens = train.tokens_per_step * tensor / num_devices
+    layer_tokens = train.batch_size * sum(layers * n for layers, n in model.executed_layers(L)) * tensor / num_devices
     vectors = layer_tokens * LAYER_VECTORS[model.remat] + tokens * ITERATION_VECTORS * (model.num_iterations + 1)
-    traffic = 2 * (vectors * d + tokens * LOGIT_ROWS * model.vocab_size) + PASSES * moved
+    traffic = 2 * (vectors * d + tokens * LOGIT_ROWS * model.vocab_size / tensor) + PASSES * moved
     # All-reduces of activations, two a layer forward and two backward.
     if tensor > 1:
-        moved += 4 * layer_tokens * tensor * 2 * d
+        moved += 4 * layer_tokens * 2 * d
     between = 0.0
     if num_slices > 1:  # gradients, once per step
         between = 2 * 4 * model.total_parameters / (fsdp * tensor) * (num_slices - 1) / num_slices
