@@ -290,7 +290,12 @@ def test_the_compiler_itself(libtpu, monkeypatch, tmp_path, packed):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(plan, "_resolve", lambda: "")
     monkeypatch.setattr(plan, "pack", lambda root: packed)
-    small = ("--config.mesh.fsdp=4", "--config.mesh.data=1", "--config.train.batch_size=8")
+    small = (
+        "--config.mesh.fsdp=4",
+        "--config.mesh.data=1",
+        "--config.train.batch_size=8",
+        "--config.summary.plot=False",
+    )
     job = dataclasses.replace(QUICKSTART, overrides=small)
     lines = []
     found = make_plan(job, lambda url: "us-east5", lines.append)
