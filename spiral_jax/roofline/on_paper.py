@@ -54,8 +54,8 @@ def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: Train
     L, d, constants = train.sequence_length, model.d_model, constants_of(chips)
     state = costs.state_on(config, num_devices) if state is None else state
     moved = sum(costs.communication(config, num_devices, state))
-    # Along `tensor` devices have the same tokens. By the two layouts that were compiled, a device moves no fewer bytes of
-    # vectors for being one of two: what is cut is made up for by what both have whole.
+    # Along `tensor` devices have the same tokens. By the two layouts that were compiled, a device moves no fewer bytes
+    # of vectors for being one of two: what is cut is made up for by what both have whole.
     tokens = train.tokens_per_step * tensor / num_devices
     layer_tokens = train.batch_size * sum(layers * n for layers, n in model.executed_layers(L)) * tensor / num_devices
     vectors = layer_tokens * LAYER_VECTORS[model.remat] + tokens * ITERATION_VECTORS * (model.num_iterations + 1)
