@@ -165,7 +165,7 @@ def costs() -> list[dict[str, Any]]:
         config = RunConfig.from_dict(values.to_dict())
         model, needed = config.model, flops(config)
         total, found = (needed.dense + needed.attention_causal) * config.train.steps, {}
-        key = Model(model.notation, model.topology, model.total_parameters, model.head_width)
+        key = Model.of(model)
         for name, chips in slices:
             point = nearest(points, chips.generation.name, key)
             assert point is not None, "slices are those of points"

@@ -22,8 +22,7 @@ def command_line(job: Job, verb: str) -> str:
 
 def elsewhere(job: Job, memory: Memory) -> str:
     """Where the job has its slice, for all that is remembered, if that is somewhere else than asked for now."""
-    may_be_there = memory.phase not in ("absent", "ended") or memory.kept
-    return memory.where if may_be_there and memory.where not in ("", where(job)) else ""
+    return memory.where if memory.may_have_slice and memory.where not in ("", where(job)) else ""
 
 
 def what_bills(job: Job, seen: Observation, memory: Memory, now: float) -> str:

@@ -97,7 +97,7 @@ class Launcher:
                 self._go_on()
             self.settle()
         except BaseException:
-            if memory is None or memory.kept or memory.phase not in ("absent", "ended"):
+            if memory is None or memory.may_have_slice:
                 with contextlib.suppress(SpiralError):
                     self.settle()
                 self.babysitter.memory = memory or Memory()

@@ -73,6 +73,11 @@ class Memory:
     ending: str = ""
     result: int = 0
 
+    @property
+    def may_have_slice(self) -> bool:
+        """Whether there may be a slice, for all that is remembered."""
+        return self.kept or self.phase not in ("absent", "ended")
+
 
 class Taken(SpiralError):
     """Another launcher holds the job."""

@@ -126,7 +126,7 @@ class Spent(NamedTuple):
 def spent_by(job: Job) -> Spent:
     """What a job has spent, whichever launchers looked after it, by their memory on the bucket."""
     memory = Store(Bucket(job.root)).load()
-    over = not (memory.billing or memory.kept) and memory.phase in ("absent", "ended")
+    over = not (memory.billing or memory.may_have_slice)
     return Spent(memory.chip_seconds / 3600, over, memory.result if memory.phase == "ended" else None)
 
 

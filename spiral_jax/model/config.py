@@ -241,15 +241,14 @@ class ModelConfig:
         """FLOPs of the layers' matrix products in one forward pass over `length` tokens."""
         return sum(2 * layers * n * layer_weights(self) for layers, n in self.executed_layers(length))
 
+    def operator_vectors(self, found: "Declared", length: int) -> int:
+        """Vectors that a declared Linear takes in one pass over `length` tokens: chunks of a spreading, else tokens."""
+        return self.schedule[found.t].num_chunks(length) if found.field == "allocation" else length
+
     def operator_flops(self, length: int) -> int:
         """FLOPs of the matrix products that operators declare, in one forward pass over `length` tokens."""
-
-        def vectors(found: Declared) -> int:
-            # A spreading looks at chunks, everything else at tokens.
-            return self.schedule[found.t].num_chunks(length) if found.field == "allocation" else length
-
         matrices = [found for found in self.operators.declared() if found.linear.is_matrix]
-        return sum(2 * vectors(found) * found.linear.weights for found in matrices)
+        return sum(2 * self.operator_vectors(found, length) * found.linear.weights for found in matrices)
 
     def attention_flops(self, length: int, *, causal: bool) -> int:
         """FLOPs of the layers' scores and weighted sums in one forward pass: all, or those below the diagonal."""

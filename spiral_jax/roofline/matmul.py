@@ -8,6 +8,9 @@ import numpy as np
 
 from spiral_jax.roofline.hlo import Array, Instruction, UnreadableProgram
 
+# Times the matrix unit multiplies bfloat16 for a product of float32 with precision `highest`.
+FLOAT32_PASSES = 6
+
 
 class Matmul(NamedTuple):
     """`batch` products of [m, k] and [k, n]: batch * m * n * k multiply-adds, without padding.
@@ -104,8 +107,8 @@ def _pairs(places: dict[str, int], window: dict[str, tuple[int, ...]]) -> int:
 def _passes(instruction: Instruction, left: Array, right: Array) -> int:
     if algorithm := instruction.attributes.get("algorithm", ""):
         found = re.search(r"_x(\d)$", algorithm)
-        return int(found[1]) if found else (6 if algorithm == "dot_f32_f32_f32" else 1)
+        return int(found[1]) if found else (FLOAT32_PASSES if algorithm == "dot_f32_f32_f32" else 1)
     if "f32" not in (left.dtype, right.dtype):
         return 1
     precisions = re.findall(r"\w+", instruction.attributes.get("operand_precision", ""))
-    return max([{"high": 3, "highest": 6}.get(precision, 1) for precision in precisions], default=1)
+    return max([{"high": 3, "highest": FLOAT32_PASSES}.get(precision, 1) for precision in precisions], default=1)

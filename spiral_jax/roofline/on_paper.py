@@ -5,16 +5,9 @@ import math
 import jax.numpy as jnp
 
 from spiral_jax.hardware import Slice
-from spiral_jax.kernels.splash import block_size, padded_head_width
-from spiral_jax.roofline.predict import (
-    FLOAT32_PASSES,
-    KERNEL_PRODUCTS,
-    Prediction,
-    beside,
-    constants_of,
-    padded,
-    scores_in_blocks,
-)
+from spiral_jax.kernels.splash import LANES, block_size, padded_head_width
+from spiral_jax.roofline.matmul import FLOAT32_PASSES
+from spiral_jax.roofline.predict import KERNEL_PRODUCTS, Prediction, beside, constants_of, padded, scores_in_blocks
 from spiral_jax.training import costs
 from spiral_jax.training.config import StepConfig
 from spiral_jax.training.step import TrainState
@@ -36,7 +29,6 @@ KEEP_ALL_VECTORS, WORKING_VECTORS = 31.7, 20.0
 # Vectors among them whose last axis is a head's: queries, keys, values, what attention makes of them. A head narrower
 # than 128 takes as much room.
 HEAD_VECTORS = {"keep_all": 4, "keep_products": 4, "keep_attention": 1, "keep_inputs": 0}
-LANES = 128
 
 
 def estimate(config: StepConfig, chips: Slice, num_slices: int = 1, state: TrainState | None = None) -> Prediction:
@@ -116,9 +108,9 @@ def _small_products(config: StepConfig, tile: int) -> float:
     flops = 0.0
     for found in model.operators.declared():
         if not found.linear.is_matrix:
-            vectors = model.schedule[found.t].num_chunks(L) if found.field == "allocation" else L
             sizes = math.prod(found.linear.inputs), math.prod(found.linear.outputs)
-            flops += 3 * 2 * vectors * math.prod(padded(size, tile) for size in sizes) * FLOAT32_PASSES
+            weights = math.prod(padded(size, tile) for size in sizes)
+            flops += 3 * 2 * model.operator_vectors(found, L) * weights * FLOAT32_PASSES
     return config.train.batch_size * flops
 
 

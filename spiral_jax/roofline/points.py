@@ -5,10 +5,13 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.hardware import Slice, parse_slice
+
+if TYPE_CHECKING:
+    from spiral_jax.model.config import ModelConfig
 
 FOLDER = "tpu/predictions"
 
@@ -27,6 +30,11 @@ class Model(NamedTuple):
     topology: str
     parameters: int
     head_width: int
+
+    @classmethod
+    def of(cls, config: "ModelConfig") -> "Model":
+        """Of a configuration."""
+        return cls(config.notation, config.topology, config.total_parameters, config.head_width)
 
 
 class Point(NamedTuple):

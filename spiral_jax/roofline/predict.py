@@ -11,13 +11,12 @@ import jax.numpy as jnp
 
 from spiral_jax.hardware import Slice
 from spiral_jax.kernels import splash
+from spiral_jax.roofline.matmul import FLOAT32_PASSES
 from spiral_jax.roofline.work import Collective, Kernel, Matmul, Operation
 
 # Products of two [block, head_width] or [block, block] operands that each splash kernel computes per block of scores:
 # fwd q k and p v; dq q k once more, do v, ds k; dkv q k a third time, p do, do v, ds q.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-# By which the matrix unit makes a product of float32 of products of bfloat16.
-FLOAT32_PASSES = 6
 # The two chiplets of a chip talk over a link as fast as this many between chips (Google's page on TPU7x).
 LINKS_INSIDE_A_CHIP = 6
 

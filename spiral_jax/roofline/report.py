@@ -111,7 +111,7 @@ def report(config: StepConfig, chips: Slice, num_slices: int, step: CompiledStep
             "slices": num_slices,
             "devices": num_devices,
         },
-        "model": points.Model(model.notation, model.topology, model.total_parameters, model.head_width)._asdict(),
+        "model": points.Model.of(model)._asdict(),
         "step": {
             "mesh": layout["mesh"],
             "batch_size": train.batch_size,

@@ -187,15 +187,19 @@ def rows_of(workdir: Path) -> Path:
     return workdir / ("metrics" if is_bucket(workdir) else "metrics.jsonl")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl or of a folder of parts, none if it is missing; lines that hold none are left out."""
-    return [row for _, lines in _files(path) for line in lines if (row := _row(line)) is not None]
+def read_rows(path: Path, since: int = 0) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl or of a folder of parts, none if it is missing; lines that hold none are left out.
+
+    Args:
+      path: `rows_of` a run.
+      since: parts that end before this step may be left out.
+    """
+    return [row for _, lines in _files(path, since) for line in lines if (row := _row(line)) is not None]
 
 
 def read_row(path: Path, step: int) -> dict[str, Any] | None:
     """The row of a step; None if there is none."""
-    rows = (row for _, lines in _files(path, step) for line in lines if (row := _row(line)) is not None)
-    return next((row for row in reversed(list(rows)) if row["step"] == step), None)
+    return next((row for row in reversed(read_rows(path, step)) if row["step"] == step), None)
 
 
 def drop_rows_after(path: Path, last_step: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import pytest
 
@@ -182,7 +181,7 @@ def test_stop_is_not_answered_by_a_new_start():
     world.bucket.objects["control/stop"] = (str(world.cloud.now + 600).encode(), 1)
     assert world.run() == 42
     assert len(world.attempts) == 1 and "BILLS; delete it with" in world.said[-1]
-    assert json.loads(world.bucket.objects["launch.json"][0])["kept"]
+    assert world.remembered()["kept"]
 
 
 def test_a_bucket_that_does_not_answer_stops_what_is_new_and_not_what_ends():
@@ -232,7 +231,7 @@ def test_what_was_counted_before_a_stop_is_not_counted_again():
     world.bucket.delete("control/stop")
     world.cloud.now += 7200  # it bills on
     ended_well(world, world.run())
-    counted = json.loads(world.bucket.objects["launch.json"][0])["chip_seconds"] / 8
+    counted = world.remembered()["chip_seconds"] / 8
     assert counted == pytest.approx(world.cloud.billed(), rel=0.02)
 
 

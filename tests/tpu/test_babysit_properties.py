@@ -1,7 +1,6 @@
 """Whatever a cloud does, and whenever the launcher dies: never two slices, nothing after success, never over a cap."""
 
 import contextlib
-import json
 
 import pytest
 from hypothesis import given, settings
@@ -85,11 +84,6 @@ def script(first, events):
     )
 
 
-def has_ended(world: World) -> bool:
-    written = world.bucket.objects.get("launch.json")
-    return written is not None and json.loads(written[0])["phase"] == "ended"
-
-
 def lives_through(script: dict, deaths: list[int], provider: str) -> World:
     """The world after launchers that died at their n-th step, and one that did not. `World` checks each create."""
     world = World(
@@ -98,7 +92,8 @@ def lives_through(script: dict, deaths: list[int], provider: str) -> World:
     )  # fmt: skip
     for death in deaths:
         with contextlib.suppress(Unreachable):
-            if not world.killed(at=death) or has_ended(world):  # which it may have written before it died
+            # It had come to its end before, or had written so as it died.
+            if not world.killed(at=death) or world.remembered().get("phase") == "ended":
                 return world
     while True:
         try:

@@ -233,8 +233,7 @@ def test_verbs_against_the_program_on_path(tmp_path, monkeypatch):
     assert launch.main(["create", *flags], **rest) == 0
     assert launch.main(["status", *flags], **rest) == 0
     # A `not found` soon after a create would be waited for; that is real time here.
-    memory = json.loads(world.bucket.objects["launch.json"][0])
-    world.bucket.objects["launch.json"] = (json.dumps(memory | {"asked": 0}).encode(), 99)
+    world.bucket.objects["launch.json"] = (json.dumps(world.remembered() | {"asked": 0}).encode(), 99)
     assert launch.main(["delete", *flags], **rest) == 0
     assert "nothing bills" in said[-1]
     log = (tmp_path / "log").read_text()

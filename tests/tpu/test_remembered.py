@@ -18,10 +18,6 @@ from tpu.providers import Observation, State
 FOR_DAYS = {"jobs": [{"runs": 10**6, "status": 0}]}
 
 
-def remembered(world: World) -> dict:
-    return json.loads(world.bucket.objects["launch.json"][0])
-
-
 def left_alone(**more) -> World:
     """A job that trains, and whose launcher is dead."""
     world = World(FOR_DAYS | more)
@@ -33,10 +29,10 @@ def left_alone(**more) -> World:
 
 def test_a_deletion_without_the_bucket_remembers_what_was():
     world = left_alone()
-    before = remembered(world)
+    before = world.remembered()
     world.bucket_down = [(world.elapsed, world.elapsed + 15)]
     assert world.babysitter("x:1:a").delete() == 0 and world.left() == []
-    after = remembered(world)
+    after = world.remembered()
     assert world.heard("cannot be used") and after["phase"] == "ended" and after["attempt"] == before["attempt"] == 1
     assert after["chip_seconds"] >= before["chip_seconds"] > 0
 
@@ -45,7 +41,7 @@ def test_what_another_version_has_written_is_not_replaced():
     world = left_alone()
     world.bucket.put("launch.json", {"of": "another version"})
     assert world.babysitter("x:1:a").delete() == 0 and world.left() == []
-    assert remembered(world) == {"of": "another version"}
+    assert world.remembered() == {"of": "another version"}
 
 
 def test_a_launcher_that_was_overtaken_writes_nothing_any_more():
@@ -57,7 +53,7 @@ def test_a_launcher_that_was_overtaken_writes_nothing_any_more():
     with pytest.raises(SpiralError, match="written by another launcher"), mine._holding():
         theirs.memory = theirs.store.save(replace(theirs.store.load(), phase="deleting", ending="deleted", result=2))
         mine.memory = mine.store.save(mine.memory)
-    assert remembered(world)["owner"] == "elsewhere:2:b" and remembered(world)["phase"] == "deleting"
+    assert world.remembered()["owner"] == "elsewhere:2:b" and world.remembered()["phase"] == "deleting"
     assert theirs._watch() == 2 and world.left() == []
 
 
@@ -65,7 +61,7 @@ def test_a_slice_that_was_kept_is_not_forgotten_by_a_start_that_saw_nothing():
     outage = {"when": r" describe .*us-east5-a", "error": "auth", "from": 6000, "to": 10000}
     world = left_alone(fail=[outage])
     world.bucket.objects["control/stop"] = (str(world.cloud.now).encode(), 1)
-    assert world.run() == 42 and world.left() and remembered(world)["kept"]
+    assert world.run() == 42 and world.left() and world.remembered()["kept"]
     world.bucket.delete("control/stop")
     world.cloud.now = world.cloud.start + 6100
     world.interrupt_at = world.elapsed + 200

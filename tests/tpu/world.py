@@ -124,6 +124,11 @@ class World:
         """Whether it is now one of these times, pairs of seconds."""
         return any(since <= self.elapsed < until for since, until in times)
 
+    def remembered(self) -> dict[str, Any]:
+        """The launcher's memory, as it is on the bucket; empty if there is none."""
+        written = self.bucket.objects.get("launch.json")
+        return json.loads(written[0]) if written else {}
+
     def step(self, what: str) -> None:
         """One thing that a launcher does to the world."""
         if self.dead:
