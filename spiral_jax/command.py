@@ -128,7 +128,7 @@ def _pass_over_absent_tpu() -> None:
 
     jax would start it and wait, it would warn in ten lines, and its profiler would end the process.
     """
-    asked: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    asked: str | None = jax.config.values["jax_platforms"]
     if not asked and not has_accelerators() and importlib.util.find_spec("libtpu") is not None:
         jax.config.update("jax_platforms", "cpu")
 

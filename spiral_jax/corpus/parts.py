@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from etils import epath
 
 from spiral_jax.corpus.pieces import Piece
 from spiral_jax.corpus.store_writer import Counts, check_ids
@@ -82,7 +83,7 @@ class Part:
         return not size or (path.exists() and path.stat().st_size == size)
 
 
-def json_or_none(path: Path) -> Any:
+def json_or_none(path: Path | epath.Path) -> Any:
     """What is in a file of JSON, or None if there is no such file or it is damaged."""
     try:
         return read_json(path, max_bytes=2**31)  # ours, and as long as there are pieces

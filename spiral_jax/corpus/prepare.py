@@ -29,21 +29,23 @@ from spiral_jax.corpus.bpe import train_with_progress
 from spiral_jax.corpus.exclusive import Check, exclusive
 from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
+from spiral_jax.corpus.result import MARK, RESULT, copy_to_bucket, describe, is_made, read_result
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
 from spiral_jax.corpus.store_writer import Counts, StoreWriter
 from spiral_jax.corpus.texts import SAMPLE_BYTES, NotText, sample_texts
 from spiral_jax.corpus.workers import encode_pieces
-from spiral_jax.data.atomic import partial_of, rename_whole, whole_folder, write_text
+from spiral_jax.data.atomic import AnyPath, partial_of, rename_whole, whole_folder, write_text
+from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import write_json
 from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
-from spiral_jax.data.storage import local_path
+from spiral_jax.data.staging import stand_in
+from spiral_jax.data.storage import reachable_path
 from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
 from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.progress import Progress, Report
 
-RESULT = "prepared.json"
 # Part of the fingerprint: raise it when the same input would give other tokens.
 _RECIPE_VERSION = 3
 
@@ -108,7 +110,7 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
             prepared = None
         if prepared is None:
             return _build(recipe, folder, report)
-        report(f"data: using {folder}: {_describe(folder)}")
+        report(f"data: using {folder}: {describe(folder)}")
         return prepared
 
 
@@ -119,26 +121,28 @@ def prepare_folder(
 
     Args:
       config: which text, which tokenizer.
-      output: the folder, new or empty; or what an earlier call with the same input and config made.
+      output: the folder, new or empty; or what an earlier call with the same input and config made. One on a bucket is
+        made on this machine (`staging.stand_in`) and copied when whole.
       report: called with a line of progress now and then.
       check: called often; raises to stop, and the next call goes on from there.
 
     Raises:
       SpiralError: as `prepare_stores`, or the folder holds something else.
     """
-    folder = local_path("--output", output)
+    place = reachable_path("--output", output)
+    folder = stand_in(place) if is_bucket(place) else Path(os.fspath(place))
     recipe = _recipe(config, folder, report)
     with exclusive(folder.parent, f".{folder.name}.lock", report, check):
-        if folder.exists() and not folder.is_dir():
-            raise SpiralError(f"{folder} is a file; allowed: a new or an empty folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            if _result(folder).get("source") != recipe.fingerprint:
-                what = "stores of other input or options" if (folder / RESULT).exists() else "other files"
-                raise SpiralError(f"{folder} holds {what}; allowed: a new or an empty folder")
-            if _open(folder, recipe.fingerprint):
-                report(f"data: {folder} is complete: {_describe(folder)}")
-                return
-        _build(recipe, folder, report, check)
+        if is_made(place, recipe.fingerprint):
+            _open(place, recipe.fingerprint)
+            report(f"data: {place} is complete: {describe(place)}")
+        elif not is_bucket(place):
+            _build(recipe, folder, report, check)
+        else:
+            write_json(place / MARK, {"source": recipe.fingerprint})
+            if read_result(folder).get("source") != recipe.fingerprint:  # of no earlier call that could not copy it
+                _build(recipe, folder, report, check)
+            copy_to_bucket(folder, place, report, check)
 
 
 def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
@@ -170,41 +174,19 @@ def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
     return Recipe(config, split, None if config.tokenizer == "bpe" else configured_tokenizer(config))
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    """What `prepared.json` says, or nothing if it is missing or damaged."""
-    content = json_or_none(folder / RESULT)
-    try:
-        counts = [Counts(**content["splits"][split]) for split in SPLITS]
-        numbers = [number for found in counts for number in dataclasses.astuple(found)]
-        return content if all(isinstance(number, int) for number in numbers) else {}
-    except (KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _open(folder: Path, fingerprint: str) -> PreparedData | None:
+def _open(folder: AnyPath, fingerprint: str) -> PreparedData | None:
     """Opens what an earlier run made; SpiralError if it is damaged."""
     if not folder.is_dir():
         return None
-    result = _result(folder)
+    result = read_result(folder)
     if result.get("source") != fingerprint:
         raise SpiralError(f"{folder / RESULT} is missing or damaged")
     prepared = open_folder(folder)
     if (prepared.validation is not None) != bool(result["splits"]["validation"]["documents"]):
         raise SpiralError(f"{folder}/validation is not what {RESULT} says")
-    shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run that was killed when all was done
+    if not is_bucket(folder):
+        shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run that was killed when all was done
     return prepared
-
-
-def _describe(folder: Path) -> str:
-    """The statistics of a folder of stores, in a line."""
-
-    def numbers(counts: dict[str, int]) -> str:
-        if not counts["documents"]:
-            return "none"
-        ratio = counts["utf8_bytes"] / counts["tokens"]
-        return f"{counts['documents']:,} documents, {counts['tokens']:,} tokens, {ratio:.2f} bytes per token"
-
-    return "; ".join(f"{split} {numbers(counts)}" for split, counts in _result(folder)["splits"].items())
 
 
 def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: None) -> PreparedData:
@@ -248,7 +230,7 @@ def _build(recipe: Recipe, folder: Path, report: Report, check: Check = lambda: 
         report(f"data: skipped {counted} that hold no text, among them:")
         for line in result["first_skipped"]:
             report(f"data:   {line}")
-    report(f"data: wrote {folder}: {_describe(folder)}")
+    report(f"data: wrote {folder}: {describe(folder)}")
     return open_folder(folder)
 
 

@@ -4,10 +4,12 @@ An object is there whole or not at all, and a write can ask for the generation t
 no locks and no renames (but copies), and nothing can be appended.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib
 import logging
 import os
@@ -193,20 +195,45 @@ def read_all(paths: Sequence[epath.Path]) -> list[bytes]:
     return [found[name] for name in names]
 
 
-def upload(folder: pathlib.Path, to: epath.Path, *, alone: bool = False) -> None:
+def upload(
+    folder: pathlib.Path, to: epath.Path, *, alone: bool = False, copied: Callable[[int], None] = lambda size: None
+) -> None:
     """Copies a folder's files, those that say what others hold (JSON) last: who finds one finds what it speaks of.
+
+    A file that is there already, by size and MD5, is not copied again.
 
     Args:
       folder: of this machine.
       to: on the bucket.
       alone: whether other files that are there are removed at the end.
+      copied: told of bytes that have been copied, or are there, by many threads; an Exception that it
+        raises ends the copying.
     """
-    files = {path: to / path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    others = set(_file_system().find(str(to))) - {str(path).removeprefix(SCHEME) for path in files.values()}
+    from fsspec.callbacks import Callback
+
+    class Told(Callback):
+        value: int
+
+        def absolute_update(self, value: int) -> None:
+            before, self.value = self.value, value
+            copied(value - before)
+
+    files = {
+        path: str(to / path.relative_to(folder).as_posix()).removeprefix(SCHEME)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    there: dict[str, dict[str, Any]] = _file_system().find(str(to), detail=True)
+    others = there.keys() - set(files.values())
     last = sorted((path for path in files if path.suffix == ".json"), key=lambda path: (-len(path.parts), path))
 
     def put(path: pathlib.Path) -> None:
-        _file_system().put_file(str(path), str(files[path]))
+        size = path.stat().st_size
+        found = there.get(files[path], {})
+        if found.get("size") == size and found.get("md5Hash") == _md5(path):
+            copied(size)
+        else:
+            _file_system().put_file(str(path), files[path], callback=Told())
 
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(put, files.keys() - set(last)))
@@ -224,6 +251,12 @@ def download(files: Sequence[epath.Path], folder: pathlib.Path) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(get, files))
+
+
+def _md5(path: pathlib.Path) -> str:
+    """Of a file, as Google Cloud Storage writes it."""
+    with path.open("rb") as file:
+        return base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode("ascii")
 
 
 @functools.cache

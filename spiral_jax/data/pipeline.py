@@ -186,7 +186,7 @@ class WindowReader:
             rows_R = np.flatnonzero(source_B == index)
             tokens_BxW[rows_R] = read_windows(self._sources[index], window_B[rows_R], self._sequence_length)
         # A negative id counts as a large one.
-        if tokens_BxW.view(np.uint32).max() >= self._vocab_size:
+        if np.max(tokens_BxW.view(np.uint32)) >= self._vocab_size:
             row, column = np.argwhere(tokens_BxW.view(np.uint32) >= self._vocab_size)[0]
             source = self._sources[source_B[row]]
             place = source.locate(window_start(source, window_B[row], self._sequence_length) + int(column))

@@ -1,6 +1,8 @@
 """Folders that are written by libraries which know disks alone: on a bucket, by way of this machine's disk."""
 
 import contextlib
+import hashlib
+import os
 import pathlib
 import shutil
 import tempfile
@@ -10,6 +12,7 @@ from etils import epath
 
 from spiral_jax.data import atomic
 from spiral_jax.data.bucket import download, is_bucket, upload
+from spiral_jax.errors import SpiralError
 
 
 class Staging:
@@ -61,6 +64,22 @@ def whole_folder(folder: pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
         staging.finish(alone=True)
     finally:
         staging.discard()
+
+
+def stand_in(folder: epath.Path) -> pathlib.Path:
+    """The folder of this machine for one on a bucket that takes long to make; another process goes on with it.
+
+    It is in a folder below TMPDIR in which no other user may write.
+
+    Raises:
+      SpiralError: it cannot be made, or is somebody else's.
+    """
+    above = pathlib.Path(tempfile.gettempdir(), f"spiral_jax-{os.getuid()}")
+    with atomic.written(above):
+        above.mkdir(mode=0o700, exist_ok=True)
+        if above.is_symlink() or above.stat().st_uid != os.getuid():
+            raise SpiralError(f"{above} is another user's; allowed: another folder in TMPDIR")
+    return above / hashlib.sha256(str(folder).encode("utf-8")).hexdigest()[:16]
 
 
 @contextlib.contextmanager

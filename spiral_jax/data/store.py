@@ -235,7 +235,7 @@ class TokenStore(TokenSource):
             first, last = np.searchsorted(ends_M, [begin, begin + len(tokens_N)])
             separators_M = tokens_N[ends_M[first:last] - begin]
             if largest >= self.manifest.vocab_size and not wrong:
-                position = int((tokens_N >= self.manifest.vocab_size).argmax())
+                position = int(np.argmax(tokens_N >= self.manifest.vocab_size))
                 wrong = f"{self.locate(begin + position)} is id {tokens_N[position]}"
                 wrong += f"; allowed: 0 to {self.manifest.vocab_size - 1}"
             if np.any(separators_M != self.manifest.separator_id) and not wrong:

@@ -34,7 +34,7 @@ class ExampleScore:
     @property
     def loss(self) -> float:
         """Nats, the mean over all weights."""
-        return float(self.nats_N.sum() / self.weights_N.sum())
+        return float(np.sum(self.nats_N) / np.sum(self.weights_N))
 
     @property
     def accuracy(self) -> float:

@@ -44,7 +44,7 @@ def batches(source: TokenSource, length: int, samples: int, batch_size: int, see
     random = np.random.default_rng(seed)
     windows_N = np.sort(random.choice(num_windows(source, length), samples, replace=False))
     tokens_M = np.sort(random.choice(samples * length, min(TOKENS, samples * length), replace=False))
-    most = int(np.bincount(tokens_M // length).max())
+    most = int(np.max(np.bincount(tokens_M // length)))
     for first in range(0, samples, batch_size):
         windows_B = windows_N[first : first + batch_size]
         batch = Batch(

@@ -206,7 +206,7 @@ def padded_flops(product: Matmul, tile: int) -> float:
 
 def kernel_scores(kernel: Kernel, chips: Slice, block: int | None = None) -> float:
     """Scores that a splash kernel computes: whole blocks, of which those above the diagonal are skipped."""
-    dtype = jnp.float32 if kernel.dtype == "f32" else jnp.bfloat16
+    dtype = jnp.dtype(jnp.float32 if kernel.dtype == "f32" else jnp.bfloat16)
     chosen = splash.block_size(kernel.length, kernel.head_width, dtype, chips.generation.device_kind)
     return kernel.rows * scores_in_blocks(kernel.length, block or chosen)
 

@@ -44,7 +44,7 @@ def check_profile(profiled: range, last_step: int) -> None:
     require(profiled.start <= last_step, "--profile", flag, f"steps up to {last_step}, the last one of the run")
     # jax has loaded the TPU's library, which is installed, has found no TPU, and keeps a profiler for it that crashes.
     platform = jax.devices()[0].platform
-    asked: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    asked: str | None = jax.config.values["jax_platforms"]
     crashes = platform != "tpu" and (not asked or "tpu" in asked) and importlib.util.find_spec("libtpu") is not None
     allowed = f"with JAX_PLATFORMS={platform} in the environment, as libtpu is installed here and there is no TPU"
     require(not crashes, "--profile", flag, allowed)

@@ -181,7 +181,7 @@ class MegatronIndex:
             boundaries_D = self._boundaries(start, min(stop + 1, self.num_boundaries))
             falling_D = boundaries_D[1:] < boundaries_D[:-1]
             if falling_D.any():
-                first = int(falling_D.argmax())
+                first = int(np.argmax(falling_D))
                 raise SpiralError(
                     f"{self.blob.name}: document {start + first} begins at sequence {boundaries_D[first]} and the next "
                     f"one at {boundaries_D[first + 1]}; allowed: boundaries that do not fall"

@@ -154,7 +154,7 @@ class MegatronTokens(TokenSource):
     def _check_ids(self, position: int, tokens_N: np.ndarray, allowed: int) -> tuple[int, int]:
         low, high = int(tokens_N.min()), int(tokens_N.max())
         if low < 0 or high > allowed:
-            first = int(((tokens_N < 0) | (tokens_N > allowed)).argmax())
+            first = int(np.argmax((tokens_N < 0) | (tokens_N > allowed)))
             raise SpiralError(f"{self.locate(position + first)} is id {tokens_N[first]}; allowed: 0 to {allowed}")
         return low, high
 
