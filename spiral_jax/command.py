@@ -18,7 +18,18 @@ from jax._src import xla_bridge
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from spiral_jax.errors import Diverged, SpiralError, Unreachable, blamed, escape_unprintable, lines_in, require, shown
+from spiral_jax.errors import (
+    Diverged,
+    SpiralError,
+    Unreachable,
+    blamed,
+    escape_unprintable,
+    is_of_bucket,
+    is_refusal,
+    lines_in,
+    require,
+    shown,
+)
 from spiral_jax.hardware import has_accelerators
 from spiral_jax.parallel import gloo
 from spiral_jax.parallel.ending import Ending
@@ -119,6 +130,7 @@ def joined(values: flags.FlagValues, guards: Guards | None = None, *, silence: f
         sys.exit(interrupt.status)
     except (Exception, KeyboardInterrupt) as error:
         expected = isinstance(error, SpiralError | Diverged | KeyboardInterrupt | BrokenPipeError)
+        expected = expected or is_of_bucket(error)
         ending.leave(*_outcome(error), expected=expected)
         raise
 
@@ -174,6 +186,9 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
             return DIVERGED, f"diverged: {error}"
         case Interrupted():
             return error.status, str(error)
+        case _ if error is not None and is_of_bucket(error):
+            status = USAGE if is_refusal(error) else HUNG
+            return status, f"error: a bucket refuses, or does not answer ({type(error).__name__}: {_cut(error)})"
         case KeyboardInterrupt():
             return 128 + signal.SIGINT, "interrupted"
         case BrokenPipeError():

@@ -8,6 +8,11 @@ import traceback
 from collections.abc import Iterator
 
 _SHOWN = 400  # characters of a value in a message
+# Modules of the errors of what asks buckets.
+_BUCKET_LIBRARIES = (
+    "gcsfs.", "aiohttp.", "google.api_core.", "google.auth.", "google.cloud.", "google.resumable_media.", "requests.",
+    "urllib3.",
+)  # fmt: skip
 
 
 class SpiralError(Exception):
@@ -30,6 +35,19 @@ class Unreachable(SpiralError):
 
 class Diverged(Exception):
     """Training whose numbers are no numbers any more; the message is a single line. Commands exit with status 44."""
+
+
+def is_of_bucket(error: BaseException) -> bool:
+    """Whether an error is one of the libraries that ask buckets, which have many kinds."""
+    return any(f"{kind.__module__}.".startswith(_BUCKET_LIBRARIES) for kind in type(error).mro())
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a bucket's error is an answer that the user can mend: other ones may pass."""
+    # Of HTTP; gcsfs has no type of its own for 403.
+    code = getattr(error, "code", None)
+    answered = isinstance(code, int) and 400 <= code < 500 and code not in (408, 429)
+    return answered or str(error).startswith("Forbidden") or type(error).__name__ == "DefaultCredentialsError"
 
 
 def escape_unprintable() -> None:

@@ -26,7 +26,7 @@ from spiral_jax.data.atomic import write_text
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.staging import whole_folder
 from spiral_jax.data.storage import writable_path
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import SpiralError, Unreachable, require
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import read_model_of, run_directory, tokenizer_of
@@ -147,6 +147,8 @@ def _files_of_export(output: str | None) -> frozenset[str]:
     try:
         manifest = read_json_object(writable_path("--output", output or "") / MANIFEST)
         return frozenset(manifest["files"] if manifest["format"] == "spiral_jax.export" else ())
+    except Unreachable:
+        raise
     except (SpiralError, KeyError, TypeError):
         return frozenset()
 

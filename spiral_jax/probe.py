@@ -27,7 +27,7 @@ from spiral_jax.data.staging import whole_folder
 from spiral_jax.data.storage import writable_path
 from spiral_jax.data.tokenizers import load_tokenizer
 from spiral_jax.data.windows import TokenSource, num_windows
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import SpiralError, Unreachable, require
 from spiral_jax.evaluate import on_these_devices, open_input, placed_model
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.parallel.heap import keep_freed_memory
@@ -228,6 +228,8 @@ def files_of_probe(place: str) -> frozenset[str]:
     """The files that a probe before left in a folder, which another one may replace."""
     try:
         is_probe = read_json_object(writable_path("--output", place) / ABOUT).get("format") == FORMAT
+    except Unreachable:
+        raise
     except SpiralError:
         is_probe = False
     return frozenset(FILES if is_probe else ())

@@ -88,7 +88,9 @@ def main(values: flags.FlagValues) -> None:
         )
         with NothingLeft(workdir, processes.is_main) as started:
             make_workdir(workdir)
+            guards.watchdog.expect_nothing()  # another start may have the claim for as long as it trains
             with claim(workdir, processes, guards.end_alone) as guards.claim, started.claimed():
+                guards.watchdog.expect("the start", "start_minutes")
                 processes.check_shared(workdir, "--workdir")
                 run(config, workdir, profiled, processes, guards, started)
 

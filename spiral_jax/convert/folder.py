@@ -9,9 +9,9 @@ from spiral_jax.convert.architecture import Fields, config_from_huggingface
 from spiral_jax.convert.tensors import params_from_tensors
 from spiral_jax.convert.weights import Weights
 from spiral_jax.data.json_files import MAX_CONFIG_BYTES, read_json_object
-from spiral_jax.data.staging import fetched
+from spiral_jax.data.staging import fetched, unfinished
 from spiral_jax.data.storage import reachable_path
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.neox import param_dtype
 
@@ -22,6 +22,8 @@ def is_huggingface(folder: Path | epath.Path) -> bool:
     """Whether a folder's `config.json` is one of Hugging Face's; a run directory has one of ours."""
     try:
         return "model_type" in read_json_object(folder / CONFIG, MAX_CONFIG_BYTES)
+    except Unreachable:
+        raise
     except SpiralError:
         return False
 
@@ -57,7 +59,7 @@ def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = fr
     Args:
       flag: how it is called in errors.
       given: the path; it must not be there, or be empty.
-      replaceable: names of files that it may hold all the same.
+      replaceable: names of files that it may hold all the same, beside those of a copy to a bucket that broke off.
 
     Raises:
       SpiralError: not given, not a folder, or one that holds something else.
@@ -68,7 +70,7 @@ def output_folder(flag: str, given: str | None, replaceable: frozenset[str] = fr
     folder = reachable_path(f"--{flag}", given)
     if folder.exists() and not folder.is_dir():
         raise SpiralError(f"--{flag} {folder} is a file; allowed: {allowed}")
-    foreign = sorted({path.name for path in folder.glob("*")} - replaceable)
+    foreign = sorted({path.name for path in folder.glob("*")} - replaceable - unfinished(folder))
     if foreign:
         raise SpiralError(f"--{flag} {folder} holds {foreign[0]}; allowed: {allowed}")
     return folder

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from spiral_jax.corpus.bpe import train_with_progress
 from spiral_jax.corpus.exclusive import Check, exclusive
@@ -91,12 +92,18 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
 
     Args:
       config: which text, which tokenizer.
-      cache_dir: where stores are kept; made if missing.
+      cache_dir: where stores are kept, perhaps on a bucket; made if missing.
       report: called with a line of progress now and then.
 
     Raises:
       SpiralError: missing files, empty or undecodable text, tokenizer that does not fit, unwritable cache.
     """
+    if is_bucket(cache_dir):
+        place = epath.Path(cache_dir)
+        recipe = _recipe(config, stand_in(place), report)
+        place /= recipe.fingerprint[:16]
+        _make_on_bucket(place, stand_in(place), recipe, report, lambda: None)
+        return open_folder(place, config)
     cache = Path(cache_dir)
     recipe = _recipe(config, cache, report)
     folder = cache / recipe.fingerprint[:16]
@@ -132,17 +139,28 @@ def prepare_folder(
     place = reachable_path("--output", output)
     folder = stand_in(place) if is_bucket(place) else Path(os.fspath(place))
     recipe = _recipe(config, folder, report)
+    if is_bucket(place):
+        _make_on_bucket(place, folder, recipe, report, check)
+        return
     with exclusive(folder.parent, f".{folder.name}.lock", report, check):
         if is_made(place, recipe.fingerprint):
             _open(place, recipe.fingerprint)
             report(f"data: {place} is complete: {describe(place)}")
-        elif not is_bucket(place):
-            _build(recipe, folder, report, check)
         else:
-            write_json(place / MARK, {"source": recipe.fingerprint})
-            if read_result(folder).get("source") != recipe.fingerprint:  # of no earlier call that could not copy it
-                _build(recipe, folder, report, check)
-            copy_to_bucket(folder, place, report, check)
+            _build(recipe, folder, report, check)
+
+
+def _make_on_bucket(place: epath.Path, folder: Path, recipe: Recipe, report: Report, check: Check) -> None:
+    """Makes a folder of stores on a bucket, by way of one of this machine, if it is not there."""
+    with exclusive(folder.parent, f".{folder.name}.lock", report, check):
+        if is_made(place, recipe.fingerprint):
+            _open(place, recipe.fingerprint)
+            report(f"data: {place} is complete: {describe(place)}")
+            return
+        write_json(place / MARK, {"source": recipe.fingerprint})
+        if read_result(folder).get("source") != recipe.fingerprint:  # of no earlier call that could not copy it
+            _build(recipe, folder, report, check)
+        copy_to_bucket(folder, place, report, check)
 
 
 def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from spiral_jax.errors import SpiralError, Unreachable
+from spiral_jax.errors import SpiralError, Unreachable, is_of_bucket, is_refusal
 
 SCHEME = "gs://"
+COMMITTED = "commit_success.txt"  # with which orbax says that a folder is whole
 _PACKAGES = ("gcsfs", "google.cloud.storage")
-_LIBRARIES = {"gcsfs", "aiohttp", "google", "requests", "urllib3"}  # whose errors are about the storage
 _SECONDS_OF_A_REQUEST = 10.0
 _SECONDS_OF_RETRIES = 30.0
 _AT_ONCE = 8  # files copied side by side
@@ -46,9 +46,11 @@ def bucket_path(field: str, place: str | os.PathLike) -> epath.Path:
     Raises:
       SpiralError: another spelling, or a package is missing.
     """
-    found = re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9]/(.+?)/*", str(place))
+    # gcsfs takes the characters left out for patterns, also where it removes.
+    found = re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9]/([^*?\[\]]+?)/*", str(place))
     if found is None or {"", ".", ".."} & set(found[1].split("/")):
-        raise SpiralError(f"{field} is {str(place)!r}; allowed: a path, or a folder as gs://BUCKET/FOLDER")
+        allowed = "a path, or a folder as gs://BUCKET/FOLDER, without any of *?[]"
+        raise SpiralError(f"{field} is {str(place)!r}; allowed: {allowed}")
     for package in _PACKAGES:
         try:
             _prepare()  # gcsfs looks at the environment when it is imported
@@ -75,13 +77,25 @@ def check_reachable(field: str, path: epath.Path) -> None:
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Whether an error is a disk's or a bucket's: those of the libraries that ask buckets are of many kinds."""
-    return isinstance(error, OSError) or any(kind.__module__.split(".")[0] in _LIBRARIES for kind in type(error).mro())
+    """Whether an error is a disk's or a bucket's."""
+    return isinstance(error, OSError) or is_of_bucket(error)
+
+
+@contextlib.contextmanager
+def despite_trouble() -> Iterator[None]:
+    """What a disk or a bucket refuses in here does not matter."""
+    try:
+        yield
+    except Exception as error:
+        if not is_trouble(error):
+            raise
 
 
 @contextlib.contextmanager
 def refusals(path: pathlib.Path | epath.Path, line: Callable[[str], str]) -> Iterator[None]:
     """What a disk or a bucket refuses in here is a SpiralError; one of a bucket's that may pass is `Unreachable`.
+
+    Where `path` is on a disk, errors of a bucket are about something else, and are let through.
 
     Args:
       path: of what is used in the block.
@@ -90,20 +104,10 @@ def refusals(path: pathlib.Path | epath.Path, line: Callable[[str], str]) -> Ite
     try:
         yield
     except Exception as error:
-        if not is_trouble(error):
+        if not is_trouble(error) or (is_of_bucket(error) and not is_bucket(path)):
             raise
-        kind = _kind_of(error) if is_bucket(path) else SpiralError
+        kind = Unreachable if is_bucket(path) and not is_refusal(error) else SpiralError
         raise kind(line(reason(error))) from error
-
-
-def _kind_of(error: BaseException) -> type[SpiralError]:
-    """Whether a bucket's trouble is a refusal, which the user can mend, or something that may pass."""
-    from google.api_core.exceptions import ClientError
-    from google.auth.exceptions import DefaultCredentialsError
-
-    # gcsfs has no type of its own for 403.
-    refused = isinstance(error, ClientError | DefaultCredentialsError) or str(error).startswith("Forbidden")
-    return SpiralError if refused else Unreachable
 
 
 def reason(error: BaseException) -> str:
@@ -148,6 +152,11 @@ class Versioned:
                     continue
         return None
 
+    def is_there(self) -> bool:
+        """Whether there is such an object."""
+        with self._lock:
+            return self._blob(fresh=True) is not None
+
     def write(self, content: bytes, generation: int) -> int | None:
         """Replaces the object.
 
@@ -178,7 +187,8 @@ class Versioned:
             blob = _client().bucket(self._bucket).blob(f"{self._name}.now-{os.urandom(8).hex()}")
             blob.upload_from_string(b"", timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
             written = blob.updated
-            blob.delete(timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
+            with despite_trouble():  # of a first try that was done, although its answer was lost, among others
+                blob.delete(timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
             return written
 
     def _blob(self, fresh: bool = False) -> Any:
@@ -186,6 +196,22 @@ class Versioned:
         if not fresh:
             return bucket.blob(self._name)
         return bucket.get_blob(self._name, timeout=_SECONDS_OF_A_REQUEST, retry=_retry())
+
+
+def folders_with(folder: epath.Path, name: str) -> set[str]:
+    """Names of the folders in `folder` that hold an object `name`.
+
+    Raises:
+      Exception: of the bucket's library, where epath's `is_dir` would take some of them for "no".
+    """
+    bucket, place = _split(folder)
+    listed = _client().list_blobs(
+        bucket, prefix=f"{place}/", delimiter="/", timeout=_SECONDS_OF_A_REQUEST, retry=_retry()
+    )
+    for _ in listed:  # prefixes are known once all pages are read
+        pass
+    names = {prefix.removeprefix(f"{place}/").rstrip("/") for prefix in listed.prefixes}
+    return {each for each in names if Versioned(folder / each / name).is_there()}
 
 
 def read_all(paths: Sequence[epath.Path]) -> list[bytes]:
@@ -198,7 +224,7 @@ def read_all(paths: Sequence[epath.Path]) -> list[bytes]:
 def upload(
     folder: pathlib.Path, to: epath.Path, *, alone: bool = False, copied: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Copies a folder's files, those that say what others hold (JSON) last: who finds one finds what it speaks of.
+    """Copies a folder's files, those that say what others hold last: who finds one finds what it speaks of.
 
     A file that is there already, by size and MD5, is not copied again.
 
@@ -225,7 +251,8 @@ def upload(
     }
     there: dict[str, dict[str, Any]] = _file_system().find(str(to), detail=True)
     others = there.keys() - set(files.values())
-    last = sorted((path for path in files if path.suffix == ".json"), key=lambda path: (-len(path.parts), path))
+    says = [path for path in files if path.suffix == ".json" or path.name == COMMITTED]
+    last = sorted(says, key=lambda path: (-len(path.parts), path))
 
     def put(path: pathlib.Path) -> None:
         size = path.stat().st_size
@@ -235,12 +262,16 @@ def upload(
         else:
             _file_system().put_file(str(path), files[path], callback=Told())
 
+    def remove(name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # by a first try, although its answer was lost
+            _file_system().rm_file(name)
+
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(put, files.keys() - set(last)))
         for path in last:
             put(path)
         if alone:
-            list(pool.map(_file_system().rm_file, others))
+            list(pool.map(remove, others))
 
 
 def download(files: Sequence[epath.Path], folder: pathlib.Path) -> None:
@@ -282,7 +313,8 @@ def _file_system() -> Any:
 def _client() -> Any:
     from google.cloud import storage
 
-    return storage.Client()
+    # Objects take no project, which credentials need not have; asked for none, the library would refuse them then.
+    return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "none"))
 
 
 def _retry() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from spiral_jax.data.atomic import write_text
-from spiral_jax.data.bucket import is_trouble, reason
+from spiral_jax.data.bucket import refusals
 from spiral_jax.data.plain_text import decoded
 from spiral_jax.errors import SpiralError
 
@@ -29,21 +29,20 @@ def read_json(path: Path | epath.Path, allowed: str = "JSON", max_bytes: int = _
       max_bytes: the most that are read.
 
     Raises:
-      SpiralError: the file does not exist, cannot be read, is too large, or is not JSON.
+      SpiralError: the file does not exist, cannot be read, is too large, or is not JSON; `Unreachable` if a bucket
+        does not answer.
     """
+    with refusals(path, lambda why: f"{path} cannot be read ({why}); allowed: {allowed}"):
+        try:
+            with path.open("rb") as file:
+                content = file.read(max_bytes + 1)
+        except FileNotFoundError:
+            raise SpiralError(f"{path} does not exist; allowed: a file with {allowed}") from None
+    if len(content) > max_bytes:
+        raise SpiralError(f"{path} has more than {max_bytes} bytes; allowed: {allowed} of at most so many")
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise SpiralError(f"{path} has more than {max_bytes} bytes; allowed: {allowed} of at most so many")
         return json.loads(decoded(content))
-    except FileNotFoundError:
-        raise SpiralError(f"{path} does not exist; allowed: a file with {allowed}") from None
-    except Exception as error:
-        if is_trouble(error):
-            raise SpiralError(f"{path} cannot be read ({reason(error)}); allowed: {allowed}") from None
-        if not isinstance(error, ValueError | RecursionError):
-            raise
+    except (ValueError, RecursionError) as error:
         raise SpiralError(f"{path} is not JSON ({error}); allowed: {allowed}") from None
 
 

@@ -12,7 +12,10 @@ from etils import epath
 
 from spiral_jax.data import atomic
 from spiral_jax.data.bucket import download, is_bucket, upload
+from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
+
+UNFINISHED = "unfinished.json"
 
 
 class Staging:
@@ -23,28 +26,52 @@ class Staging:
     """
 
     def __init__(self, folder: pathlib.Path | epath.Path):
-        """Makes the temporary folder, if there is to be one."""
+        """Makes the temporary folder, if there is to be one.
+
+        Raises:
+          SpiralError: the disk refuses.
+        """
         self._to = epath.Path(folder) if is_bucket(folder) else None
-        self.folder = pathlib.Path(folder if self._to is None else tempfile.mkdtemp(prefix="spiral_jax-"))
+        with atomic.written(pathlib.Path(tempfile.gettempdir())):
+            self.folder = pathlib.Path(folder if self._to is None else tempfile.mkdtemp(prefix="spiral_jax-"))
 
     def finish(self, *, alone: bool = False) -> None:
         """What is in the folder is whole: it is copied to the bucket, and is gone from this machine.
 
         Args:
-          alone: whether other files that the folder on the bucket has are removed.
+          alone: whether other files that the folder on the bucket has are removed. Until all is there, an object
+            UNFINISHED says so, and none of those that others are found by is there.
 
         Raises:
           SpiralError: the bucket refuses; the copy here stays.
         """
         if self._to is not None:
             with atomic.written(self._to):
+                if alone:
+                    self._begin(self._to)
                 upload(self.folder, self._to, alone=alone)
             self.discard()
+
+    def _begin(self, to: epath.Path) -> None:
+        names = {path.name for path in self.folder.iterdir()} | {path.name for path in to.glob("*")} | unfinished(to)
+        write_json(to / UNFINISHED, {"files": sorted(names)})
+        for name in names:
+            if name.endswith(".json") and name != UNFINISHED:
+                (to / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Removes a temporary folder."""
         if self._to is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def unfinished(folder: pathlib.Path | epath.Path) -> frozenset[str]:
+    """Names in a folder on a bucket that a copy which broke off has left there, or was to replace."""
+    place = epath.Path(folder) / UNFINISHED
+    if not is_bucket(folder) or not place.exists():
+        return frozenset()
+    names = read_json_object(place).get("files")
+    return frozenset({UNFINISHED, *names}) if isinstance(names, list) else frozenset()
 
 
 @contextlib.contextmanager
@@ -60,7 +87,8 @@ def whole_folder(folder: pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
         return
     staging = Staging(folder)
     try:
-        yield staging.folder
+        with atomic.written(staging.folder):
+            yield staging.folder
         staging.finish(alone=True)
     finally:
         staging.discard()

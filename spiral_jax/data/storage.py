@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 from etils import epath
@@ -29,7 +30,7 @@ def local_path(field: str, place: str | os.PathLike) -> Path:
       SpiralError: a URL of another scheme.
     """
     path = on_this_machine(place)
-    if path is None:
+    if path is None or re.match(r"[a-z][a-z0-9]+:/", path):  # gs:/bucket: a slash was lost on its way
         raise SpiralError(f"{field} is {str(place)!r}; allowed: a path of this machine")
     return expanded(field, path).resolve()
 

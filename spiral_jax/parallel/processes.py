@@ -143,7 +143,7 @@ class Processes:
             time.sleep(0.1)
         self.barrier("folder seen")
         if self.is_main:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     def key(self, what: str) -> str:
         """A key that is new, and the same on every process: each counts its calls, in the store itself."""

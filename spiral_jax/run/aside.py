@@ -39,7 +39,7 @@ def set_aside(path: Path, workdir: Path) -> Path:
         place = next(place for n in itertools.count() if not (place := folder / f"{path.name}.{n}").exists())
         if is_bucket(workdir):
             place.write_bytes(path.read_bytes())
-            path.unlink()
+            path.unlink(missing_ok=True)
         else:
             path.rename(place)
     except Exception as error:

@@ -9,7 +9,6 @@ Nothing that was not saved is ever restored: the digest of every array (`run.dig
 `meta`, `meta` with a digest of its own text, and the folder's name with the step in both. What differs is `Damaged`.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -24,13 +23,13 @@ import orbax.checkpoint as ocp
 from etils.epath import Path
 from flax.traverse_util import unflatten_dict
 
-from spiral_jax.data.bucket import is_bucket, is_trouble
+from spiral_jax.data.bucket import despite_trouble, is_bucket, is_trouble
 from spiral_jax.data.storage import absolute
 from spiral_jax.errors import Damaged, Diverged, SpiralError, Unreachable, require
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run.digest import Array, outline, path_name, summary
 from spiral_jax.run.failures import disk_trouble, finish_threads, first_words, is_outage
-from spiral_jax.run.step_folders import step_folders
+from spiral_jax.run.step_folders import committing, step_folders
 
 FORMAT = 3
 SMALL = 1 << 20  # bytes that a device writes at least, of an array that several hold
@@ -113,7 +112,7 @@ class Checkpoints:
                 save_interval_steps=0 if read_only else 1,
                 create=not read_only,
                 read_only=read_only,
-                temporary_path_class=_committing(before_commit) if is_bucket(self.directory) else None,
+                temporary_path_class=committing(before_commit) if is_bucket(self.directory) else None,
             ),
             item_handlers={"params": _writer(), "training": _writer(), "meta": ocp.JsonCheckpointHandler()},
         )
@@ -123,6 +122,7 @@ class Checkpoints:
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
         )
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+        self._check_seen()
 
     def latest_step(self) -> int | None:
         """The last of `steps`, or None."""
@@ -194,20 +194,17 @@ class Checkpoints:
                 self._manager.check_for_errors()
                 break
         self._remove_unfinished()
-        with contextlib.suppress(OSError):  # of a disk that is gone
+        with despite_trouble(), contextlib.suppress(Unreachable):  # of a disk that is gone
             self.reload()
         kind = SaveUnreachable if is_bucket(self.directory) else SaveFailed
         return kind(f"{self._folder(step)} cannot be saved ({reason}); {last_good}")
 
     def _remove_unfinished(self) -> None:
         """What a kill or a full disk has left of saves; it may be what fills the disk."""
-        try:
+        with despite_trouble():  # of a write that goes on all the same: the next call gets it
             kept = {*self._manager.all_steps(), *self._aside}
             for path in self._folders.unfinished(kept) if jax.process_index() == 0 else ():
                 path.rmtree(missing_ok=True)
-        except Exception as error:
-            if not is_trouble(error):  # else of a write that goes on all the same: the next call gets it
-                raise
 
     def _last_good(self, but: int | None = None) -> str:
         steps = [step for step in self.steps() if step != but]
@@ -278,6 +275,14 @@ class Checkpoints:
         """Looks again at which checkpoints there are."""
         self._manager.reload()
         self._aside = self._folders.damaged()
+        self._check_seen()
+
+    def _check_seen(self) -> None:
+        """Raises Unreachable if orbax lists less than is whole: it takes a bucket's trouble for "not there"."""
+        if missing := self._folders.whole() - self._aside - set(self._manager.all_steps()):
+            self._manager.reload()  # one may have been completed in between
+            if missing := missing - set(self._manager.all_steps()):
+                raise Unreachable(f"{self._folder(min(missing))} cannot be seen now, although it is there")
 
     def wait(self) -> None:
         """Returns once every save is complete on disk.
@@ -295,7 +300,12 @@ class Checkpoints:
             return  # a run that was moved away with its checkpoint: the next save says so
         # What counts is what is there: if an older one could not be removed, that does no harm. Process 0 has put it
         # there; others may see it later.
-        failed = error is not None if jax.process_index() else not self._folders.is_whole(step)
+        try:
+            failed = error is not None if jax.process_index() else not self._folders.is_whole(step)
+        except Exception as trouble:
+            if not is_trouble(trouble):
+                raise
+            failed, error = True, trouble
         if failed:
             raise self._failed(step, error) from error
 
@@ -371,18 +381,6 @@ def _writer() -> ocp.PyTreeCheckpointHandler:
         (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
-
-
-def _committing(check: Callable[[], None]) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
-    """How orbax completes a checkpoint on a bucket, but after a last check: another start may have the run by then."""
-
-    class Checked(ocp.path.atomicity.CommitFileTemporaryPath):
-        async def finalize(self) -> None:
-            if self.get_final().name.isdigit():  # not one of its items
-                await asyncio.to_thread(check)
-            await super().finalize()
-
-    return Checked
 
 
 def _training(state) -> dict[str, Any]:

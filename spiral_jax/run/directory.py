@@ -45,7 +45,7 @@ from spiral_jax.data.prepared import PreparedData
 from spiral_jax.data.storage import LOCAL, Storage, is_url, reachable_path
 from spiral_jax.data.store import TokenStore
 from spiral_jax.data.tokenizers import Tokenizer, load_tokenizer
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import SpiralError, Unreachable, require
 from spiral_jax.model.config import Dtype, ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
 from spiral_jax.parallel.processes import ALONE, Processes
@@ -171,6 +171,8 @@ def open_data(workdir: Path, fingerprints: Sequence[str], storage: Storage = LOC
         train = tuple(TokenStore.open(place, storage) for place in places["train"])
         validation = TokenStore.open(places["validation"], storage) if places["validation"] else None
         data = PreparedData(train, validation, tokenizer_of(workdir))
+    except Unreachable:
+        raise
     except SpiralError as error:
         print(f"data: {error}", flush=True)
         return None
@@ -228,6 +230,8 @@ def _places(workdir: Path, flag: str = "--input") -> dict[str, Any]:
         places = read_json_object(workdir / "data.json")
         validation = absolute(places["validation"]) if places["validation"] else None
         return {"train": [absolute(place) for place in places["train"]], "validation": validation}
+    except Unreachable:
+        raise
     except (SpiralError, KeyError, TypeError, AttributeError):
         raise SpiralError(f"{workdir / 'data.json'} is missing or broken; allowed: a text with {flag}") from None
 

@@ -6,12 +6,9 @@ from etils.epath import Path
 from jax.sharding import NamedSharding
 
 from spiral_jax.corpus.prepare import prepare_stores
-from spiral_jax.data.bucket import is_bucket
-from spiral_jax.data.config import DataConfig
 from spiral_jax.data.examples import ExampleStream
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, WindowReader, train_batches
 from spiral_jax.data.prepared import PreparedData, open_folder, open_stores, storage_of
-from spiral_jax.data.staging import Staging
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.parallel.process_rows import rows_of_process
@@ -48,7 +45,8 @@ def prepare_data(
     storage = storage_of(config.data)
 
     def make() -> PreparedData:
-        return (fingerprints and open_data(workdir, fingerprints, storage)) or _make(config.data, workdir / "cache")
+        known = open_data(workdir, fingerprints, storage) if fingerprints else None
+        return known or prepare_stores(config.data, workdir / "cache")
 
     if not processes.several:
         return make()
@@ -74,20 +72,6 @@ def open_examples(config: RunConfig) -> ExampleStream:
         length=config.train.sequence_length,
         vocab_size=config.model.vocab_size,
     )
-
-
-def _make(config: DataConfig, cache: Path) -> PreparedData:
-    """Stores of the text of `config`, in a folder of `cache`."""
-    if not is_bucket(cache):
-        return prepare_stores(config, cache)
-    staging = Staging(cache)
-    try:
-        folder = Path(prepare_stores(config, staging.folder).train[0].name).parent.name
-        staging.finish()
-    finally:
-        staging.discard()
-    print(f"data: copied to {cache / folder}", flush=True)
-    return open_folder(cache / folder, config)
 
 
 def check_data(config: RunConfig, data: PreparedData) -> None:

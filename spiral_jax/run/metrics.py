@@ -19,7 +19,7 @@ from spiral_jax.progress import duration
 from spiral_jax.run.aside import DAMAGED
 from spiral_jax.run.failures import first_words
 from spiral_jax.run.row_file import RowFile
-from spiral_jax.run.row_parts import RowParts
+from spiral_jax.run.row_parts import ATTEMPTS, RowParts
 from spiral_jax.run.side_files import WANDB_ID
 from spiral_jax.run.tensorboard import Board
 from spiral_jax.run.wandb_rows import WandbRows
@@ -120,9 +120,16 @@ class MetricsWriter:
         for mirror in self._mirrors:
             mirror.write({"step": step, **found})
 
-    def flush(self) -> None:
-        """What was written is on the bucket, if it takes it; on a disk it is there at once."""
-        self._rows.flush()
+    def flush(self) -> str | None:
+        """What was written is on the bucket; on a disk it is there at once, or as soon as that is not full.
+
+        Returns:
+          Why the bucket does not have it, after minutes; None if it has.
+        """
+        if not isinstance(self._rows, RowParts):
+            return None
+        self._rows.flush(ATTEMPTS)
+        return self._rows.failure
 
     def close(self) -> None:
         self._rows.close()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from spiral_jax.data import atomic
 from spiral_jax.data.json_files import read_json, write_json
 from spiral_jax.data.prepared import PreparedData
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 from spiral_jax.run import own_code
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.directory import save_data
@@ -101,6 +101,8 @@ def last_start(path: Path) -> dict[str, Any] | None:
     try:
         start = read_json(path)[-1]
         return start if {"packages", "git_commit"} <= start.keys() else None
+    except Unreachable:
+        raise
     except (SpiralError, LookupError, AttributeError, TypeError):
         return None
 

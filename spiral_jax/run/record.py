@@ -63,9 +63,9 @@ class Record:
         self._check()
         self._writer.complete(self._first_step - 1, values)
 
-    def flush(self) -> None:
-        """Before a checkpoint: a run that is resumed there has the rows of all steps before it."""
-        self._writer.flush()
+    def flush(self) -> str | None:
+        """Before a checkpoint: a run that is resumed there has the rows of all steps before it, or it says why not."""
+        return self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

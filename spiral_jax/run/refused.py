@@ -6,7 +6,7 @@ from types import TracebackType
 
 from etils.epath import Path
 
-from spiral_jax.data.bucket import is_bucket
+from spiral_jax.data.bucket import despite_trouble, is_bucket
 from spiral_jax.errors import SpiralError
 
 _LOCK = ".lock"
@@ -52,7 +52,7 @@ class NothingLeft:
             yield
         except SpiralError:
             if self._is_main and not has_run and not self._kept:
-                with contextlib.suppress(OSError):  # the refusal is worth more than what cannot be removed
+                with despite_trouble():  # the refusal is worth more than what cannot be removed
                     self._remove(before if self._has_lock else before - {_LOCK})
             raise
 
@@ -71,6 +71,7 @@ class NothingLeft:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, SpiralError) and not self._kept:
-            with contextlib.suppress(OSError, ValueError):  # as epath says where one holds something: it stays
+            # As epath says where one holds something: it stays.
+            with despite_trouble(), contextlib.suppress(ValueError):
                 for folder in self._made:
                     folder.rmdir()

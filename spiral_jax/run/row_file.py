@@ -23,9 +23,6 @@ class RowFile:
         self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._drain()
 
-    def flush(self) -> None:
-        """Every write has been attempted."""
-
     @property
     def num_unwritten(self) -> int:
         """Rows that are kept."""

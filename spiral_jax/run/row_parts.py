@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from etils.epath import Path
 from spiral_jax.data.bucket import is_trouble, reason
 
 SECONDS_OF_A_PART = 30.0
+ATTEMPTS = 5  # where rows are not to be lost: each takes the libraries half a minute if the bucket does not answer
+_SECONDS_BETWEEN_ATTEMPTS = 1.0
 
 
 class RowParts:
@@ -37,8 +40,16 @@ class RowParts:
         """Rows that are kept."""
         return len(self._unwritten)
 
-    def flush(self) -> None:
-        """Writes what there is."""
+    def flush(self, attempts: int = 1) -> None:
+        """Writes what there is; with several attempts, the bucket's libraries have given up so many times."""
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+            self._write()
+            if self.failure is None:
+                break
+
+    def _write(self) -> None:
         with self._lock:
             rows = list(self._unwritten)
             if not rows:
@@ -57,7 +68,7 @@ class RowParts:
 
     def close(self) -> None:
         self._closed.set()
-        self.flush()
+        self.flush(ATTEMPTS)
 
     def _write_now_and_then(self) -> None:
         while not self._closed.wait(SECONDS_OF_A_PART):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spiral_jax.parallel.processes import Processes
-from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveFailed
+from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveFailed, SaveUnreachable
 from spiral_jax.run.config import RunConfig
 from spiral_jax.run.guards import Guards
 from spiral_jax.training.divergence import Skips
@@ -49,7 +49,7 @@ class Saves:
         guards: Guards,
         clock: Clock,
         asked: Callable[[], bool],
-        flush: Callable[[], None] = lambda: None,
+        flush: Callable[[], str | None] = lambda: None,
     ):
         """Saves nothing yet.
 
@@ -62,7 +62,8 @@ class Saves:
           guards: of which the claim allows a save, and the watchdog expects it.
           clock: for the time since the last one.
           asked: whether all processes have agreed to save now.
-          flush: called before a save: what else is on record of the steps up to there has to be written.
+          flush: called before a save: what else is on record of the steps up to there has to be written, or it says
+            why it is not.
         """
         self._checkpoints, self._last_step = checkpoints, config.train.steps
         self._meta, self._fingerprints = {"config": config.to_dict()}, list(fingerprints)
@@ -83,10 +84,15 @@ class Saves:
         self._attempt(self._checkpoints.wait)
         self._failure = None
         self._skips.saving(step)
-        self._flush()
         data = {"step": step, "fingerprints": self._fingerprints}
         meta = {**self._meta, "data": data, "divergence": self._skips.to_json()}
-        self._attempt(lambda: self._checkpoints.save(step, state, meta), is_last=step == self._last_step)
+
+        def save() -> None:
+            if why := self._flush():
+                raise SaveUnreachable(f"step {step} is not saved, as its rows cannot be written ({why})")
+            self._checkpoints.save(step, state, meta)
+
+        self._attempt(save, is_last=step == self._last_step)
 
     def finish(self, step: int) -> None:
         """Returns once the newest save, of this step, is complete.

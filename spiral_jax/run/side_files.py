@@ -5,8 +5,9 @@ from typing import Any
 
 from etils.epath import Path
 
+from spiral_jax.data.bucket import refusals
 from spiral_jax.data.json_files import read_json
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 from spiral_jax.run.aside import set_aside
 
 WANDB_ID = "wandb_id"
@@ -25,21 +26,28 @@ def mend(workdir: Path) -> list[str]:
       A line for each.
 
     Raises:
-      SpiralError: one cannot be moved.
+      SpiralError: one cannot be moved, or a bucket does not answer.
     """
     lines = []
     for name, check in _CHECKS.items():
         path = workdir / name
         try:
-            damage = check(path) if path.exists() else None
+            damage = _damage(path, check)
+        except Unreachable:
+            raise
         except SpiralError as error:
             damage = str(error).removeprefix(f"{path} ").partition("; allowed")[0]
-        except (OSError, ValueError) as error:
-            damage = getattr(error, "strerror", None) or "is no text"
+        except ValueError:
+            damage = "is no text"
         if damage is not None:
             place = set_aside(path, workdir)
             lines.append(f"note: {path} is damaged ({damage}); it is now {place}, and written anew")
     return lines
+
+
+def _damage(path: Path, check: Callable[[Path], str | None]) -> str | None:
+    with refusals(path, lambda why: f"{path} {why}"):
+        return check(path) if path.exists() else None
 
 
 def is_wandb_id(text: str) -> bool:

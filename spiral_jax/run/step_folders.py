@@ -1,13 +1,13 @@
 """The folders of a run's checkpoints: when one is whole, and what becomes of the others."""
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import Callable, Collection
 
+import orbax.checkpoint as ocp
 from etils.epath import Path
 
-from spiral_jax.data.bucket import is_bucket
+from spiral_jax.data.bucket import COMMITTED, folders_with, is_bucket
 from spiral_jax.run.aside import marked, set_aside, unmark
-
-_COMMITTED = "commit_success.txt"  # as orbax names it
 
 
 class StepFolders:
@@ -27,6 +27,10 @@ class StepFolders:
     def is_whole(self, step: int) -> bool:
         """Whether a save of this step was completed."""
         return self.of(step).is_dir()
+
+    def whole(self) -> set[int]:
+        """Steps whose folders are known to be whole, as far as orbax cannot be trusted to know it."""
+        return set()
 
     def damaged(self) -> set[int]:
         """Steps that were set aside, but whose folders are still among the others."""
@@ -62,7 +66,10 @@ class BucketStepFolders(StepFolders):
         return True  # there are no folders that could be moved away
 
     def is_whole(self, step: int) -> bool:
-        return (self.of(step) / _COMMITTED).exists()
+        return (self.of(step) / COMMITTED).exists()
+
+    def whole(self) -> set[int]:
+        return {int(name) for name in folders_with(self.directory, COMMITTED) if name.isdigit()}
 
     def damaged(self) -> set[int]:
         return {int(name) for name in marked(self.directory.parent) if name.isdigit()}
@@ -70,6 +77,8 @@ class BucketStepFolders(StepFolders):
     def unfinished(self, kept: Collection[int]) -> list[Path]:
         if not self.directory.is_dir():
             return []
+        # Also if orbax has not seen a whole one: it takes some answers of a bucket in trouble for "not there".
+        kept = {*kept, *self.whole()}
         return [path for path in self.directory.iterdir() if path.name.isdigit() and int(path.name) not in kept]
 
     def set_aside(self, step: int) -> str:
@@ -79,7 +88,7 @@ class BucketStepFolders(StepFolders):
 
     def hide(self, step: int) -> None:
         # As one that was never completed.
-        (self.of(step) / _COMMITTED).unlink(missing_ok=True)
+        (self.of(step) / COMMITTED).unlink(missing_ok=True)
 
     def make_way(self, step: int) -> None:
         # orbax then removes the folder, as one that was never completed.
@@ -90,3 +99,15 @@ class BucketStepFolders(StepFolders):
 def step_folders(directory: Path) -> StepFolders:
     """Those of a run, wherever it is."""
     return BucketStepFolders(directory) if is_bucket(directory) else StepFolders(directory)
+
+
+def committing(check: Callable[[], None]) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
+    """How orbax completes a checkpoint on a bucket, but after a last check: another start may have the run by then."""
+
+    class Checked(ocp.path.atomicity.CommitFileTemporaryPath):
+        async def finalize(self) -> None:
+            if self.get_final().name.isdigit():  # not one of its items
+                await asyncio.to_thread(check)
+            await super().finalize()
+
+    return Checked

@@ -19,7 +19,12 @@ class Tracer:
     def __call__(self, step: int) -> None:
         """Before a step is dispatched. When step n is, n - 2 is known to be done: its metrics were read."""
         if step in self._profiled and self._running is None:
-            self._running = Staging(self._folder)
+            try:
+                self._running = Staging(self._folder)
+            except SpiralError as error:  # training goes on without it
+                print(f"note: {error}; there is no trace", flush=True)
+                self._profiled = range(0)
+                return
             jax.profiler.start_trace(str(self._running.folder))
         if step > self._profiled.stop:
             self.stop()
