@@ -57,7 +57,8 @@ def run(
     """Parses the command line, runs `main`, and exits.
 
     A mistake of the user's is one line on stderr and status 2; `Interrupted` and `Diverged` have statuses of their
-    own; an interrupt is 128 + signal; anything else that is raised is a defect, with traceback and status 1.
+    own; a bucket that does not answer is 43; an interrupt is 128 + signal; anything else that is raised is a defect,
+    with traceback and status 1.
 
     Args:
       verb: the command's name.
@@ -88,14 +89,16 @@ def run(
         _pass_over_absent_tpu()
         with _platforms_blamed():
             main(values)
-    except (SpiralError, Diverged, Interrupted, KeyboardInterrupt) as error:
-        status, line = _outcome(error)
-        print(line, file=sys.stderr)
-        sys.exit(status)
     except BrokenPipeError:
         # The reader of our output left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
+    except (Exception, KeyboardInterrupt) as error:
+        if not (isinstance(error, SpiralError | Diverged | Interrupted | KeyboardInterrupt) or is_of_bucket(error)):
+            raise
+        status, line = _outcome(error)
+        print(line, file=sys.stderr)
+        sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -221,6 +221,12 @@ def read_all(paths: Sequence[epath.Path]) -> list[bytes]:
     return [found[name] for name in names]
 
 
+def remove(path: pathlib.Path | epath.Path) -> None:
+    """Removes a file, if it is there. A bucket says so at a second try, too, if only the first answer was lost."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
 def upload(
     folder: pathlib.Path, to: epath.Path, *, alone: bool = False, copied: Callable[[int], None] = lambda size: None
 ) -> None:
@@ -262,16 +268,12 @@ def upload(
         else:
             _file_system().put_file(str(path), files[path], callback=Told())
 
-    def remove(name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # by a first try, although its answer was lost
-            _file_system().rm_file(name)
-
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(put, files.keys() - set(last)))
         for path in last:
             put(path)
         if alone:
-            list(pool.map(remove, others))
+            list(pool.map(lambda name: remove(epath.Path(SCHEME + name)), others))
 
 
 def download(files: Sequence[epath.Path], folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import download, is_bucket, upload
+from spiral_jax.data.bucket import download, is_bucket, remove, upload
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
 
@@ -57,7 +57,7 @@ class Staging:
         write_json(to / UNFINISHED, {"files": sorted(names)})
         for name in names:
             if name.endswith(".json") and name != UNFINISHED:
-                (to / name).unlink(missing_ok=True)
+                remove(to / name)
 
     def discard(self) -> None:
         """Removes a temporary folder."""

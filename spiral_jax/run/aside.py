@@ -6,7 +6,7 @@ import json
 from etils.epath import Path
 
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import is_bucket, is_trouble, reason
+from spiral_jax.data.bucket import is_bucket, is_trouble, reason, remove
 from spiral_jax.errors import SpiralError
 
 DAMAGED = "damaged"  # the folder in a run's directory
@@ -39,7 +39,7 @@ def set_aside(path: Path, workdir: Path) -> Path:
         place = next(place for n in itertools.count() if not (place := folder / f"{path.name}.{n}").exists())
         if is_bucket(workdir):
             place.write_bytes(path.read_bytes())
-            path.unlink(missing_ok=True)
+            remove(path)
         else:
             path.rename(place)
     except Exception as error:
@@ -60,4 +60,4 @@ def marked(workdir: Path) -> set[str]:
 
 def unmark(path: Path, workdir: Path) -> None:
     """Something else has the name of a folder that was set aside."""
-    (workdir / DAMAGED / path.name).unlink(missing_ok=True)
+    remove(workdir / DAMAGED / path.name)

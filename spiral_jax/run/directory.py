@@ -38,7 +38,7 @@ from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import is_bucket, refusals
+from spiral_jax.data.bucket import is_bucket, refusals, remove
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
@@ -139,7 +139,7 @@ def make_workdir(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{uuid.uuid4().hex}"  # hosts of containers may have one process id
         probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)
+        remove(probe)
 
 
 def _run_path(place: str | os.PathLike) -> Path:

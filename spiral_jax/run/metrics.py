@@ -12,7 +12,7 @@ from typing import Any
 from etils.epath import Path
 
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import is_bucket, read_all
+from spiral_jax.data.bucket import is_bucket, read_all, remove
 from spiral_jax.data.json_files import finite
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
@@ -171,7 +171,7 @@ def _wandb_mirrors(workdir: Path, project: str, about: Mapping[str, Any]) -> lis
         rows = WandbRows(wandb, workdir, project, about)
     except Exception as error:
         if is_new:
-            (workdir / WANDB_ID).unlink(missing_ok=True)
+            remove(workdir / WANDB_ID)
             raise SpiralError(
                 f"logging.wandb is {project!r}, where W&B takes no run ({first_words(error)}); allowed: a project that "
                 'can be reached, WANDB_MODE=offline in the environment, or ""'
@@ -240,7 +240,7 @@ def drop_rows_after(path: Path, last_step: int) -> list[str]:
         content = b"".join(line.rstrip(b"\n") + b"\n" for line in kept)
         if not content and is_bucket(file):
             with atomic.written(file):
-                file.unlink(missing_ok=True)
+                remove(file)
         elif content != b"".join(lines):
             atomic.write_bytes(file, content)
     return said

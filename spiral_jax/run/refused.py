@@ -6,7 +6,7 @@ from types import TracebackType
 
 from etils.epath import Path
 
-from spiral_jax.data.bucket import despite_trouble, is_bucket
+from spiral_jax.data.bucket import despite_trouble, is_bucket, remove
 from spiral_jax.errors import SpiralError
 
 _LOCK = ".lock"
@@ -62,7 +62,7 @@ class NothingLeft:
             # A preparation that was stopped by the machine, not by its input, goes on with what it left.
             goes_on = path.name == "cache" and any(path.glob(".*.partial"))
             if path.name not in before and not goes_on:
-                path.rmtree() if path.is_dir() else path.unlink()
+                path.rmtree() if path.is_dir() else remove(path)
 
     def __enter__(self) -> "NothingLeft":
         return self

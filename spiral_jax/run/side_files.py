@@ -46,7 +46,7 @@ def mend(workdir: Path) -> list[str]:
 
 
 def _damage(path: Path, check: Callable[[Path], str | None]) -> str | None:
-    with refusals(path, lambda why: f"{path} {why}"):
+    with refusals(path, lambda why: f"{path} cannot be read ({why})"):
         return check(path) if path.exists() else None
 
 

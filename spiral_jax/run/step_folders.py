@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 import orbax.checkpoint as ocp
 from etils.epath import Path
 
-from spiral_jax.data.bucket import COMMITTED, folders_with, is_bucket
+from spiral_jax.data.bucket import COMMITTED, folders_with, is_bucket, remove
 from spiral_jax.run.aside import marked, set_aside, unmark
 
 
@@ -88,7 +88,7 @@ class BucketStepFolders(StepFolders):
 
     def hide(self, step: int) -> None:
         # As one that was never completed.
-        (self.of(step) / COMMITTED).unlink(missing_ok=True)
+        remove(self.of(step) / COMMITTED)
 
     def make_way(self, step: int) -> None:
         # orbax then removes the folder, as one that was never completed.

@@ -1,0 +1,167 @@
+"""A bucket that does not answer, or loses an answer: nothing is taken for missing or damaged, nothing is removed."""
+
+import json
+import types
+
+import gcsfs.core
+import pytest
+from gcsfs.retry import HttpError
+from requests.exceptions import ProxyError
+from states import CONFIG, META, random_state, saves_of
+from verbs import call
+
+from spiral_jax import command, evaluate
+from spiral_jax.convert.folder import is_huggingface, output_folder
+from spiral_jax.data.bucket import Versioned
+from spiral_jax.data.json_files import read_json
+from spiral_jax.data.staging import UNFINISHED, whole_folder
+from spiral_jax.errors import SpiralError, Unreachable
+from spiral_jax.parallel.mesh import MeshConfig, make_mesh
+from spiral_jax.run import row_parts, side_files
+from spiral_jax.run.aside import set_aside
+from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveUnreachable
+from spiral_jax.run.directory import open_data, validation_store_of
+from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, read_rows, rows_of
+from spiral_jax.run.provenance import last_start
+from spiral_jax.run.step_folders import BucketStepFolders
+from spiral_jax.training.step import abstract_state
+
+
+@pytest.fixture
+def trouble(place, monkeypatch):
+    """`fails(method, path)` says which of gcsfs' requests end in an error, after all its tries."""
+    found = types.SimpleNamespace(fails=lambda method, path: False, error=HttpError({"code": 503, "message": "gone"}))
+    ask = gcsfs.core.GCSFileSystem._call
+
+    async def asked(self, method, path, *args, **kwargs):
+        if found.fails(method, path.format(*args)):
+            raise found.error
+        return await ask(self, method, path, *args, **kwargs)
+
+    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_call", asked)
+    return found
+
+
+def everything(method, path):
+    return True
+
+
+def test_whole_checkpoints_are_no_leftovers_whatever_orbax_has_seen(place):
+    for name in ("4/commit_success.txt", "4/meta/x", "8/commit_success.txt", "12/meta/x"):
+        (place / "checkpoints" / name).write_bytes(b"")
+    folders = BucketStepFolders(place / "checkpoints")
+    assert folders.whole() == {4, 8}
+    assert [path.name for path in folders.unfinished({4})] == ["12"]
+
+
+def test_an_opening_that_cannot_see_a_whole_checkpoint_is_refused(place, trouble):
+    (place / "checkpoints/4/commit_success.txt").write_bytes(b"")
+    # fsspec's `isdir`, which orbax asks, makes "no" of this one, as it is an OSError.
+    trouble.error = ProxyError("502")
+    trouble.fails = lambda method, path: "checkpoints/4" in path and "commit" not in path
+    with pytest.raises(Unreachable, match="checkpoints/4 cannot be seen now, although it is there"):
+        Checkpoints(place, read_only=True)
+
+
+@pytest.mark.slow
+def test_a_save_whose_end_is_not_known_is_refused_and_stays(place, trouble):
+    layout = abstract_state(CONFIG, make_mesh(MeshConfig(2, 2, 2)))
+    checkpoints = Checkpoints(place, CheckpointConfig(keep=2))
+    checkpoints.save(1, random_state(layout, 1), META)
+    checkpoints._manager.wait_until_finished()
+    trouble.fails = everything
+    with pytest.raises(SaveUnreachable, match="checkpoints/1 cannot be saved"):
+        checkpoints.wait()
+    trouble.fails = lambda method, path: False
+    assert BucketStepFolders(place / "checkpoints").whole() == {1}
+
+
+def test_errors_of_a_bucket_that_nobody_expected_are_one_line(place, trouble):
+    trouble.fails = everything
+    status, errors = call(evaluate, f"--workdir={place}")
+    assert status == 43 and errors.count("\n") == 1 and "gone, 503" in errors
+    for code, status in ((403, 2), (404, 2), (408, 43), (429, 43), (500, 43)):
+        assert command._outcome(HttpError({"code": code, "message": "as it says"}))[0] == status
+    assert command._outcome(OSError("a disk"))[0] == 1
+
+
+def test_what_cannot_be_read_now_is_neither_damaged_nor_missing(place, trouble):
+    for name in ("data.json", "environment.json", "config.json", "wandb_id"):
+        (place / name).write_text("{}")
+    trouble.fails = lambda method, path: method == "GET"
+    for read in (
+        lambda: read_json(place / "data.json"),
+        lambda: open_data(place, ["f"]),
+        lambda: validation_store_of(place),
+        lambda: last_start(place / "environment.json"),
+        lambda: side_files.mend(place),
+        lambda: is_huggingface(place),
+    ):
+        with pytest.raises(Unreachable, match=r"\(gone, 503\)"):
+            read()
+    trouble.fails = lambda method, path: False
+    assert not (place / "damaged").exists()
+
+
+def test_a_removal_whose_answer_was_lost_is_one(place, monkeypatch):
+    from google.cloud.storage.blob import Blob
+
+    delete, rm = Blob.delete, gcsfs.core.GCSFileSystem._rm_file
+
+    def twice(self, **kwargs):
+        delete(self, **kwargs)
+        delete(self, **kwargs)
+
+    async def rm_twice(self, path, **kwargs):
+        await rm(self, path, **kwargs)
+        await rm(self, path, **kwargs)
+
+    monkeypatch.setattr(Blob, "delete", twice)
+    assert Versioned(place / ".lock").now() is not None
+    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_rm_file", rm_twice)
+    (place / "wandb_id").write_text("x")
+    set_aside(place / "wandb_id", place)
+    assert not (place / "wandb_id").exists() and (place / "damaged/wandb_id.0").read_text() == "x"
+
+
+def test_rows_come_before_their_checkpoint_or_it_does_not(place, trouble, monkeypatch, capsys):
+    monkeypatch.setattr(row_parts, "_SECONDS_BETWEEN_ATTEMPTS", 0.0)
+    writer, saved = MetricsWriter(place, LoggingConfig()), []
+    checkpoints = types.SimpleNamespace(
+        due=lambda step, last: True, wait=lambda: None, check=lambda: None, save=lambda step, *_: saved.append(step)
+    )
+    asked = []
+    trouble.fails = lambda method, path: "metrics" in path and (method == "GET" or bool(asked.append(path)) or True)
+    writer.write({"step": 1, "loss": 1.0})
+    with pytest.raises(SaveUnreachable, match=r"step 1 is not saved, as its rows cannot be written \(gone, 503\)"):
+        saves_of(checkpoints, CONFIG, flush=writer.flush)(1, None)
+    assert len(asked) == row_parts.ATTEMPTS and saved == []
+    trouble.fails = lambda method, path: False
+    saves_of(checkpoints, CONFIG, flush=writer.flush)(1, None)
+    assert saved == [1] and [row["step"] for row in read_rows(rows_of(place))] == [1]
+    writer.close()
+
+
+def test_a_copy_that_breaks_off_is_gone_on_with_and_is_never_a_mixture(place, trouble):
+    def export(number, more=()):
+        with whole_folder(place) as folder:
+            for name in ("config.json", "export.json", "model-1.safetensors", "model-2.safetensors", *more):
+                (folder / name).write_text(f"{number} {name}")
+
+    export(1, more=["model-3.safetensors"])
+    assert not (place / UNFINISHED).exists()
+    with pytest.raises(SpiralError, match="allowed: a folder that is new or empty"):
+        output_folder("output", str(place))
+    posts = []
+    trouble.fails = lambda method, path: method == "POST" and bool(posts.append(path) or len(posts) > 2)
+    with pytest.raises(Unreachable, match=r"cannot be written \(gone, 503\)"):
+        export(2)
+    trouble.fails = lambda method, path: False
+    assert not (place / "config.json").exists() and not (place / "export.json").exists()
+    assert "model-3.safetensors" in json.loads((place / UNFINISHED).read_text())["files"]
+    assert output_folder("output", str(place)) == place
+    export(2)
+    assert sorted(path.name for path in place.iterdir()) == [
+        "config.json", "export.json", "model-1.safetensors", "model-2.safetensors"
+    ]  # fmt: skip
+    assert {path.read_text()[0] for path in place.iterdir()} == {"2"}
