@@ -6,7 +6,7 @@ import pytest
 from verbs import call
 
 from spiral_jax import command, prepare
-from spiral_jax.corpus.prepare import prepare_folder
+from spiral_jax.corpus.prepare import prepare_folder, prepare_stores
 from spiral_jax.data.bucket import _file_system
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import open_folder
@@ -88,3 +88,16 @@ def test_a_folder_that_another_command_has_begun_is_left(place, texts, scratch):
     (place / "preparing.json").write_text('{"source": "of other input"}')
     status, errors = call(prepare, f"--input={texts}", "--tokenizer=bytes", f"--output={place}")
     assert status == 2 and f"{place} holds stores of other input or options" in errors
+
+
+def test_text_of_a_run_is_made_into_stores_once(place, texts, scratch):
+    """A start that was stopped before its first checkpoint finds them."""
+    config = DataConfig(paths=(str(texts),), tokenizer="bytes", validation_fraction=0.3)
+    said = []
+    made = prepare_stores(config, place / "cache", report=said.append)
+    assert any("wrote" in line for line in said) and made.train[0].name.startswith(f"{place}/cache/")
+    before = generations(place)
+    said.clear()
+    again = prepare_stores(config, place / "cache", report=said.append)
+    assert again.fingerprints == made.fingerprints and generations(place) == before and files_of(scratch) == {}
+    assert len(said) == 1 and "is complete" in said[0]

@@ -1,12 +1,16 @@
 """A process that ends before anything can be saved gives the directory of its run back."""
 
+import contextlib
 import os
 import signal
 import threading
 
 import pytest
+from verbs import call
 
-from spiral_jax.parallel.deadlines import DeadlineConfig
+from spiral_jax import train
+from spiral_jax.errors import SpiralError
+from spiral_jax.parallel.deadlines import DeadlineConfig, Watchdog
 from spiral_jax.run import guards as module
 from spiral_jax.run.guards import Guards
 
@@ -45,3 +49,23 @@ def test_a_bucket_that_does_not_answer_keeps_no_process(monkeypatch):
     guards.end = lambda status, line: seen.append(status)
     guards._end(43, "too late")
     assert seen == [43]
+
+
+def test_a_start_may_wait_for_a_claim_longer_than_it_may_take(monkeypatch, tmp_path):
+    """Another start may have it for as long as it trains; only what comes then has to end in time."""
+    seen = []
+    monkeypatch.setattr(Watchdog, "expect", lambda self, what, field: seen.append(what))
+    monkeypatch.setattr(Watchdog, "expect_nothing", lambda self: seen.append("nothing"))
+
+    @contextlib.contextmanager
+    def claim(*given):
+        seen.append("claim")
+        yield None
+
+    def run(*given):
+        raise SpiralError("far enough")
+
+    monkeypatch.setattr(train, "claim", claim)
+    monkeypatch.setattr(train, "run", run)
+    assert call(train, "--config=experiments/quickstart.py", f"--workdir={tmp_path}/run")[0] == 2
+    assert seen[-3:] == ["nothing", "claim", "the start"]
