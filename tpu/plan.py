@@ -129,11 +129,12 @@ def _described(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _check_places(job: Job, reads: dict[str, list[str]], code: Code, locate: Callable[[str], str], say: Say) -> None:
     """Raises SpiralError if the hosts would not see something, or write into another region."""
-    python = sysconfig.get_paths()["stdlib"]  # quickstart's text; the hosts have one, too
+    # Quickstart's text: the hosts have Python and its packages, too.
+    python = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib")]
     for field, places in reads.items():
         for place in places:
             travels = any(name == place or fnmatch.fnmatch(name, f"{place.rstrip('/')}*") for name in code.files)
-            seen = "://" in place or travels or Path(place).is_relative_to(python)
+            seen = "://" in place or travels or any(map(Path(place).is_relative_to, python))
             require(
                 seen, field, place, "gs://..., which the hosts see, or files of the tree, which travel with the code"
             )

@@ -33,6 +33,11 @@ def test_a_slice_starts_from_what_was_searched(name):
     assert point["step"]["mesh"] == {"data": 1, "fsdp": 64, "tensor": 1}
 
 
+def rounded(found):
+    """Numbers in nine digits: Python 3.12 adds floats more exactly."""
+    return json.loads(json.dumps(found), parse_float=lambda digits: f"{float(digits):.9g}")
+
+
 @pytest.mark.parametrize("name", POINTS)
 def test_a_point(name):
     point = POINTS[name]
@@ -51,7 +56,8 @@ def test_a_point(name):
     assert sent["summed_bytes"] == pytest.approx(summed, rel=1e-3)
     assert point["step"]["batch_size"] * point["step"]["sequence_length"] == 512 * 4096
     # The constants as they are now: else, python -m tpu.predict --again.
-    assert prediction(point, point["prediction"]["costs"]).items() <= point["prediction"].items()
+    now, then = (rounded(found) for found in (prediction(point, point["prediction"]["costs"]), point["prediction"]))
+    assert now.items() <= then.items()
     assert point["versions"].keys() >= {"jax", "libtpu"} and "spiral_jax.aot" in point["command"]
 
 
