@@ -21,8 +21,8 @@ from spiral_jax import bench, benchmarks
 from spiral_jax.benchmarks import loader, training
 from spiral_jax.benchmarks.families import models
 from spiral_jax.benchmarks.peer import gpt_neox
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.store import TokenStore
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer
 
 QUICK = ("--seconds=0.1", "--repeats=2", "--sequence_length=64", "--batch_size=4", "--read_threads=2", "--json")

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from spiral_jax.corpus.store_writer import Counts, StoreWriter
 from spiral_jax.data import checksums
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.pipeline import WindowOrder
 from spiral_jax.data.store import OFFSET_DTYPE, TokenStore
+from spiral_jax.data.store_writer import Counts, StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import TokensInMemory, num_windows, read_windows
 from spiral_jax.errors import SpiralError

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.pipeline import TrainBatches, WindowOrder, WindowReader, train_batches
 from spiral_jax.data.prepared import open_source
 from spiral_jax.data.storage import Storage
 from spiral_jax.data.store import TokenStore
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import TokenSource, num_windows
 from spiral_jax.errors import SpiralError

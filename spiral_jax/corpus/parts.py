@@ -17,12 +17,12 @@ import numpy as np
 from etils import epath
 
 from spiral_jax.corpus.pieces import Piece
-from spiral_jax.corpus.store_writer import Counts, check_ids
 from spiral_jax.corpus.texts import Invalid, Text, read_piece, split_of
 from spiral_jax.data.atomic import write_text, written
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json
 from spiral_jax.data.store import OFFSET_DTYPE, token_dtype
+from spiral_jax.data.store_writer import Counts, check_ids
 from spiral_jax.data.tokenizers import Tokenizer
 from spiral_jax.errors import SpiralError
 

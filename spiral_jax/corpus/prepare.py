@@ -26,23 +26,22 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spiral_jax.corpus.bpe import train_with_progress
-from spiral_jax.corpus.exclusive import Check, exclusive
 from spiral_jax.corpus.parts import NAMED, SPLITS, Part, json_or_none
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces
 from spiral_jax.corpus.result import MARK, RESULT, copy_to_bucket, describe, is_made, read_result
 from spiral_jax.corpus.sources import Source, check_unchanged, find_sources, hold_out
-from spiral_jax.corpus.store_writer import Counts, StoreWriter
-from spiral_jax.corpus.texts import SAMPLE_BYTES, NotText, sample_texts
+from spiral_jax.corpus.texts import SAMPLE_BYTES, NotText, sample_texts, train_with_progress
 from spiral_jax.corpus.workers import encode_pieces
 from spiral_jax.data.atomic import AnyPath, partial_of, rename_whole, whole_folder, write_text
 from spiral_jax.data.bucket import is_bucket
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.exclusive import Check, exclusive
 from spiral_jax.data.json_files import write_json
 from spiral_jax.data.prepared import PreparedData, configured_tokenizer, open_folder
 from spiral_jax.data.staging import stand_in
 from spiral_jax.data.storage import reachable_path
 from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
+from spiral_jax.data.store_writer import Counts, StoreWriter
 from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.progress import Progress, Report

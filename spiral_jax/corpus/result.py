@@ -8,11 +8,11 @@ from typing import Any
 
 from etils import epath
 
-from spiral_jax.corpus.exclusive import Check
 from spiral_jax.corpus.parts import SPLITS, json_or_none
-from spiral_jax.corpus.store_writer import Counts
 from spiral_jax.data.bucket import refusals, upload
+from spiral_jax.data.exclusive import Check
 from spiral_jax.data.json_files import read_json_object
+from spiral_jax.data.store_writer import Counts
 from spiral_jax.errors import SpiralError
 from spiral_jax.progress import Progress, Report
 

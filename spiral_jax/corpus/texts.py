@@ -1,25 +1,31 @@
 """What is in a piece: the text of its documents, and what in it is no text."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from spiral_jax.corpus.pieces import Piece, cut_into_pieces, cut_packed, listing, open_parquet, text_cut, too_long
 from spiral_jax.corpus.sources import Source, one_line, read_range, uniform_hash, unpack
 from spiral_jax.data.config import DataConfig
+from spiral_jax.data.exclusive import Check
 from spiral_jax.data.plain_text import BYTE_ORDER_MARK
+from spiral_jax.data.tokenizers import Tokenizer, train_bpe
 from spiral_jax.errors import SpiralError
+from spiral_jax.progress import Report, duration, in_thread
 
 # A document longer than this is tokenised in stretches. Memory per worker is some hundred times this.
 _TEXT_BYTES = 2**20
 _ROWS_PER_BATCH = 256
 # More text does not make a small vocabulary better in a way one can measure, only slower to train.
 SAMPLE_BYTES = 8_000_000
+_SECONDS_BETWEEN_CHECKS, _SECONDS_BETWEEN_LINES = 0.1, 5.0
 
 
 class NotText(SpiralError):
@@ -241,3 +247,22 @@ def _kind_of(value: object) -> str:
     """What a value is called in JSON."""
     kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
+
+
+def train_with_progress(texts: Sequence[str], size: int, report: Report, check: Check) -> Tokenizer:
+    """As `train_bpe`, in a thread, with a line now and then: the library says nothing, and hears no Ctrl-C.
+
+    Args:
+      texts: what to train on.
+      size: number of entries.
+      report: called with a line.
+      check: called often; raises to stop. The thread then works on, but keeps no process that ends.
+    """
+    done = in_thread("training a BPE", lambda: train_bpe(texts, size))
+    begin = said = time.monotonic()
+    while not concurrent.futures.wait([done], _SECONDS_BETWEEN_CHECKS).done:
+        check()
+        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            report(f"data: training the BPE, {duration(said - begin)} so far")
+    return done.result()

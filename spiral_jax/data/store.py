@@ -4,7 +4,7 @@
     documents.bin   little-endian uint64: where each document starts, and the end of the last one
     manifest.json   what is in the two files, how they came about, and their checksums
 
-`corpus.store_writer` writes it under another name and renames it when complete: a folder with the store's name is
+`data.store_writer` writes it under another name and renames it when complete: a folder with the store's name is
 whole.
 """
 

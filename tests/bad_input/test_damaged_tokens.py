@@ -8,12 +8,12 @@ import pytest
 from range_server import RangeServer
 
 from spiral_jax.corpus.prepare import prepare_stores
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data import checksums
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import open_stores
 from spiral_jax.data.storage import Storage
 from spiral_jax.data.store import TokenStore
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.errors import SpiralError
 from spiral_jax.run.directory import check_same_data, open_data, save_data
@@ -23,7 +23,7 @@ BLOCK = 64  # bytes, where the stores of these tests have many
 
 @pytest.fixture
 def blocks(monkeypatch):
-    for module in ("spiral_jax.data.checksums", "spiral_jax.data.store", "spiral_jax.corpus.store_writer"):
+    for module in ("spiral_jax.data.checksums", "spiral_jax.data.store", "spiral_jax.data.store_writer"):
         monkeypatch.setattr(f"{module}.BLOCK_BYTES", BLOCK)
 
 

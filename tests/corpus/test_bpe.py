@@ -5,18 +5,18 @@ import time
 
 import pytest
 
-from spiral_jax.corpus import bpe
+from spiral_jax.corpus import texts
 
 
 def test_a_line_now_and_then_and_the_tokenizer_at_the_end(monkeypatch):
-    def train(texts, size):
+    def train(given, size):
         time.sleep(0.5)
-        return texts, size
+        return given, size
 
-    monkeypatch.setattr(bpe, "train_bpe", train)
-    monkeypatch.setattr(bpe, "_SECONDS_BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(texts, "train_bpe", train)
+    monkeypatch.setattr(texts, "_SECONDS_BETWEEN_LINES", 0.1)
     lines = []
-    assert bpe.train_with_progress(["a"], 300, lines.append, lambda: None) == (["a"], 300)
+    assert texts.train_with_progress(["a"], 300, lines.append, lambda: None) == (["a"], 300)
     assert len(lines) >= 2 and lines[0] == "data: training the BPE, 0s so far"
 
 
@@ -28,12 +28,12 @@ def test_it_stops_when_it_is_told_to_and_passes_errors_on(monkeypatch):
         raise Stop
 
     ended = threading.Event()
-    monkeypatch.setattr(bpe, "train_bpe", lambda texts, size: ended.wait(10))
+    monkeypatch.setattr(texts, "train_bpe", lambda given, size: ended.wait(10))
     begin = time.monotonic()
     with pytest.raises(Stop):
-        bpe.train_with_progress([], 300, print, stop)
+        texts.train_with_progress([], 300, print, stop)
     assert time.monotonic() - begin < 5
     ended.set()
-    monkeypatch.setattr(bpe, "train_bpe", lambda texts, size: stop())
+    monkeypatch.setattr(texts, "train_bpe", lambda given, size: stop())
     with pytest.raises(Stop):
-        bpe.train_with_progress([], 300, print, lambda: None)
+        texts.train_with_progress([], 300, print, lambda: None)

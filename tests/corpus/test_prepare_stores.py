@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.corpus import bpe, pieces, prepare, texts
+from spiral_jax.corpus import pieces, prepare, texts
 from spiral_jax.corpus.prepare import prepare_stores
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.tokenizers import train_bpe
@@ -82,7 +82,7 @@ def test_a_second_run_uses_the_stores_of_the_first(corpus, tmp_path, monkeypatch
     config = config_for(corpus, tokenizer="bpe")
     first = prepare_stores(config, tmp_path / "cache", report=silent)
     monkeypatch.setattr(prepare, "_build", None)
-    monkeypatch.setattr(bpe, "train_bpe", None)
+    monkeypatch.setattr(texts, "train_bpe", None)
     lines = []
     second = prepare_stores(config, tmp_path / "cache", report=lines.append)
     assert second.fingerprints == first.fingerprints
@@ -258,7 +258,7 @@ def test_the_sample_for_a_bpe_is_bounded_and_comes_from_all_over(corpus, tmp_pat
             path.with_suffix(".jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
             path.unlink()
     seen = []
-    monkeypatch.setattr(bpe, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(sample, size))
+    monkeypatch.setattr(texts, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(sample, size))
     prepared = prepare_stores(config_for(corpus, tokenizer="bpe"), tmp_path / "cache", report=silent)
     assert 900 < sum(len(text) for text in seen) <= 1000
     if kind == "text":

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from spiral_jax import progress
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.inspection import inspect
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
 from spiral_jax.errors import SpiralError
 

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import open_source, open_stores
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
 from spiral_jax.errors import SpiralError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import spiral_jax
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.store import TOKENS, TokenStore
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer, train_bpe
 from spiral_jax.errors import SpiralError
 
@@ -114,7 +114,7 @@ def test_a_store_is_replaced(tmp_path):
 
 def test_a_killed_writer_leaves_nothing_that_looks_like_a_store(tmp_path):
     program = (
-        "import sys, numpy as np; from spiral_jax.corpus.store_writer import StoreWriter\n"
+        "import sys, numpy as np; from spiral_jax.data.store_writer import StoreWriter\n"
         "from spiral_jax.data.tokenizers import ByteTokenizer\n"
         "writer = StoreWriter(sys.argv[1], ByteTokenizer())\n"
         "for i in range(10**9):\n"

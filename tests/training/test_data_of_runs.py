@@ -9,7 +9,7 @@ from verbs import call
 
 import spiral_jax
 from spiral_jax import evaluate, train
-from spiral_jax.corpus.store_writer import StoreWriter
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.run.metrics import read_rows
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from range_server import RangeServer, random_faults
 
-from spiral_jax.corpus.store_writer import StoreWriter
 from spiral_jax.data.blob import JoinedBlobs
 from spiral_jax.data.pipeline import WindowOrder, WindowReader, train_batches
 from spiral_jax.data.remote import blob as remote
 from spiral_jax.data.remote.blob import RemoteBlob
 from spiral_jax.data.storage import LOCAL, Storage
 from spiral_jax.data.store import TokenStore
+from spiral_jax.data.store_writer import StoreWriter
 from spiral_jax.data.tokenizers import ByteTokenizer
 from spiral_jax.data.windows import num_windows
 from spiral_jax.errors import SpiralError, Unreachable
