@@ -38,7 +38,9 @@ class Diverged(Exception):
 
 
 def is_of_bucket(error: BaseException) -> bool:
-    """Whether an error is one of the libraries that ask buckets, which have many kinds."""
+    """Whether an error is one of the libraries that ask buckets, which have many kinds, and a bucket has been used."""
+    if {"gcsfs", "google.cloud.storage"}.isdisjoint(sys.modules):
+        return False
     return any(f"{kind.__module__}.".startswith(_BUCKET_LIBRARIES) for kind in type(error).mro())
 
 

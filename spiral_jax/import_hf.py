@@ -17,11 +17,12 @@ from etils import epath
 
 from spiral_jax import command
 from spiral_jax.convert.folder import CONFIG, output_folder, read_config, read_params
+from spiral_jax.data.bucket import is_folder
 from spiral_jax.data.json_files import read_json_object
 from spiral_jax.data.staging import whole_folder
 from spiral_jax.data.storage import expanded, writable_path
 from spiral_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
-from spiral_jax.errors import SpiralError, require
+from spiral_jax.errors import SpiralError, Unreachable, require
 from spiral_jax.model.config import PROGRAM
 from spiral_jax.run.checkpoint import Checkpoints
 from spiral_jax.run.config import RunConfig
@@ -44,7 +45,7 @@ def main(values: flags.FlagValues) -> None:
     if not values.input:
         raise SpiralError(f"--input is missing; allowed: {allowed}")
     source = writable_path("--input", values.input)
-    if not source.is_dir():
+    if not is_folder(source):
         raise SpiralError(f"--input {source} is no folder; allowed: {allowed}")
     workdir = output_folder("workdir", values.workdir)
     config = import_folder(source, workdir, given, values.tokenizer)
@@ -110,6 +111,8 @@ def _end_of_text(source: epath.Path) -> str:
     """The `eos_token` of tokenizer_config.json, or ""."""
     try:
         token = read_json_object(source / "tokenizer_config.json").get("eos_token")
+    except Unreachable:
+        raise
     except SpiralError:
         return ""
     token = token.get("content") if isinstance(token, dict) else token

@@ -92,7 +92,7 @@ def main(values: flags.FlagValues) -> None:
         try:
             prepare_folder(DataConfig(**fields), values.output, report=_report, check=check)
         except SpiralError as error:
-            raise SpiralError(_as_flags(str(error))) from error
+            raise type(error)(_as_flags(str(error))) from error
 
 
 def _inspect(values: flags.FlagValues) -> None:
@@ -108,7 +108,7 @@ def _inspect(values: flags.FlagValues) -> None:
             report=_report,
         )
     except SpiralError as error:
-        raise SpiralError(_as_flags(str(error))) from error
+        raise type(error)(_as_flags(str(error))) from error
 
 
 def _report(line: str) -> None:

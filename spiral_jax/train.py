@@ -29,6 +29,7 @@ from absl import flags
 from etils.epath import Path
 
 from spiral_jax import command
+from spiral_jax.data.bucket import is_bucket
 from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.parallel.mesh import make_mesh
 from spiral_jax.parallel.process_flags import define_processes
@@ -88,7 +89,8 @@ def main(values: flags.FlagValues) -> None:
         )
         with NothingLeft(workdir, processes.is_main) as started:
             make_workdir(workdir)
-            guards.watchdog.expect_nothing()  # another start may have the claim for as long as it trains
+            if is_bucket(workdir):  # there another start is waited for, for as long as it trains
+                guards.watchdog.expect_nothing()
             with claim(workdir, processes, guards.end_alone) as guards.claim, started.claimed():
                 guards.watchdog.expect("the start", "start_minutes")
                 processes.check_shared(workdir, "--workdir")

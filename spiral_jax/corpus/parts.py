@@ -24,7 +24,7 @@ from spiral_jax.data.json_files import read_json
 from spiral_jax.data.store import OFFSET_DTYPE, token_dtype
 from spiral_jax.data.store_writer import Counts, check_ids
 from spiral_jax.data.tokenizers import Tokenizer
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 
 SPLITS = ("train", "validation")
 # How many records that were left out are named.
@@ -87,6 +87,8 @@ def json_or_none(path: Path | epath.Path) -> Any:
     """What is in a file of JSON, or None if there is no such file or it is damaged."""
     try:
         return read_json(path, max_bytes=2**31)  # ours, and as long as there are pieces
+    except Unreachable:
+        raise
     except SpiralError:
         return None
 

@@ -43,7 +43,7 @@ from spiral_jax.data.storage import reachable_path
 from spiral_jax.data.store import MANIFEST, OFFSET_DTYPE, token_dtype
 from spiral_jax.data.store_writer import Counts, StoreWriter
 from spiral_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
-from spiral_jax.errors import SpiralError
+from spiral_jax.errors import SpiralError, Unreachable
 from spiral_jax.progress import Progress, Report
 
 # Part of the fingerprint: raise it when the same input would give other tokens.
@@ -101,7 +101,7 @@ def prepare_stores(config: DataConfig, cache_dir: str | os.PathLike, *, report: 
         place = epath.Path(cache_dir)
         recipe = _recipe(config, stand_in(place), report)
         place /= recipe.fingerprint[:16]
-        _make_on_bucket(place, stand_in(place), recipe, report, lambda: None)
+        _make_on_bucket(place, stand_in(place), recipe, report, mend=True)
         return open_folder(place, config)
     cache = Path(cache_dir)
     recipe = _recipe(config, cache, report)
@@ -149,15 +149,29 @@ def prepare_folder(
             _build(recipe, folder, report, check)
 
 
-def _make_on_bucket(place: epath.Path, folder: Path, recipe: Recipe, report: Report, check: Check) -> None:
-    """Makes a folder of stores on a bucket, by way of one of this machine, if it is not there."""
+def _make_on_bucket(
+    place: epath.Path, folder: Path, recipe: Recipe, report: Report, check: Check = lambda: None, *, mend: bool = False
+) -> None:
+    """Makes a folder of stores on a bucket, by way of one of this machine, if it is not there.
+
+    `mend`: what is damaged there, or is something else, is replaced.
+    """
     with exclusive(folder.parent, f".{folder.name}.lock", report, check):
-        if is_made(place, recipe.fingerprint):
-            _open(place, recipe.fingerprint)
-            report(f"data: {place} is complete: {describe(place)}")
-            return
+        try:
+            if is_made(place, recipe.fingerprint):
+                _open(place, recipe.fingerprint)
+                report(f"data: {place} is complete: {describe(place)}")
+                return
+        except SpiralError as error:
+            if not mend or isinstance(error, Unreachable):
+                raise
+            report(f"data: preparing again, the cache is damaged: {error}")
         write_json(place / MARK, {"source": recipe.fingerprint})
-        if read_result(folder).get("source") != recipe.fingerprint:  # of no earlier call that could not copy it
+        try:
+            is_there = _open(folder, recipe.fingerprint) is not None  # by an earlier call that could not copy it
+        except SpiralError:
+            is_there = False
+        if not is_there:
             _build(recipe, folder, report, check)
         copy_to_bucket(folder, place, report, check)
 

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from spiral_jax.corpus.parts import SPLITS, json_or_none
-from spiral_jax.data.bucket import refusals, upload
+from spiral_jax.data.bucket import is_folder, refusals, upload
 from spiral_jax.data.exclusive import Check
 from spiral_jax.data.json_files import read_json_object
 from spiral_jax.data.store_writer import Counts
@@ -39,9 +39,10 @@ def is_made(place: epath.Path, fingerprint: str) -> bool:
       SpiralError: it holds something else than what `fingerprint` stands for, or cannot be read.
     """
     with refusals(place, lambda why: f"{place} cannot be read ({why})"):
-        if place.exists() and not place.is_dir():
+        there = is_folder(place)
+        if not there and place.exists():
             raise SpiralError(f"{place} is a file; allowed: a new or an empty folder")
-        names = {path.name for path in place.iterdir()} if place.exists() else set()
+        names = {path.name for path in place.iterdir()} if there else set()
     if not names:
         return False
     says = next((name for name in (MARK, RESULT) if name in names), None)

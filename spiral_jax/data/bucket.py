@@ -46,10 +46,10 @@ def bucket_path(field: str, place: str | os.PathLike) -> epath.Path:
     Raises:
       SpiralError: another spelling, or a package is missing.
     """
-    # gcsfs takes the characters left out for patterns, also where it removes.
-    found = re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9]/([^*?\[\]]+?)/*", str(place))
+    # gcsfs takes the characters left out for patterns, also where it removes; and so do listings.
+    found = re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9]/([^*?\[\]{}]+?)/*", str(place))
     if found is None or {"", ".", ".."} & set(found[1].split("/")):
-        allowed = "a path, or a folder as gs://BUCKET/FOLDER, without any of *?[]"
+        allowed = "a path, or a folder as gs://BUCKET/FOLDER, without any of *?[]{}"
         raise SpiralError(f"{field} is {str(place)!r}; allowed: {allowed}")
     for package in _PACKAGES:
         try:
@@ -152,11 +152,6 @@ class Versioned:
                     continue
         return None
 
-    def is_there(self) -> bool:
-        """Whether there is such an object."""
-        with self._lock:
-            return self._blob(fresh=True) is not None
-
     def write(self, content: bytes, generation: int) -> int | None:
         """Replaces the object.
 
@@ -206,12 +201,25 @@ def folders_with(folder: epath.Path, name: str) -> set[str]:
     """
     bucket, place = _split(folder)
     listed = _client().list_blobs(
-        bucket, prefix=f"{place}/", delimiter="/", timeout=_SECONDS_OF_A_REQUEST, retry=_retry()
+        bucket, prefix=f"{place}/", match_glob=f"{place}/*/{name}", timeout=_SECONDS_OF_A_REQUEST, retry=_retry()
     )
-    for _ in listed:  # prefixes are known once all pages are read
-        pass
-    names = {prefix.removeprefix(f"{place}/").rstrip("/") for prefix in listed.prefixes}
-    return {each for each in names if Versioned(folder / each / name).is_there()}
+    below = (blob.name.removeprefix(f"{place}/").split("/") for blob in listed)
+    return {names[0] for names in below if names[1:] == [name]}  # an emulator lists others, too
+
+
+def is_folder(path: pathlib.Path | epath.Path) -> bool:
+    """Whether a folder is there; on a bucket, whether something is in it.
+
+    Raises:
+      Exception: of the bucket's library, where epath's `is_dir` would take some of them for "no".
+    """
+    if not is_bucket(path):
+        return path.is_dir()
+    bucket, place = _split(epath.Path(path))
+    listed = _client().list_blobs(
+        bucket, prefix=f"{place}/", max_results=1, timeout=_SECONDS_OF_A_REQUEST, retry=_retry()
+    )
+    return any(True for _ in listed)
 
 
 def read_all(paths: Sequence[epath.Path]) -> list[bytes]:
@@ -225,6 +233,11 @@ def remove(path: pathlib.Path | epath.Path) -> None:
     """Removes a file, if it is there. A bucket says so at a second try, too, if only the first answer was lost."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
+
+
+def _remove(name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _file_system().rm_file(name)
 
 
 def upload(
@@ -257,8 +270,8 @@ def upload(
     }
     there: dict[str, dict[str, Any]] = _file_system().find(str(to), detail=True)
     others = there.keys() - set(files.values())
-    says = [path for path in files if path.suffix == ".json" or path.name == COMMITTED]
-    last = sorted(says, key=lambda path: (-len(path.parts), path))
+    last = [path for path in files if path.suffix == ".json" or path.name == COMMITTED]
+    last.sort(key=lambda path: (-len(path.parts), path))
 
     def put(path: pathlib.Path) -> None:
         size = path.stat().st_size
@@ -273,7 +286,9 @@ def upload(
         for path in last:
             put(path)
         if alone:
-            list(pool.map(lambda name: remove(epath.Path(SCHEME + name)), others))
+            says = {name for name in others if name.endswith(".json")}  # among them, that not all is there yet
+            list(pool.map(_remove, others - says))
+            list(pool.map(_remove, says))
 
 
 def download(files: Sequence[epath.Path], folder: pathlib.Path) -> None:

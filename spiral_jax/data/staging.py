@@ -16,6 +16,7 @@ from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.errors import SpiralError
 
 UNFINISHED = "unfinished.json"
+_TMPDIR = pathlib.Path("TMPDIR")  # for errors: where there is none to be found, it has no name
 
 
 class Staging:
@@ -32,8 +33,11 @@ class Staging:
           SpiralError: the disk refuses.
         """
         self._to = epath.Path(folder) if is_bucket(folder) else None
-        with atomic.written(pathlib.Path(tempfile.gettempdir())):
-            self.folder = pathlib.Path(folder if self._to is None else tempfile.mkdtemp(prefix="spiral_jax-"))
+        if self._to is None:
+            self.folder = pathlib.Path(folder)
+        else:
+            with atomic.written(_TMPDIR):
+                self.folder = pathlib.Path(tempfile.mkdtemp(prefix="spiral_jax-"))
 
     def finish(self, *, alone: bool = False) -> None:
         """What is in the folder is whole: it is copied to the bucket, and is gone from this machine.
@@ -102,8 +106,8 @@ def stand_in(folder: epath.Path) -> pathlib.Path:
     Raises:
       SpiralError: it cannot be made, or is somebody else's.
     """
-    above = pathlib.Path(tempfile.gettempdir(), f"spiral_jax-{os.getuid()}")
-    with atomic.written(above):
+    with atomic.written(_TMPDIR):
+        above = pathlib.Path(tempfile.gettempdir(), f"spiral_jax-{os.getuid()}")
         above.mkdir(mode=0o700, exist_ok=True)
         if above.is_symlink() or above.stat().st_uid != os.getuid():
             raise SpiralError(f"{above} is another user's; allowed: another folder in TMPDIR")

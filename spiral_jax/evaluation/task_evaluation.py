@@ -69,7 +69,7 @@ def open_tasks(
         message = str(error).replace("--tasks", field)
         if not field.startswith("--"):
             message = message.replace("--num_fewshot", field.replace("tasks", "num_fewshot"))
-        raise SpiralError(message) from error
+        raise type(error)(message) from error
     return OpenTasks(tasks, remarks, num_fewshot, limit)
 
 

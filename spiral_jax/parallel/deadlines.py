@@ -20,7 +20,8 @@ class DeadlineConfig:
     minutes stand for as long as it takes.
 
     Attributes:
-      start_minutes: from the first line to the first step, but for the preparation of data and the compilation.
+      start_minutes: from the first line to the first step, but for the preparation of data, the compilation, and on a
+        bucket the wait for another start to end.
       step_minutes: a step, reading its batch included.
       evaluation_minutes: a batch of an evaluation; compiling what tasks need counts to their first batch.
       save_minutes: what steps wait for a save, or the run for the last one.

@@ -6,7 +6,7 @@ import json
 from etils.epath import Path
 
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import is_bucket, is_trouble, reason, remove
+from spiral_jax.data.bucket import is_bucket, is_folder, is_trouble, reason, remove
 from spiral_jax.errors import SpiralError
 
 DAMAGED = "damaged"  # the folder in a run's directory
@@ -30,7 +30,7 @@ def set_aside(path: Path, workdir: Path) -> Path:
       SpiralError: the disk refuses.
     """
     folder = workdir / DAMAGED
-    if is_bucket(workdir) and path.is_dir():
+    if is_bucket(workdir) and is_folder(path):
         mark = folder / path.name
         atomic.write_text(mark, json.dumps({"damaged": str(path)}) + "\n")
         return mark
@@ -55,7 +55,7 @@ def set_aside(path: Path, workdir: Path) -> Path:
 def marked(workdir: Path) -> set[str]:
     """Names of folders in a run's directory on a bucket that `set_aside` has left where they are."""
     folder = workdir / DAMAGED
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {path.name for path in folder.iterdir()} if is_folder(folder) else set()
 
 
 def unmark(path: Path, workdir: Path) -> None:

@@ -260,6 +260,8 @@ class Checkpoints:
             }
             self._restore_arrays(step, unflatten_dict(params))
             return True
+        except Unreachable:
+            raise
         except SpiralError:
             return False
 
@@ -305,7 +307,7 @@ class Checkpoints:
         except Exception as trouble:
             if not is_trouble(trouble):
                 raise
-            failed, error = True, trouble
+            failed, error = True, error or trouble
         if failed:
             raise self._failed(step, error) from error
 

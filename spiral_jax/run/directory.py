@@ -38,7 +38,7 @@ from etils.epath import Path
 
 from spiral_jax.convert.folder import is_huggingface, read_config, read_params
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import is_bucket, refusals, remove
+from spiral_jax.data.bucket import is_bucket, is_folder, refusals, remove
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.prepared import PreparedData
@@ -113,7 +113,7 @@ def run_directory(path: str | os.PathLike | None) -> Path:
     if not path:
         raise SpiralError("--workdir is missing; allowed: the directory of a run")
     workdir = _run_path(path)
-    if not workdir.is_dir():
+    if not is_folder(workdir):
         raise SpiralError(f"{workdir} does not exist; allowed: the directory of a run")
     return workdir
 

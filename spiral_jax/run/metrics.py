@@ -12,7 +12,7 @@ from typing import Any
 from etils.epath import Path
 
 from spiral_jax.data import atomic
-from spiral_jax.data.bucket import is_bucket, read_all, remove
+from spiral_jax.data.bucket import is_bucket, is_folder, read_all, remove
 from spiral_jax.data.json_files import finite
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.progress import duration
@@ -305,9 +305,10 @@ def _files(path: Path, since: int = 0) -> list[tuple[Path, list[bytes]]]:
 
     Of parts those that end before are not read: after some weeks they are tens of thousands.
     """
-    if not path.exists():
-        return []
-    files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix == ".jsonl")
+    if is_folder(path):
+        files = sorted(file for file in path.iterdir() if file.suffix == ".jsonl")
+    else:
+        files = [path] if path.exists() else []
     begun = [file.name for file in files if file.stem.isdigit() and int(file.stem) <= since]
     ended = set(begun[:-1])
     files = [file for file in files if file.name not in ended]

@@ -14,7 +14,7 @@ from etils.epath import Path
 from spiral_jax.data.examples import example_sources
 from spiral_jax.data.json_files import read_json_object, write_json
 from spiral_jax.data.storage import expanded
-from spiral_jax.errors import SpiralError, guarded
+from spiral_jax.errors import SpiralError, Unreachable, guarded
 from spiral_jax.model.pooling import poolings
 from spiral_jax.model.spreading import spreadings
 from spiral_jax.model.topology import topologies
@@ -110,6 +110,8 @@ def _read(workdir: Path) -> dict[str, dict[str, str]]:
     """What `save` kept; nothing where that is missing or broken."""
     try:
         saved = read_json_object(workdir / FILE)
+    except Unreachable:
+        raise
     except SpiralError:
         return {}
     entries = [code.values() if isinstance(code, dict) else [None] for code in saved.values()]

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils.epath import Path
 
+from spiral_jax.data.bucket import is_folder
 from spiral_jax.errors import Damaged, SpiralError
 from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run import own_code
@@ -68,7 +69,7 @@ def reading(workdir: Path, step: int | None = None) -> Iterator[SavedRun]:
       SpiralError: the run has no such checkpoint; or what is read in the block is damaged: then it says which one of
         the others is not.
     """
-    if not (workdir / "checkpoints").is_dir():
+    if not is_folder(workdir / "checkpoints"):
         raise SpiralError(f"{workdir} has no checkpoints; allowed: the directory of a run")
     checkpoints = Checkpoints(workdir, read_only=True)
     try:

@@ -6,8 +6,8 @@ from types import TracebackType
 
 from etils.epath import Path
 
-from spiral_jax.data.bucket import despite_trouble, is_bucket, remove
-from spiral_jax.errors import SpiralError
+from spiral_jax.data.bucket import despite_trouble, is_bucket, is_folder, remove
+from spiral_jax.errors import SpiralError, Unreachable
 
 _LOCK = ".lock"
 
@@ -50,6 +50,8 @@ class NothingLeft:
         has_run = bool(before & {"config.json", "checkpoints", "metrics.jsonl"})
         try:
             yield
+        except Unreachable:  # no refusal: what has been copied to a bucket is gone on with
+            raise
         except SpiralError:
             if self._is_main and not has_run and not self._kept:
                 with despite_trouble():  # the refusal is worth more than what cannot be removed
@@ -62,7 +64,7 @@ class NothingLeft:
             # A preparation that was stopped by the machine, not by its input, goes on with what it left.
             goes_on = path.name == "cache" and any(path.glob(".*.partial"))
             if path.name not in before and not goes_on:
-                path.rmtree() if path.is_dir() else remove(path)
+                path.rmtree() if is_folder(path) else remove(path)
 
     def __enter__(self) -> "NothingLeft":
         return self
@@ -70,7 +72,7 @@ class NothingLeft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, SpiralError) and not self._kept:
+        if isinstance(error, SpiralError) and not isinstance(error, Unreachable) and not self._kept:
             # As epath says where one holds something: it stays.
             with despite_trouble(), contextlib.suppress(ValueError):
                 for folder in self._made:

@@ -68,7 +68,7 @@ class RowParts:
 
     def close(self) -> None:
         self._closed.set()
-        self.flush(ATTEMPTS)
+        self.flush()
 
     def _write_now_and_then(self) -> None:
         while not self._closed.wait(SECONDS_OF_A_PART):

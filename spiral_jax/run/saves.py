@@ -106,8 +106,8 @@ class Saves:
             raise self._failure
 
     def _expect(self, step: int) -> None:
-        self._guards.check_claim()
         self._guards.watchdog.expect(f"the save of step {step}", "save_minutes")
+        self._guards.check_claim()  # returns when the bucket has answered
 
     def _attempt(self, work: Callable[[], None], is_last: bool = False) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 import orbax.checkpoint as ocp
 from etils.epath import Path
 
-from spiral_jax.data.bucket import COMMITTED, folders_with, is_bucket, remove
+from spiral_jax.data.bucket import COMMITTED, folders_with, is_bucket, is_folder, remove
 from spiral_jax.run.aside import marked, set_aside, unmark
 
 
@@ -75,7 +75,7 @@ class BucketStepFolders(StepFolders):
         return {int(name) for name in marked(self.directory.parent) if name.isdigit()}
 
     def unfinished(self, kept: Collection[int]) -> list[Path]:
-        if not self.directory.is_dir():
+        if not is_folder(self.directory):
             return []
         # Also if orbax has not seen a whole one: it takes some answers of a bucket in trouble for "not there".
         kept = {*kept, *self.whole()}

@@ -6,10 +6,12 @@ import pytest
 from verbs import call
 
 from spiral_jax import command, prepare
+from spiral_jax.corpus import result
 from spiral_jax.corpus.prepare import prepare_folder, prepare_stores
 from spiral_jax.data.bucket import _file_system
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.prepared import open_folder
+from spiral_jax.errors import Unreachable
 
 
 @pytest.fixture
@@ -88,6 +90,40 @@ def test_a_folder_that_another_command_has_begun_is_left(place, texts, scratch):
     (place / "preparing.json").write_text('{"source": "of other input"}')
     status, errors = call(prepare, f"--input={texts}", "--tokenizer=bytes", f"--output={place}")
     assert status == 2 and f"{place} holds stores of other input or options" in errors
+
+
+def test_what_a_stand_in_has_lost_is_made_again(place, texts, scratch, monkeypatch):
+    config, said = DataConfig(paths=(str(texts),), tokenizer="bytes", validation_fraction=0.3), []
+
+    def refused(*given, **more):
+        raise Unreachable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "upload", refused)
+        with pytest.raises(Unreachable):
+            prepare_folder(config, place, report=said.append)
+    (lost,) = scratch.rglob("train/tokens.bin")
+    lost.unlink()  # as what is old below /tmp
+    prepare_folder(config, place, report=said.append)
+    assert sum("wrote" in line for line in said) == 2
+    open_folder(str(place)).train[0].verify()
+
+
+def test_a_bucket_that_does_not_answer_is_43(place, texts, scratch, monkeypatch):
+    def refused(*given, **more):
+        raise Unreachable("gs://x cannot be written")
+
+    monkeypatch.setattr(result, "upload", refused)
+    status, errors = call(prepare, f"--input={texts}", "--tokenizer=bytes", f"--output={place}")
+    assert (status, errors) == (43, "error: gs://x cannot be written; the same command goes on\n")
+
+
+def test_damaged_stores_of_a_run_are_made_again(place, texts, scratch):
+    config, said = DataConfig(paths=(str(texts),), tokenizer="bytes", validation_fraction=0.3), []
+    folder = prepare_stores(config, place / "cache", report=said.append).train[0].name
+    _file_system().rm_file(f"{folder}/tokens.bin")
+    prepare_stores(config, place / "cache", report=said.append).train[0].verify()
+    assert any("preparing again, the cache is damaged" in line for line in said)
 
 
 def test_text_of_a_run_is_made_into_stores_once(place, texts, scratch):

@@ -184,7 +184,7 @@ def test_what_cannot_be_is_one_line(emulator_url, folder, monkeypatch):
         ("gs://no-such-bucket/run", "whose bucket cannot be used (404"),
         ("gs://bucket", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
         ("gs://bucket/../x", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
-        ("gs://bucket/sweep[12]", "gs://BUCKET/FOLDER, without any of *?[]"),
+        ("gs://bucket/sweep[12]", "gs://BUCKET/FOLDER, without any of *?[]{}"),
         ("gs:/bucket/run", "--workdir is 'gs:/bucket/run'; allowed: a path of this machine"),
         ("s3://bucket/run", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
         ("foo://bucket/run", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),

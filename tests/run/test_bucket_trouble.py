@@ -10,27 +10,36 @@ from requests.exceptions import ProxyError
 from states import CONFIG, META, random_state, saves_of
 from verbs import call
 
-from spiral_jax import command, evaluate
+from spiral_jax import command, evaluate, import_hf
 from spiral_jax.convert.folder import is_huggingface, output_folder
 from spiral_jax.data.bucket import Versioned
 from spiral_jax.data.json_files import read_json
 from spiral_jax.data.staging import UNFINISHED, whole_folder
 from spiral_jax.errors import SpiralError, Unreachable
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
-from spiral_jax.run import row_parts, side_files
-from spiral_jax.run.aside import set_aside
+from spiral_jax.run import own_code, row_parts, side_files
+from spiral_jax.run.aside import marked, set_aside
 from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveUnreachable
 from spiral_jax.run.directory import open_data, validation_store_of
 from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, read_rows, rows_of
 from spiral_jax.run.provenance import last_start
+from spiral_jax.run.refused import NothingLeft
 from spiral_jax.run.step_folders import BucketStepFolders
 from spiral_jax.training.step import abstract_state
+
+
+def everything(method, path):
+    return True
+
+
+def nothing(method, path):
+    return False
 
 
 @pytest.fixture
 def trouble(place, monkeypatch):
     """`fails(method, path)` says which of gcsfs' requests end in an error, after all its tries."""
-    found = types.SimpleNamespace(fails=lambda method, path: False, error=HttpError({"code": 503, "message": "gone"}))
+    found = types.SimpleNamespace(fails=nothing, error=HttpError({"code": 503, "message": "gone"}))
     ask = gcsfs.core.GCSFileSystem._call
 
     async def asked(self, method, path, *args, **kwargs):
@@ -42,12 +51,9 @@ def trouble(place, monkeypatch):
     return found
 
 
-def everything(method, path):
-    return True
-
-
 def test_whole_checkpoints_are_no_leftovers_whatever_orbax_has_seen(place):
-    for name in ("4/commit_success.txt", "4/meta/x", "8/commit_success.txt", "12/meta/x"):
+    # An item of a step has such an object of its own.
+    for name in ("4/commit_success.txt", "4/meta/x", "8/commit_success.txt", "12/meta/commit_success.txt"):
         (place / "checkpoints" / name).write_bytes(b"")
     folders = BucketStepFolders(place / "checkpoints")
     assert folders.whole() == {4, 8}
@@ -63,6 +69,26 @@ def test_an_opening_that_cannot_see_a_whole_checkpoint_is_refused(place, trouble
         Checkpoints(place, read_only=True)
 
 
+def test_what_was_set_aside_stays_whatever_epath_says(place, trouble):
+    """Its `is_dir` makes "no" of a broken connection, too."""
+    (place / "checkpoints/8/meta/x").write_bytes(b"")
+    set_aside(place / "checkpoints/8", place)
+    trouble.error, trouble.fails = ProxyError("502"), lambda method, path: path.endswith("/damaged")
+    assert marked(place) == {"8"}
+
+
+def test_a_start_that_could_not_reach_the_bucket_removes_nothing(place):
+    (place / ".lock").write_bytes(b"")
+    with pytest.raises(Unreachable), NothingLeft(place) as started, started.claimed():
+        (place / "cache/x/train/tokens.bin").write_bytes(b"copied")
+        raise Unreachable("gone")
+    assert (place / "cache/x/train/tokens.bin").exists()
+    with pytest.raises(SpiralError), NothingLeft(place) as started, started.claimed():
+        (place / "config").write_bytes(b"")
+        raise SpiralError("refused")
+    assert not (place / "config").exists() and (place / "cache/x/train/tokens.bin").exists()
+
+
 @pytest.mark.slow
 def test_a_save_whose_end_is_not_known_is_refused_and_stays(place, trouble):
     layout = abstract_state(CONFIG, make_mesh(MeshConfig(2, 2, 2)))
@@ -72,21 +98,24 @@ def test_a_save_whose_end_is_not_known_is_refused_and_stays(place, trouble):
     trouble.fails = everything
     with pytest.raises(SaveUnreachable, match="checkpoints/1 cannot be saved"):
         checkpoints.wait()
-    trouble.fails = lambda method, path: False
+    trouble.fails = nothing
     assert BucketStepFolders(place / "checkpoints").whole() == {1}
 
 
 def test_errors_of_a_bucket_that_nobody_expected_are_one_line(place, trouble):
+    (place / "checkpoints/4/meta/x").write_bytes(b"")
     trouble.fails = everything
-    status, errors = call(evaluate, f"--workdir={place}")
-    assert status == 43 and errors.count("\n") == 1 and "gone, 503" in errors
+    for error in (trouble.error, ProxyError("502")):
+        trouble.error = error
+        status, errors = call(evaluate, f"--workdir={place}")
+        assert status == 43 and errors.count("\n") == 1 and str(error) in errors, errors
     for code, status in ((403, 2), (404, 2), (408, 43), (429, 43), (500, 43)):
         assert command._outcome(HttpError({"code": code, "message": "as it says"}))[0] == status
     assert command._outcome(OSError("a disk"))[0] == 1
 
 
 def test_what_cannot_be_read_now_is_neither_damaged_nor_missing(place, trouble):
-    for name in ("data.json", "environment.json", "config.json", "wandb_id"):
+    for name in ("data.json", "environment.json", "config.json", "wandb_id", "own_code.json", "tokenizer_config.json"):
         (place / name).write_text("{}")
     trouble.fails = lambda method, path: method == "GET"
     for read in (
@@ -96,10 +125,12 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_missing(place, trouble):
         lambda: last_start(place / "environment.json"),
         lambda: side_files.mend(place),
         lambda: is_huggingface(place),
+        lambda: own_code.changes(place, CONFIG.to_dict()),
+        lambda: import_hf._end_of_text(place),
     ):
         with pytest.raises(Unreachable, match=r"\(gone, 503\)"):
             read()
-    trouble.fails = lambda method, path: False
+    trouble.fails = nothing
     assert not (place / "damaged").exists()
 
 
@@ -136,7 +167,7 @@ def test_rows_come_before_their_checkpoint_or_it_does_not(place, trouble, monkey
     with pytest.raises(SaveUnreachable, match=r"step 1 is not saved, as its rows cannot be written \(gone, 503\)"):
         saves_of(checkpoints, CONFIG, flush=writer.flush)(1, None)
     assert len(asked) == row_parts.ATTEMPTS and saved == []
-    trouble.fails = lambda method, path: False
+    trouble.fails = nothing
     saves_of(checkpoints, CONFIG, flush=writer.flush)(1, None)
     assert saved == [1] and [row["step"] for row in read_rows(rows_of(place))] == [1]
     writer.close()
@@ -156,10 +187,15 @@ def test_a_copy_that_breaks_off_is_gone_on_with_and_is_never_a_mixture(place, tr
     trouble.fails = lambda method, path: method == "POST" and bool(posts.append(path) or len(posts) > 2)
     with pytest.raises(Unreachable, match=r"cannot be written \(gone, 503\)"):
         export(2)
-    trouble.fails = lambda method, path: False
+    trouble.fails = nothing
     assert not (place / "config.json").exists() and not (place / "export.json").exists()
     assert "model-3.safetensors" in json.loads((place / UNFINISHED).read_text())["files"]
     assert output_folder("output", str(place)) == place
+    trouble.fails = lambda method, path: method == "DELETE" and path.endswith("model-3.safetensors")
+    with pytest.raises(Unreachable):
+        export(2)
+    assert (place / UNFINISHED).exists()
+    trouble.fails = nothing
     export(2)
     assert sorted(path.name for path in place.iterdir()) == [
         "config.json", "export.json", "model-1.safetensors", "model-2.safetensors"

@@ -66,6 +66,7 @@ def test_a_start_may_wait_for_a_claim_longer_than_it_may_take(monkeypatch, tmp_p
         raise SpiralError("far enough")
 
     monkeypatch.setattr(train, "claim", claim)
+    monkeypatch.setattr(train, "is_bucket", lambda place: True)
     monkeypatch.setattr(train, "run", run)
     assert call(train, "--config=experiments/quickstart.py", f"--workdir={tmp_path}/run")[0] == 2
     assert seen[-3:] == ["nothing", "claim", "the start"]
