@@ -40,7 +40,7 @@ def test_a_checkpoint_for_another_reason_starts_it_again(now):
     assert [saving.due(step) for step in (4, 5, 6)] == [False, True, False]
     now[0] = 50.0
     saving(5, None)
-    assert calls == ["ours", "save_minutes", 5]
+    assert calls == ["save_minutes", "ours", 5]
     now[0] = 100.0
     assert not clock.is_due()
     now[0], asked[0] = 110.0, True
