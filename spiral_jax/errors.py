@@ -13,6 +13,7 @@ _BUCKET_LIBRARIES = (
     "gcsfs.", "aiohttp.", "google.api_core.", "google.auth.", "google.cloud.", "google.resumable_media.", "requests.",
     "urllib3.",
 )  # fmt: skip
+_BAD_REQUEST = "Bad Request: "
 
 
 class SpiralError(Exception):
@@ -41,15 +42,17 @@ def is_of_bucket(error: BaseException) -> bool:
     """Whether an error is one of the libraries that ask buckets, which have many kinds, and a bucket has been used."""
     if {"gcsfs", "google.cloud.storage"}.isdisjoint(sys.modules):
         return False
-    return any(f"{kind.__module__}.".startswith(_BUCKET_LIBRARIES) for kind in type(error).mro())
+    ours = any(f"{kind.__module__}.".startswith(_BUCKET_LIBRARIES) for kind in type(error).mro())
+    return ours or (isinstance(error, ValueError) and str(error).startswith(_BAD_REQUEST))
 
 
 def is_refusal(error: BaseException) -> bool:
     """Whether a bucket's error is an answer that the user can mend: other ones may pass."""
-    # Of HTTP; gcsfs has no type of its own for 403.
+    # Of HTTP; gcsfs has no type of its own for 403, nor for an answer that calls something invalid.
     code = getattr(error, "code", None)
     answered = isinstance(code, int) and 400 <= code < 500 and code not in (408, 429)
-    return answered or str(error).startswith("Forbidden") or type(error).__name__ == "DefaultCredentialsError"
+    answered = answered or str(error).startswith(("Forbidden", _BAD_REQUEST))
+    return answered or type(error).__name__ == "DefaultCredentialsError"
 
 
 def escape_unprintable() -> None:

@@ -91,7 +91,7 @@ def main(values: flags.FlagValues) -> None:
             make_workdir(workdir)
             if is_bucket(workdir):  # there another start is waited for, for as long as it trains
                 guards.watchdog.expect_nothing()
-            with claim(workdir, processes, guards.end_alone) as guards.claim, started.claimed():
+            with claim(workdir, processes, guards.end_alone) as guards.claim, started.claimed(guards.claim):
                 guards.watchdog.expect("the start", "start_minutes")
                 processes.check_shared(workdir, "--workdir")
                 run(config, workdir, profiled, processes, guards, started)

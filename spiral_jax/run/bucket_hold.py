@@ -48,11 +48,18 @@ class BucketHold(Hold):
                 self._seen = begin
 
     def release(self) -> None:
-        self._closed.set()
-        self._thread.join(SECONDS_OF_A_RENEWAL)
+        self._stop_renewing()
         if self._generation is not None:
             with contextlib.suppress(Exception):  # then it is waited for, as if this process had been killed
                 self._object.write(self._as_owner(attempt=self._attempt, beat=_RELEASED), self._generation)
+
+    def remove(self) -> None:
+        self._stop_renewing()  # or it comes back
+        super().remove()
+
+    def _stop_renewing(self) -> None:
+        self._closed.set()
+        self._thread.join(SECONDS_OF_A_RENEWAL)
 
     def check(self) -> None:
         # As long as that nobody can have taken it.

@@ -10,6 +10,7 @@ from typing import Any
 
 from etils.epath import Path
 
+from spiral_jax.data.bucket import remove
 from spiral_jax.parallel.leaving import HUNG, End
 
 
@@ -53,6 +54,10 @@ class Hold(abc.ABC):
     @abc.abstractmethod
     def release(self) -> None:
         """Gives the directory back."""
+
+    def remove(self) -> None:
+        """Gives it back and leaves no file: nobody has waited for it."""
+        remove(self._path)
 
     @abc.abstractmethod
     def _keep(self) -> None:

@@ -8,6 +8,7 @@ from etils.epath import Path
 
 from spiral_jax.data.bucket import despite_trouble, is_bucket, is_folder, remove
 from spiral_jax.errors import SpiralError, Unreachable
+from spiral_jax.run.hold import Hold
 
 _LOCK = ".lock"
 
@@ -17,7 +18,7 @@ class NothingLeft:
 
     with NothingLeft(workdir) as started:
         make_workdir(workdir)
-        with claim(workdir), started.claimed():
+        with claim(workdir) as hold, started.claimed(hold):
             ...             what is raised up to here as a SpiralError is a refusal
             started.keep()  from here on there is a run
 
@@ -44,7 +45,7 @@ class NothingLeft:
         self._kept = True
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, hold: Hold) -> Iterator[None]:
         """While nobody else writes in the directory: removes what was made in the block, if it ends by a refusal."""
         before = {path.name for path in self._workdir.iterdir()} if self._is_main else set()
         has_run = bool(before & {"config.json", "checkpoints", "metrics.jsonl"})
@@ -55,15 +56,19 @@ class NothingLeft:
         except SpiralError:
             if self._is_main and not has_run and not self._kept:
                 with despite_trouble():  # the refusal is worth more than what cannot be removed
-                    self._remove(before if self._has_lock else before - {_LOCK})
+                    self._remove(before if self._has_lock else before - {_LOCK}, hold)
             raise
 
-    def _remove(self, before: set[str]) -> None:
+    def _remove(self, before: set[str], hold: Hold) -> None:
         # The lock last: as long as it is there, nobody else begins.
         for path in sorted(self._workdir.iterdir(), key=lambda path: path.name == _LOCK):
             # A preparation that was stopped by the machine, not by its input, goes on with what it left.
             goes_on = path.name == "cache" and any(path.glob(".*.partial"))
-            if path.name not in before and not goes_on:
+            if path.name in before or goes_on:
+                continue
+            if path.name == _LOCK:
+                hold.remove()
+            else:
                 path.rmtree() if is_folder(path) else remove(path)
 
     def __enter__(self) -> "NothingLeft":

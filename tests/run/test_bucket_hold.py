@@ -91,6 +91,14 @@ def test_what_was_given_back_is_taken_at_once(place):
     assert content(place)["beat"] == "released" and content(place)["attempt"] == 2
 
 
+def test_what_is_removed_does_not_come_back_with_the_next_renewal(place):
+    with claim(place) as held:
+        held.remove()
+        time.sleep(1.0)
+        assert not (place / ".lock").exists()
+    assert not (place / ".lock").exists()
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b'{"attempt": "x"}'])
 def test_an_object_that_says_nothing_stops_nobody(place, text):
     (place / ".lock").write_bytes(text)

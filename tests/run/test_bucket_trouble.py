@@ -5,7 +5,7 @@ import types
 
 import gcsfs.core
 import pytest
-from gcsfs.retry import HttpError
+from gcsfs.retry import HttpError, validate_response
 from requests.exceptions import ProxyError
 from states import CONFIG, META, random_state, saves_of
 from verbs import call
@@ -21,6 +21,7 @@ from spiral_jax.run import own_code, row_parts, side_files
 from spiral_jax.run.aside import marked, set_aside
 from spiral_jax.run.checkpoint import CheckpointConfig, Checkpoints, SaveUnreachable
 from spiral_jax.run.directory import open_data, validation_store_of
+from spiral_jax.run.disk_hold import DiskHold
 from spiral_jax.run.metrics import LoggingConfig, MetricsWriter, read_rows, rows_of
 from spiral_jax.run.provenance import last_start
 from spiral_jax.run.refused import NothingLeft
@@ -78,12 +79,13 @@ def test_what_was_set_aside_stays_whatever_epath_says(place, trouble):
 
 
 def test_a_start_that_could_not_reach_the_bucket_removes_nothing(place):
+    hold = DiskHold(place, "of nobody")  # never taken, and so nothing to remove
     (place / ".lock").write_bytes(b"")
-    with pytest.raises(Unreachable), NothingLeft(place) as started, started.claimed():
+    with pytest.raises(Unreachable), NothingLeft(place) as started, started.claimed(hold):
         (place / "cache/x/train/tokens.bin").write_bytes(b"copied")
         raise Unreachable("gone")
     assert (place / "cache/x/train/tokens.bin").exists()
-    with pytest.raises(SpiralError), NothingLeft(place) as started, started.claimed():
+    with pytest.raises(SpiralError), NothingLeft(place) as started, started.claimed(hold):
         (place / "config").write_bytes(b"")
         raise SpiralError("refused")
     assert not (place / "config").exists() and (place / "cache/x/train/tokens.bin").exists()
@@ -111,6 +113,10 @@ def test_errors_of_a_bucket_that_nobody_expected_are_one_line(place, trouble):
         assert status == 43 and errors.count("\n") == 1 and str(error) in errors, errors
     for code, status in ((403, 2), (404, 2), (408, 43), (429, 43), (500, 43)):
         assert command._outcome(HttpError({"code": code, "message": "as it says"}))[0] == status
+    with pytest.raises(ValueError) as caught:  # of its own, as gcsfs makes it
+        validate_response(400, b'{"error": {"message": "an invalid name"}}', "b/o")
+    assert command._outcome(caught.value)[0] == 2
+    assert command._outcome(ValueError("Bad"))[0] == 1
     assert command._outcome(OSError("a disk"))[0] == 1
 
 
