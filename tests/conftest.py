@@ -1,6 +1,7 @@
 """The environment jax reads when imported (8 CPU devices, a compilation cache), and what tests of models share."""
 
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -36,7 +37,7 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from spiral_jax.convert.architecture import config_to_huggingface  # noqa: E402
 from spiral_jax.convert.tensors import params_from_tensors  # noqa: E402
-from spiral_jax.hardware import parse_slice  # noqa: E402
+from spiral_jax.hardware import parse_slice, usable_cores  # noqa: E402
 from spiral_jax.model.spiralformer import SpiralFormer  # noqa: E402
 from spiral_jax.roofline.slices import describe_devices, no_compilation_cache  # noqa: E402
 
@@ -73,6 +74,18 @@ FIRST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than cores: some tests wait for processes of theirs."""
+    return usable_cores() + 1
+
+
+def pytest_collection_finish():
+    """Tracing makes objects by the million, and looking for garbage among those that all imports have made takes a
+    tenth of a test's time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -185,6 +185,7 @@ class Stack(nn.Module):
             length=self.num_layers,
             unroll=self.num_layers if self.config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # with no broadcast variables; a layer is traced once, not twice
         )
         h_BxLxD, _ = scan(self.config, self.backend, name="layers")(
             h_BxLxD, rotary_tables(h_BxLxD.shape[1], self.config)

@@ -160,7 +160,13 @@ class SpiralFormer(nn.Module):
             return (now.h_BxLxD, written, t + 1), metrics
 
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *steps)
-        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, length=count)
+        scan = nn.scan(
+            body,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=count,
+            check_constancy_invariants=self.is_initializing(),  # a body that makes parameters is traced twice
+        )
         (h_BxLxD, written, _), metrics = scan(self.core, (states.h_BxLxD, reserved, jnp.int32(0)), stacked)
         return states._replace(h_BxLxD=h_BxLxD, kept=(*before, *itertools.chain(*written))), metrics
 

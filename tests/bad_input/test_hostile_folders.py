@@ -118,7 +118,10 @@ def test_the_configuration_in_a_checkpoint(room, change, words):
     assert len(str(raised.value)) < 2000
 
 
-@pytest.mark.parametrize("content", RAW.values(), ids=RAW.keys())
+@pytest.mark.parametrize(
+    "content",
+    [pytest.param(RAW[name], id=name, marks=() if name in ("empty", "2 MB") else pytest.mark.slow) for name in RAW],
+)
 def test_a_config_of_a_run_is_for_people(good, tmp_path, content):
     """Commands read the one in the checkpoint, which has a digest."""
     folder = copy(good, tmp_path, "run")

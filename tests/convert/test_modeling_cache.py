@@ -9,12 +9,17 @@ from exported import GOLDEN, close, full, in_calls, padded, random_tokens, spira
 from spiral_jax.convert.modeling_spiralformer import SpiralFormerCache
 
 LOOPED = sorted(p.parent.name for p in GOLDEN.glob("*/config.json") if "spiralformer" in p.read_text())
+# Every kind of schedule, and most topologies.
+FEW = ("looped_anchor", "looped_mesh", "spiral_b_mesh", "spiral_far_shift", "spiral_odd", "spiral_residual_none",
+       "spiral_short", "spiral_star")  # fmt: skip
 
 
 pytestmark = pytest.mark.usefixtures("trusted_code")
 
 
-@pytest.mark.parametrize("name", LOOPED)
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in LOOPED]
+)
 def test_cached_decoding_equals_the_full_pass(name, golden_model):
     """Token by token, after prompts of many lengths, and in calls that cross chunks; 45 tokens."""
     model = golden_model(name)
@@ -128,7 +133,11 @@ def greedy(model, row, count):
 GENERATE = {"max_new_tokens": 22, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
 
 
-@pytest.mark.parametrize("name", ["spiral_b_mesh", "spiral_odd", "spiral_far_shift", "vanilla_mesh"])
+@pytest.mark.parametrize(
+    "name",
+    ["spiral_b_mesh"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("spiral_odd", "spiral_far_shift", "vanilla_mesh")],
+)
 def test_generate_greedy(name, golden_model):
     """Prompts of one token, shorter than a chunk and longer, alone and as a ragged batch, prefilled whole or not."""
     model = golden_model(name)

@@ -99,8 +99,17 @@ def test_what_is_there_is_not_overwritten(corpus, tmp_path, there):
     assert digests(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", ["grown", "touched", "removed", "cut short"])
-@pytest.mark.parametrize("workers", [1, 2])
+CHANGES = ("grown", "touched", "removed", "cut short")
+
+
+@pytest.mark.parametrize(
+    ("change", "workers"),
+    [
+        *((change, 1) for change in CHANGES),
+        ("grown", 2),
+        *(pytest.param(change, 2, marks=pytest.mark.slow) for change in CHANGES[1:]),
+    ],
+)
 def test_input_that_changes_while_it_is_read_is_an_error(corpus, tmp_path, monkeypatch, change, workers):
     corpus, output = corpus, tmp_path / "out"
     victim, original = corpus / "long.txt", prepare.encode_pieces

@@ -195,9 +195,9 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(tmp_path):
 
 def test_workers_die_with_their_parent(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("some words of text \n" * 1_500_000)
+    path.write_text("some words of text \n" * 300_000)
     fields = {"paths": [str(path)], "tokenizer": "bpe", "workers": 2}
-    process = start(10_000_000, tmp_path / "out", **fields)
+    process = start(2_000_000, tmp_path / "out", **fields)
     process.stdin.write(PROGRAM)
     process.stdin.close()
     deadline = time.monotonic() + 60
@@ -218,9 +218,9 @@ def test_workers_die_with_their_parent(tmp_path):
 
 def test_a_worker_that_is_killed_is_an_error_of_one_line(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("some words of text \n" * 1_500_000)
+    path.write_text("some words of text \n" * 300_000)
     fields = {"paths": [str(path)], "tokenizer": "bpe", "workers": 2}
-    process = start(10_000_000, tmp_path / "out", **fields)
+    process = start(2_000_000, tmp_path / "out", **fields)
     process.stdin.write(PROGRAM.replace("prepare.prepare_folder", "import os; os.dup2(1, 2); prepare.prepare_folder"))
     process.stdin.close()
     while not (found := workers_of(tmp_path / ".out.partial")):

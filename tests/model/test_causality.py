@@ -63,7 +63,7 @@ def test_shorter_input_agrees_float64(name, lengths, forward, random_model):
     check_prefixes(forward, random_model, model_of(name, "float64"), lengths, 1e-9)
 
 
-@pytest.mark.parametrize("name, lengths", [("spiral_b", (13,)), ("scanned", (7,))])
+@pytest.mark.parametrize("name, lengths", [pytest.param("spiral_b", (13,), marks=pytest.mark.slow), ("scanned", (7,))])
 def test_shorter_input_agrees_float32(name, lengths, forward, random_model):
     check_prefixes(forward, random_model, model_of(name), lengths, 1e-4)
 

@@ -81,8 +81,14 @@ def own_counts(shapes: dict) -> tuple[int, int]:
     return sum(own.values()) - scalers, scalers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", SIZES)
+# A size decides widths and depths, a family what else there is; all pairs are `slow`.
+PAIRS = [(size, family) for size in SIZES for family in FAMILIES]
+FEW = [(size, family) for size, family in PAIRS if size == "160m" or family in ("vanilla", "spiral_b")]
+
+
+@pytest.mark.parametrize(
+    ("size", "family"), [pair if pair in FEW else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
+)
 def test_paper_models(size, family):
     config = paper_config(size, family)
     shapes = parameter_shapes(config)

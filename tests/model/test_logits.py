@@ -129,7 +129,10 @@ def test_combination(name, forward, random_model):
     check(forward, random_model, config, tokens_BxL, seed, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["coarse_scanned", "unshared", "shift_above_length"])
+@pytest.mark.parametrize(
+    "name",
+    ["coarse_scanned"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("unshared", "shift_above_length")],
+)
 def test_combination_float32(name, forward, random_model):
     seed = list(CHOSEN).index(name)
     config, tokens_BxL = combination(seed, **CHOSEN[name])

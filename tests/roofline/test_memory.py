@@ -101,7 +101,7 @@ def test_categories(source, name):
     assert category(source) == name
 
 
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("donate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_tpu_compilers_peak(donate, described):
     """Within 2% of what the compiler says, with gradients that are results of their own or overwrite the weights."""
     devices = described("v5e:2x2")

@@ -79,7 +79,7 @@ def halve(folder, name):
     (folder / name).write_bytes(raw[: len(raw) // 2])
 
 
-@pytest.mark.parametrize("flips", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [5, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_flipped_bit(saved, layout, tmp_path, capsys, flips):
     """In every file of it once, as far as there are flips; then in any, large ones more often."""
     rng, folder = np.random.default_rng(flips), saved[0] / "checkpoints" / str(NEW)

@@ -119,7 +119,9 @@ def in_plan(framework, problem):
         ("local data", "us-central1-a", "data.stores is '/data/pile'; allowed: gs://..."),
     ],
 )
-@pytest.mark.parametrize("verb", ["plan", "create", "babysit"])
+@pytest.mark.parametrize(
+    "verb", [pytest.param("plan", marks=pytest.mark.slow), "create", pytest.param("babysit", marks=pytest.mark.slow)]
+)
 def test_what_the_plan_finds(verb, problem, zone, words, asked, framework, bucket_url, capsys):
     """The bucket is there, in us-central1."""
     in_plan(framework, problem)

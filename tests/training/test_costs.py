@@ -93,7 +93,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("remat", ["keep_all", "keep_products"])
+@pytest.mark.parametrize("remat", [pytest.param("keep_all", marks=pytest.mark.slow), "keep_products"])
 def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat):
     """Whatever the products of this platform make of a matrix: it is gathered as often as where nothing is kept."""
 

@@ -1,7 +1,8 @@
 """Runs of the real command, stopped, killed and resumed: bitwise the run that was left alone.
 
-Five subprocesses. The configuration file carries the sabotage: it makes the process signal itself while it writes the
-row of a step, so that every run stops at the same place.
+Real subprocesses (tests/test_punish.py has forks, and more that can happen). The configuration file carries the
+sabotage: it makes the process signal itself while it writes the row of a step, so that every run stops at the same
+place.
 """
 
 import json
@@ -154,6 +155,7 @@ def test_the_run_leaves_what_it_was_made_of(straight):
     assert f"{total:,}" in (straight.workdir / "parameters.txt").read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_so(interrupted):
     stopped, rows, *_ = interrupted
     assert stopped.returncode == 42, stopped.stderr
@@ -163,6 +165,7 @@ def test_sigterm_saves_and_says_so(interrupted):
     assert "stopped after step 5 of 20, saved; the same command resumes" in stopped.stderr
 
 
+@pytest.mark.slow
 def test_the_kill_was_a_kill(interrupted):
     """The premise: rows past the last checkpoint, and a last line cut short."""
     *_, killed, left, _ = interrupted
@@ -180,6 +183,7 @@ def assert_same_rows(found, expected):
         assert {name: a[name] for name in COMPARED} == {name: b[name] for name in COMPARED}
 
 
+@pytest.mark.slow
 def test_resuming_is_bitwise(straight, interrupted):
     """Same rows, no step twice, same parameters, as if nothing had happened."""
     *_, finished = interrupted
