@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,24 @@ def files(*folders: str) -> list[Path]:
 def test_no_file_is_long():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files("spiral_jax", "tests", "tpu")}
     assert not {path.name: n for path, n in lengths.items() if n > LINES and path.name not in LONG}
+
+
+# What comes with the extra `test`; other packages are for `pytest.importorskip`.
+INSTALLED = {"absl", "etils", "experiments", "flax", "fsspec", "hypothesis", "jax", "jsonschema",
+             "ml_dtypes", "numpy", "optax", "packaging", "pytest", "safetensors", "scipy", "spiral_jax",
+             "tests", "tokenizers", "tpu", "yaml"}  # fmt: skip
+
+
+def test_the_suite_is_collected_without_the_extras():
+    """`make test` of a fresh clone, whatever is installed here and in CI."""
+    ours = {path.stem for path in files("tests")} | INSTALLED | sys.stdlib_module_names
+    found = set()
+    for path in files("tests"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {(path.name, name) for name in names if name.partition(".")[0] not in ours}
+    assert not found
 
 
 def messages(path: Path) -> Iterator[tuple[int, str]]:

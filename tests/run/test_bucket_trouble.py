@@ -3,10 +3,7 @@
 import json
 import types
 
-import gcsfs.core
 import pytest
-from gcsfs.retry import HttpError, validate_response
-from requests.exceptions import ProxyError
 from states import CONFIG, META, random_state, saves_of
 from verbs import call
 
@@ -28,6 +25,10 @@ from spiral_jax.run.refused import NothingLeft
 from spiral_jax.run.step_folders import BucketStepFolders
 from spiral_jax.training.step import abstract_state
 
+gcsfs = pytest.importorskip("gcsfs.core", reason="gcsfs is not installed")
+HttpError, validate_response = (getattr(gcsfs, name) for name in ("HttpError", "validate_response"))
+ProxyError = pytest.importorskip("requests.exceptions").ProxyError
+
 
 def everything(method, path):
     return True
@@ -41,14 +42,14 @@ def nothing(method, path):
 def trouble(place, monkeypatch):
     """`fails(method, path)` says which of gcsfs' requests end in an error, after all its tries."""
     found = types.SimpleNamespace(fails=nothing, error=HttpError({"code": 503, "message": "gone"}))
-    ask = gcsfs.core.GCSFileSystem._call
+    ask = gcsfs.GCSFileSystem._call
 
     async def asked(self, method, path, *args, **kwargs):
         if found.fails(method, path.format(*args)):
             raise found.error
         return await ask(self, method, path, *args, **kwargs)
 
-    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_call", asked)
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_call", asked)
     return found
 
 
@@ -143,7 +144,7 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_missing(place, trouble):
 def test_a_removal_whose_answer_was_lost_is_one(place, monkeypatch):
     from google.cloud.storage.blob import Blob
 
-    delete, rm = Blob.delete, gcsfs.core.GCSFileSystem._rm_file
+    delete, rm = Blob.delete, gcsfs.GCSFileSystem._rm_file
 
     def twice(self, **kwargs):
         delete(self, **kwargs)
@@ -155,7 +156,7 @@ def test_a_removal_whose_answer_was_lost_is_one(place, monkeypatch):
 
     monkeypatch.setattr(Blob, "delete", twice)
     assert Versioned(place / ".lock").now() is not None
-    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_rm_file", rm_twice)
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_rm_file", rm_twice)
     (place / "wandb_id").write_text("x")
     set_aside(place / "wandb_id", place)
     assert not (place / "wandb_id").exists() and (place / "damaged/wandb_id.0").read_text() == "x"
