@@ -185,7 +185,7 @@ class Stack(nn.Module):
             length=self.num_layers,
             unroll=self.num_layers if self.config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # with no broadcast variables; a layer is traced once, not twice
+            check_constancy_invariants=self.is_initializing(),  # a layer is then traced twice, which seeds count on
         )
         h_BxLxD, _ = scan(self.config, self.backend, name="layers")(
             h_BxLxD, rotary_tables(h_BxLxD.shape[1], self.config)

@@ -165,7 +165,7 @@ class SpiralFormer(nn.Module):
             variable_broadcast="params",
             split_rngs={"params": False},
             length=count,
-            check_constancy_invariants=self.is_initializing(),  # a body that makes parameters is traced twice
+            check_constancy_invariants=self.is_initializing(),  # a body that makes parameters has to be traced twice
         )
         (h_BxLxD, written, _), metrics = scan(self.core, (states.h_BxLxD, reserved, jnp.int32(0)), stacked)
         return states._replace(h_BxLxD=h_BxLxD, kept=(*before, *itertools.chain(*written))), metrics

@@ -148,6 +148,20 @@ def test_fresh_vectors_and_scalers(fresh):
             assert (leaf == 0).all(), name
 
 
+def test_a_seed_gives_what_it_has_always_given(fresh):
+    """How often a layer is traced decides what its keys are: numbers of earlier runs are compared with later ones."""
+    last = {"embed": 0.0077289669, "prelude": 0.0375724360, "core": -0.0397683866, "coda": 0.0072509139,
+            "steps_2": 0.0628853291}  # fmt: skip
+    found = {
+        "embed": fresh["embed"]["embedding"],
+        "prelude": fresh["prelude"]["layers"]["qkv"]["kernel"],
+        "core": fresh["core"]["layers"]["mlp_up"]["kernel"],
+        "coda": fresh["coda"]["layers"]["out"]["kernel"],
+        "steps_2": fresh["steps_2"]["read"]["kernel"],
+    }
+    assert {name: array.ravel()[-1] for name, array in found.items()} == pytest.approx(last, rel=1e-4)
+
+
 def test_fresh_draws_are_independent(fresh):
     qkv = [fresh[stack]["layers"]["qkv"]["kernel"] for stack in ("prelude", "core", "coda")]
     groups = ["entry", "steps_0", "steps_1", "steps_2", "steps_3"]
