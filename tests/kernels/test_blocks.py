@@ -90,7 +90,7 @@ def test_no_future_reaches_the_past():
 @pytest.mark.parametrize("remat", ["keep_products", pytest.param("keep_inputs", marks=pytest.mark.slow)])
 def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model):
     """The backend of CPUs, unrolled as it is there, against the default one: loss and gradients."""
-    fields = dict(vocab_size=29, d_model=32, num_heads=2, prelude_layers=1, core_layers=1, coda_layers=1, chunks=(2, 1))
+    fields = dict(vocab_size=29, d_model=32, num_heads=2, prelude_layers=0, core_layers=1, coda_layers=0, chunks=(2, 1))
     config = ModelConfig(**fields, dtype="float32", remat=remat)
     params = random_model(config, scale=0.5)[2]
     windows_BxW = jnp.asarray(np.random.default_rng(0).integers(29, size=(2, 290)))
