@@ -86,11 +86,11 @@ class Job:
     def __post_init__(self) -> None:
         """Raises SpiralError, one line, for the first field that is not allowed."""
         generation = self.slice.generation
-        _match("NAME", self.name)
+        match("NAME", self.name)
         zones = f"for {generation.name}: {', '.join(generation.zones)} (spiral_jax/hardware.py)"
         require(self.zone in generation.zones, "--zone", self.zone, zones)
         require(1 <= self.num_slices <= 256, "--num_slices", self.num_slices, "1 to 256")
-        _match("--bucket", self.bucket)
+        match("--bucket", self.bucket)
         require(self.provider in PROVIDERS, "--provider", self.provider, ", ".join(PROVIDERS))
         only_gke = not generation.runtime and self.provider != "gke"
         require(not only_gke, "--provider", self.provider, f"gke: nothing else rents out {generation.name}")
@@ -101,10 +101,10 @@ class Job:
             require(self.pricing != "flex_start", "--flex_start", True, "with --provider=qr or gke")
         for field in ("project", "network", "subnetwork", "service_account", "config"):
             if value := getattr(self, field):
-                _match(f"--{field}", value)
+                match(f"--{field}", value)
         for file in self.imports:
-            _match("--import", file)
-        given = [_match("the argument", override).partition("=")[0] for override in self.overrides]
+            match("--import", file)
+        given = [match("the argument", override).partition("=")[0] for override in self.overrides]
         for field in given:
             if given.count(field) > 1:
                 raise SpiralError(f"{field} is given {given.count(field)} times; allowed: once")
@@ -193,7 +193,8 @@ def job_of(values: argparse.Namespace, rest: list[str]) -> Job:
     return Job(**given | {"imports": tuple(values.imports)}, overrides=tuple(rest))
 
 
-def _match(field: str, value: str) -> str:
+def match(field: str, value: str) -> str:
+    """A value that goes into commands. Raises SpiralError if it is none that its field allows."""
     pattern, allowed = _TEXTS[field.replace("subnetwork", "network")]
     require(re.fullmatch(pattern, value, re.ASCII) is not None, field, value, allowed)
     return value

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from tpu.gcloud import Execute, Gcloud, GcloudError, configured_project, execute
 from tpu.host.report import STOP
 from tpu.job import Job, Parser, define, job_of
 from tpu.memory import Memory, Store
-from tpu.plan import ROOT, plan_unless_skipped
+from tpu.plan import ROOT, check_files, plan_unless_skipped
 from tpu.providers import State, gke, provider_of
 from tpu.telling import tell
 
@@ -91,7 +92,7 @@ class Launcher:
         memory = None
         try:
             memory = Store(self.bucket).load()
-            self.code = pack(ROOT)
+            self._check_files()
             if memory.phase == "absent" or (memory.phase == "ended" and memory.result):
                 self.plan()
                 self._go_on()
@@ -115,6 +116,7 @@ class Launcher:
         return 0
 
     def run(self) -> int:
+        self._check_files()
         self._go_on()
         return self._unwatched(self.babysitter.start())
 
@@ -136,8 +138,7 @@ class Launcher:
         return self.babysitter.delete()
 
     def logs(self) -> int:
-        host, most = self.values.host, self.job.hosts - 1
-        require(host is None or 0 <= host <= most, "--host", host, f"0 to {most}")
+        host = self.values.host
         which = range(self.job.hosts) if host is None else [host]
         hosts.logs(self.bucket, lambda: Store(self.bucket).load().attempt, which, self.values.follow)
         return 0
@@ -154,6 +155,8 @@ class Launcher:
             training = self._training()
         except SpiralError as error:
             training = f"not known ({error})"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            training = f"not known (the newest metrics are something else: {type(error).__name__}: {error})"
         held, hours = memory.owner if memory.until > now else "nobody", memory.chip_seconds / 3600
         spent = f"{hours:,.1f}" + (f" of {job.max_chip_hours:,g}" if job.max_chip_hours else "")
         for name, text in {
@@ -171,8 +174,10 @@ class Launcher:
         return 0
 
     def dry_run(self) -> int:
-        """Prints the commands of the verb where all goes well; neither the cloud nor the bucket is asked anything."""
+        """Prints the commands of the verb where all goes well; nothing is asked of a cloud, but what the plan asks."""
         verb, provider = self.values.verb, self.provider
+        if verb in ("run", "babysit"):
+            self._check_files()
         if verb in ("plan", "create", "babysit"):
             self.plan()
         if verb in ("create", "babysit"):
@@ -206,6 +211,11 @@ class Launcher:
         self.say(f"the cluster starts the job again {restarts}; its node pool bills until it is deleted")
         return 0
 
+    def _check_files(self) -> None:
+        """Also where a plan is skipped, or was made before: hosts that find no configuration cost their slice."""
+        self.code = pack(ROOT)
+        check_files(self.job, self.code)
+
     def _unwatched(self, status: int) -> int:
         if self.job.max_chip_hours is not None:
             self.say("nobody watches it now: --max_chip_hours holds under `babysit` only")
@@ -218,7 +228,8 @@ class Launcher:
 
     def _training(self) -> str:
         """The last row of metrics, in words."""
-        parts = [part.name for part in self.bucket.list("run/metrics/")] or ["run/metrics.jsonl"]
+        parts = [part.name for part in self.bucket.list("run/metrics/") if part.name.endswith(".jsonl")]
+        parts = parts or ["run/metrics.jsonl"]
         found, config = self.bucket.get(max(parts)), self.bucket.read("run/config.json")
         rows = [json.loads(line) for line in found[0].splitlines() if line.strip()] if found else []
         if not rows or not config:
@@ -267,9 +278,15 @@ def _main(arguments: list[str], world: dict) -> int:
     parser.add_argument("--follow", action="store_true", help="logs: and what comes")
     values, rest = parser.parse_known_args(arguments)
     job = job_of(values, rest)
+    most = job.hosts - 1
+    require(values.host is None or 0 <= values.host <= most, "--host", values.host, f"0 to {most}")
+    image_ok = re.fullmatch(r"([\w][\w./:@-]{0,300})?", values.image, re.ASCII)
+    require(image_ok is not None, "--image", values.image, "a container image, as in REGISTRY/NAME:TAG")
     launcher = Launcher(job, values, **world)
     if job.provider == "gke":
         return launcher.of_gke()
+    if values.verb in ("run", "babysit"):
+        _ = job.config_arguments  # is missing before anything is looked at
     if values.verb == "babysit":
         require(job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
     if values.dry_run:

@@ -82,11 +82,11 @@ def make_plan(job: Job, locate: Callable[[str], str], say: Say = print) -> Plan:
         f"plan of {job.name}: {slices}{job.slice} ({job.slice.accelerator_type}), {job.chips} chips, {job.hosts} hosts"
         f", {job.zone}, {job.pricing.replace('_', '-')}, by {job.provider}"
     )
-    arguments, code = job.config_arguments, pack(ROOT)
+    code = pack(ROOT)
+    check_files(job, code)
     say(f"  code           {code.name}, {len(code.files)} files, {len(code.data) / 1e6:.1f} MB")
-    for field, file in [("--config", job.config.partition(":")[0]), *(("--import", file) for file in job.imports)]:
-        require(file in code.files, field, file, f"a file of the tree {ROOT} that git does not ignore")
-    found = _described(job, arguments)
+    _check_region(job, locate, say)
+    found = _described(job, say)
     model, train, data = found["model"], found["train"], found["data"]
     say(
         f"  configuration  {model['notation']} {model['topology']}, {found['parameters']['total'] / 1e6:,.0f}M "
@@ -95,13 +95,25 @@ def make_plan(job: Job, locate: Callable[[str], str], say: Say = print) -> Plan:
     say("  data           " + ", ".join(f"{name.replace('_', ' ')} {number:,.6g}" for name, number in data.items()))
     for field, package in found["extras"].items():
         allowed = f"false or empty, or a {LOCK} made with the extra that brings {package}, for the hosts"
-        require(package in pins(), f"--config.{field}", "set", allowed)
+        if package not in pins():
+            raise SpiralError(f"--config.{field} is set; allowed: {allowed}")
     _check_places(job, found["reads"], code, locate, say)
     say(f"  dependencies   {_resolve()}")
     mfu, is_compiled = _mfu(job, found, code, say)
     plan = _costs(job, found, mfu, is_compiled)
     _say_costs(job, plan, say)
     return plan
+
+
+def check_files(job: Job, code: Code) -> None:
+    """Whether what says what is trained is there, and travels to the hosts: no start of theirs could find it else.
+
+    Raises:
+      SpiralError: it is not.
+    """
+    config, _, _ = job.config_arguments[0].removeprefix("--config=").partition(":")
+    for field, file in [("--config", config), *(("--import", file) for file in job.imports)]:
+        require(file in code.files, field, file, f"a file of the tree {ROOT} that git does not ignore")
 
 
 def plan_unless_skipped(job: Job, skip: bool, locate: Callable[[str], str], say: Say = print) -> None:
@@ -112,7 +124,7 @@ def plan_unless_skipped(job: Job, skip: bool, locate: Callable[[str], str], say:
     say("PLAN SKIPPED: nothing was checked; the step may not fit, the data may not open, and the costs are not known")
 
 
-def _described(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+def _described(job: Job, say: Say) -> dict[str, Any]:
     """What `describe` says of the run, with its data opened.
 
     Raises:
@@ -124,11 +136,22 @@ def _described(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
             f"uv pip install -r {LOCK}, or --skip_plan"
         )
     devices = f"--devices={job.slice.devices * job.num_slices}"
-    return json.loads(_child("spiral_jax.describe", *arguments, devices, "--data", "--json"))
+    return json.loads(_child("spiral_jax.describe", *job.config_arguments, devices, "--data", "--json", say=say))
+
+
+def _check_region(job: Job, locate: Callable[[str], str], say: Say) -> None:
+    """Raises SpiralError if the hosts would write into another region, or the bucket cannot be asked."""
+    region = locate(job.bucket)
+    if region != job.region:
+        raise SpiralError(
+            f"--bucket is {job.bucket!r}, which is in {region}, while {job.zone} is in {job.region}; allowed: one in "
+            f"{job.region}, as traffic between regions costs money and time"
+        )
+    say(f"  bucket         {job.bucket} is in {region}, where the slice is")
 
 
 def _check_places(job: Job, reads: dict[str, list[str]], code: Code, locate: Callable[[str], str], say: Say) -> None:
-    """Raises SpiralError if the hosts would not see something, or write into another region."""
+    """Raises SpiralError if the hosts would not see something that is read."""
     # Quickstart's text: the hosts have Python and its packages, too.
     python = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib")]
     for field, places in reads.items():
@@ -138,17 +161,10 @@ def _check_places(job: Job, reads: dict[str, list[str]], code: Code, locate: Cal
             require(
                 seen, field, place, "gs://..., which the hosts see, or files of the tree, which travel with the code"
             )
-    region = locate(job.bucket)
-    if region != job.region:
-        raise SpiralError(
-            f"--bucket is {job.bucket!r}, which is in {region}, while {job.zone} is in {job.region}; allowed: one in "
-            f"{job.region}, as traffic between regions costs money and time"
-        )
-    say(f"  bucket         {job.bucket} is in {region}, where the slice is")
     read = (place for places in reads.values() for place in places if place.startswith("gs://"))
     for bucket in sorted({f"gs://{place.split('/')[2]}" for place in read}):
         with contextlib.suppress(SpiralError):  # others' buckets can be read without the right to ask where they are
-            if bucket != job.bucket and (other := locate(bucket)) != region:
+            if bucket != job.bucket and (other := locate(bucket)) != job.region:
                 say(f"  note           {bucket}, which is read, is in {other}: traffic between regions costs money")
 
 

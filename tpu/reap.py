@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from spiral_jax.errors import require
 from spiral_jax.hardware import GENERATIONS
 from tpu.gcloud import Gcloud, GcloudError, configured_project, execute, shown
-from tpu.job import LABEL, Parser
+from tpu.job import LABEL, Parser, match
 from tpu.providers.base import FREE, NODE_STATES, State, delete_command
 from tpu.providers.queued import meaning
 from tpu.telling import tell
@@ -53,9 +54,15 @@ def main(arguments: Sequence[str], say: Callable[[str], None] = tell, **world: A
     parser.add_argument("--delete", action="store_true")
     parser.add_argument("--dry_run", action="store_true")
     values = parser.parse_args(arguments)
+    for field, given in (("NAME", values.name), ("--project", values.project)):
+        if given:
+            match(field, given)
+    known = sorted({zone for generation in GENERATIONS for zone in generation.zones})
+    for zone in values.zone or ():
+        require(zone in known, "--zone", zone, f"{', '.join(known)} (spiral_jax/hardware.py)")
     project = values.project or ("" if values.dry_run else configured_project(world.get("execute", execute)))
     gcloud = Gcloud(project, values.dry_run, say, **world)
-    zones = values.zone or sorted({zone for generation in GENERATIONS for zone in generation.zones})
+    zones = values.zone or known
 
     found, failed, left = list[Resource](), list[str](), list[str]()
 

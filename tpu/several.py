@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 from spiral_jax.errors import SpiralError, require
 from tpu.bucket import Bucket
+from tpu.code import pack
 from tpu.job import Job, Parser, define, job_of
 from tpu.memory import Store
-from tpu.plan import START_MINUTES, Say, plan_unless_skipped
+from tpu.plan import ROOT, START_MINUTES, Say, check_files, plan_unless_skipped
 from tpu.telling import tell
 
 PAUSE, LONGEST_PAUSE = 30.0, 300.0  # seconds before a launcher that died is replaced: at first, and after some
@@ -100,7 +101,7 @@ def read_entries(path: str, common: Sequence[str]) -> list[Entry]:
         raise SpiralError(
             f'{path} is something else; allowed: a list of {{"name": NAME, "flags": ["--flag=value", ...]}}'
         )
-    parser, entries = Parser(prog="python -m tpu.launch babysit"), []
+    parser, entries, code = Parser(prog="python -m tpu.launch babysit"), list[Entry](), pack(ROOT)
     define(parser)
     for (name, *own), _ in given:
         try:
@@ -112,6 +113,10 @@ def read_entries(path: str, common: Sequence[str]) -> list[Entry]:
         require(names.count(job.name) == 1, f"{path}: a name", job.name, "each once")
         require(job.delete_at_success, f"{path}, {job.name}: --delete_at_success", False, "true, as others pay for it")
         require(job.provider != "gke", f"{path}, {job.name}: --provider", job.provider, "qr or vm")
+        try:
+            check_files(job, code)
+        except SpiralError as error:
+            raise SpiralError(f"{path}, {job.name}: {error}") from None
     return entries
 
 

@@ -53,7 +53,7 @@ def bucket_path(field: str, place: str | os.PathLike) -> epath.Path:
         raise SpiralError(f"{field} is {str(place)!r}; allowed: {allowed}")
     for package in _PACKAGES:
         try:
-            _prepare()  # gcsfs looks at the environment when it is imported
+            prepare()  # gcsfs looks at the environment when it is imported
             importlib.import_module(package)
         except ImportError:
             raise SpiralError(
@@ -308,8 +308,8 @@ def _md5(path: pathlib.Path) -> str:
 
 
 @functools.cache
-def _prepare() -> None:
-    """Before anything asks a bucket."""
+def prepare() -> None:
+    """Before anything asks a bucket: settings of the libraries that do."""
     import fsspec.config
 
     # etils would take TensorFlow's way where that is installed, which nobody has tried here.

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from spiral_jax.data import bucket as real_bucket
 from spiral_jax.data.blob import Blob, JoinedBlobs, LocalBlob
-from spiral_jax.data.remote import retry
+from spiral_jax.data.remote import blob, retry
 from spiral_jax.data.storage import LOCAL, Storage, is_url, join
 from spiral_jax.errors import SpiralError
 
@@ -161,3 +162,13 @@ def test_places():
     assert is_url("gs://bucket/store") and not is_url("/a/store") and not is_url("C:/store")
     assert join("gs://bucket/store/", "train", "tokens.bin") == "gs://bucket/store/train/tokens.bin"
     assert join("/a/store/", "train") == "/a/store/train"
+
+
+def test_a_bucket_is_asked_with_our_settings_wherever_it_is_asked(monkeypatch):
+    """gcsfs would else look for another kind of bucket, for a minute, and print tracebacks of what it also raises."""
+    done, core = [], pytest.importorskip("fsspec.core")
+    monkeypatch.setattr(real_bucket, "prepare", lambda: done.append("prepared"))
+    monkeypatch.setattr(core, "url_to_fs", lambda url: (done.append(url), ""))
+    for url in ("gs://b/store", "https://h/store"):
+        blob._file_system(url)
+    assert done == ["prepared", "gs://b/store", "https://h/store"]

@@ -11,6 +11,7 @@ from tests.tpu.cloud import DIRECT, QUEUED, Cloud
 from tests.tpu.test_stories import queued
 from tests.tpu.world import World
 from tpu import hosts, launch
+from tpu.memory import Store
 
 JOB = ["pile", "--accelerator=v5p-16", "--zone=us-east5-a", "--bucket=gs://my-bucket/runs", "--project=my-project"]
 CONFIG = ["--config=experiments/pile.py:1.4b,spiral_b", "--skip_plan"]
@@ -167,6 +168,33 @@ def test_set_up_leaves_a_job_that_runs_alone(world, capsys):
     world.cloud.now += 30
     assert typed(world, "setup", *CONFIG) == 2
     assert "pile, whose attempt 1 runs'; allowed: a job that `stop` has ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--config=nope.py", "--import=nope.py"])
+def test_a_slice_is_neither_made_nor_lost_for_a_file_that_is_not_there(world, flag, capsys):
+    """Also where nothing is planned: because that was skipped, or as a launcher before has made the slice."""
+    flags = [*CONFIG, flag, "--skip_plan"] if "import" in flag else ["--skip_plan", flag]
+    assert typed(world, "babysit", *flags, "--max_chip_hours=100") == 2 and world.left() == []
+    assert f"{flag.replace('=', ' is ').replace('nope.py', repr('nope.py'))}; allowed: " in capsys.readouterr().err
+    assert typed(world, "create", *CONFIG) == 0
+    world.cloud.now += 3600
+    for verb, *cap in (["run"], ["babysit", "--max_chip_hours=100"]):
+        assert typed(world, verb, *flags, *cap) == 2 and len(world.left()) == 1
+    memory = Store(world.bucket).load()
+    assert (memory.attempt, memory.failures) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"step": 1', b"[1]", b'{"step": 1, "loss": 1.0}', b'{"step": 1, "step_time": null}', b"\xff"]
+)
+def test_the_status_of_metrics_that_are_none(world, content):
+    """What bills is said all the same."""
+    assert typed(world, "create", *CONFIG) == 0
+    world.bucket.objects["run/metrics/00000001.jsonl"] = (content, 1)
+    world.bucket.objects["run/metrics/readme.txt"] = (b"x", 1)
+    world.bucket.objects["run/config.json"] = (b'{"train": {"steps": 9}}', 1)
+    assert typed(world, "status") == 0
+    assert world.heard("training  not known (the newest metrics are something else: ")
 
 
 @pytest.mark.parametrize("host", ["-1", "2"])

@@ -18,7 +18,10 @@ from tpu import several
 from tpu.memory import Memory
 from tpu.several import Run, Spent, next_start, read_entries
 
-COMMON = ("--accelerator=v5litepod-16", "--zone=us-west4-a", "--bucket=gs://runs-of-ours")
+COMMON = (
+    "--accelerator=v5litepod-16", "--zone=us-west4-a", "--bucket=gs://runs-of-ours",
+    "--config=experiments/pile.py:160m,vanilla",
+)  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
@@ -82,7 +85,8 @@ def write(path, *jobs):
 
 
 def test_entries_take_the_flags_of_the_command_line(tmp_path):
-    path = write(tmp_path / "jobs.json", ("a", ["--config=x.py", "--max_chip_hours=5"]), ("b", ["--zone=us-west1-c"]))
+    flags = ["--config=experiments/quickstart.py", "--max_chip_hours=5"]
+    path = write(tmp_path / "jobs.json", ("a", flags), ("b", ["--zone=us-west1-c"]))
     a, b = read_entries(path, COMMON)
     assert (a.job.name, a.job.zone, a.job.max_chip_hours, b.job.zone) == ("a", "us-west4-a", 5, "us-west1-c")
 
@@ -110,6 +114,10 @@ BAD = {
     "a flag that is none": ('[{"name": "a", "flags": ["--x=1"]}]', "jobs.json, a: the argument is '--x=1'"),
     "a name twice": ('[{"name": "a", "flags": []}, {"name": "a", "flags": []}]', "a name is 'a'; allowed: each once"),
     "kept": ('[{"name": "a", "flags": ["--no-delete_at_success"]}]', "--delete_at_success is False"),
+    "a configuration that is not there": (
+        '[{"name": "a", "flags": ["--config=nope.py"]}]',
+        "jobs.json, a: --config is 'nope.py'; allowed: a file of the",
+    ),
     "on GKE": ('[{"name": "a", "flags": ["--provider=gke"]}]', "--provider is 'gke'; allowed: qr or vm"),
 }
 

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spiral_jax.data import atomic
-from spiral_jax.errors import escape_unprintable
+from spiral_jax.data.storage import reachable_path
+from spiral_jax.errors import SpiralError, escape_unprintable
 from tpu.first_hour import compare
 from tpu.first_hour.agenda import SECTIONS, SIZES, Section
 
@@ -83,11 +84,19 @@ def main(argv: list[str] | None = None) -> int:
     if flags.compare:
         try:
             return compare.main(flags.compare, flags.predictions)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            found = f"{error.filename} cannot be read ({error.strerror})"
+            return _usage(f"--compare: {found}; allowed: a file that --output made")
+        except ValueError as error:
             return _usage(f"--compare: {error}")
     output = Path(os.path.expanduser(flags.output)).resolve()
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         return _usage(f"--output is {flags.output!r}; allowed: a file in a folder that can be written to")
+    if flags.workdir:
+        try:
+            reachable_path("--workdir", flags.workdir)
+        except SpiralError as error:
+            return _usage(str(error))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from spiral_jax.data import bucket
 from spiral_jax.data.blob import Blob, Range
 from spiral_jax.data.remote.retry import FIRST_TIMEOUT, Retry, WrongAnswer
 from spiral_jax.errors import SpiralError
@@ -144,6 +145,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec.core
 
+        if url.startswith(("gs://", "gcs://")):
+            bucket.prepare()
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise SpiralError(

@@ -159,7 +159,7 @@ def test_without_a_device_nothing_else_runs(run):
 @pytest.mark.parametrize(
     "flag",
     ["--minutes=0", "--minutes=nan", "--minutes=soon", "--size=huge", "--sections=attention,coffee", "--output=/",
-     "--output=/nowhere/x.json", "--compare=/nowhere.json", "--no_such_flag"],
+     "--output=/nowhere/x.json", "--compare=/nowhere.json", "--no_such_flag", "--workdir=s3://x/y"],
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line(flag, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
