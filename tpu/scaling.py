@@ -3,6 +3,7 @@
 python -m tpu.scaling > tpu/scaling.md        a minute; nothing is compiled
 """
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -82,6 +83,7 @@ def row(size: str, config: StepConfig, generation: Generation, count: int) -> st
 
 
 def main() -> None:
+    argparse.ArgumentParser("python -m tpu.scaling", description=__doc__).parse_args()
     print(HEAD)
     for batch in BATCHES:
         for name in ("v5p", "v6e"):

@@ -1,5 +1,6 @@
 """Writes what follows from tpu/predictions into its README.md and into costs.md: `python -m tpu.table`."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def _row(name: str, found: dict) -> tuple[str, ...]:
 
 
 def main() -> None:
+    argparse.ArgumentParser("python -m tpu.table", description=__doc__).parse_args()
     for page, table in tables().items():
         atomic.write_text(page, replaced(page.read_text(encoding="utf-8"), table))
 
