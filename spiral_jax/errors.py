@@ -51,8 +51,8 @@ def is_refusal(error: BaseException) -> bool:
     # Of HTTP; gcsfs has no type of its own for 403, nor for an answer that calls something invalid.
     code = getattr(error, "code", None)
     answered = isinstance(code, int) and 400 <= code < 500 and code not in (408, 429)
-    answered = answered or str(error).startswith(("Forbidden", _BAD_REQUEST))
-    return answered or type(error).__name__ == "DefaultCredentialsError"
+    said = str(error).startswith(("Forbidden", _BAD_REQUEST))
+    return answered or said or type(error).__name__ == "DefaultCredentialsError"
 
 
 def escape_unprintable() -> None:

@@ -36,6 +36,7 @@ _TEXTS = {
     ),
     "--config": (rf"{_FILE}(:[-\w.,=+/:]*)?", "a file in this tree and its argument, as in FILE.py:ARGUMENT"),
     "--import": (_FILE, "a file in this tree, as in topologies/mine.py"),
+    "--image": (r"\w[\w./:@-]{0,300}", "a container image, as in REGISTRY/NAME:TAG"),
     "the argument": (
         r"--config(\.[A-Za-z_]\w*)+=[^\x00-\x1f\x7f]*",
         "flags of the launcher, and --config.FIELD=VALUE",
@@ -146,9 +147,13 @@ class Job:
     @property
     def config_arguments(self) -> tuple[str, ...]:
         """The part of `arguments` that says what is trained."""
+        self.check_config()
+        return (f"--config={self.config}", *(f"--import={file}" for file in self.imports), *self.overrides)
+
+    def check_config(self) -> None:
+        """Raises SpiralError without a configuration, which not all verbs need."""
         if not self.config:
             raise SpiralError("--config is missing; for example --config=experiments/pile.py:1.4b,spiral_b")
-        return (f"--config={self.config}", *(f"--import={file}" for file in self.imports), *self.overrides)
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import re
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ from tpu.bucket import Bucket
 from tpu.code import Code, pack
 from tpu.gcloud import Execute, Gcloud, GcloudError, configured_project, execute, shown
 from tpu.host.report import STOP
-from tpu.job import Job, Parser, define, job_of
+from tpu.job import Job, Parser, define, job_of, match
 from tpu.memory import Memory, Store
 from tpu.plan import ROOT, check_files, plan_unless_skipped
 from tpu.providers import State, gke, provider_of
@@ -280,13 +279,13 @@ def _main(arguments: list[str], world: dict) -> int:
     job = job_of(values, rest)
     most = job.hosts - 1
     require(values.host is None or 0 <= values.host <= most, "--host", values.host, f"0 to {most}")
-    image_ok = re.fullmatch(r"([\w][\w./:@-]{0,300})?", values.image, re.ASCII)
-    require(image_ok is not None, "--image", values.image, "a container image, as in REGISTRY/NAME:TAG")
+    if values.image:
+        match("--image", values.image)
     launcher = Launcher(job, values, **world)
     if job.provider == "gke":
         return launcher.of_gke()
     if values.verb in ("run", "babysit"):
-        _ = job.config_arguments  # is missing before anything is looked at
+        job.check_config()  # before anything is looked at
     if values.verb == "babysit":
         require(job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
     if values.dry_run:

@@ -111,8 +111,8 @@ def check_files(job: Job, code: Code) -> None:
     Raises:
       SpiralError: it is not.
     """
-    config, _, _ = job.config_arguments[0].removeprefix("--config=").partition(":")
-    for field, file in [("--config", config), *(("--import", file) for file in job.imports)]:
+    job.check_config()
+    for field, file in [("--config", job.config.partition(":")[0]), *(("--import", file) for file in job.imports)]:
         require(file in code.files, field, file, f"a file of the tree {ROOT} that git does not ignore")
 
 

@@ -105,7 +105,9 @@ def read_entries(path: str, common: Sequence[str]) -> list[Entry]:
     define(parser)
     for (name, *own), _ in given:
         try:
-            entries.append(Entry(job_of(*parser.parse_known_args([name, *common, *own])), [name, *common, *own]))
+            entry = Entry(job_of(*parser.parse_known_args([name, *common, *own])), [name, *common, *own])
+            check_files(entry.job, code)
+            entries.append(entry)
         except SpiralError as error:
             raise SpiralError(f"{path}, {name}: {error}") from None
     names = [entry.job.name for entry in entries]
@@ -113,10 +115,6 @@ def read_entries(path: str, common: Sequence[str]) -> list[Entry]:
         require(names.count(job.name) == 1, f"{path}: a name", job.name, "each once")
         require(job.delete_at_success, f"{path}, {job.name}: --delete_at_success", False, "true, as others pay for it")
         require(job.provider != "gke", f"{path}, {job.name}: --provider", job.provider, "qr or vm")
-        try:
-            check_files(job, code)
-        except SpiralError as error:
-            raise SpiralError(f"{path}, {job.name}: {error}") from None
     return entries
 
 

@@ -170,5 +170,5 @@ def test_a_bucket_is_asked_with_our_settings_wherever_it_is_asked(monkeypatch):
     monkeypatch.setattr(real_bucket, "prepare", lambda: done.append("prepared"))
     monkeypatch.setattr(core, "url_to_fs", lambda url: (done.append(url), ""))
     for url in ("gs://b/store", "https://h/store"):
-        blob._file_system(url)
+        blob.file_system_of(url)
     assert done == ["prepared", "gs://b/store", "https://h/store"]

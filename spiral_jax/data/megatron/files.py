@@ -100,9 +100,9 @@ def _list(folder: str) -> list[str]:
     if here is not None:
         return sorted(os.listdir(here)) if os.path.isdir(here) else []
     try:
-        import fsspec
+        from spiral_jax.data.remote.blob import file_system_of
 
-        files, path = fsspec.core.url_to_fs(folder)
+        files, path = file_system_of(folder)
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in files.ls(path, detail=False))
     except Exception:  # each kind of storage has its own
         return []

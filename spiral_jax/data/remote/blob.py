@@ -46,7 +46,7 @@ class RemoteBlob(Blob):
           SpiralError: it does not exist or cannot be read, or a package for this kind of URL is missing.
         """
         self.name = url
-        self._file_system, self._path = _file_system(url)
+        self._file_system, self._path = file_system_of(url)
         self._retry = Retry(url, retry_seconds, first_timeout)
         try:
             info = _info(self._file_system, self._path, self._retry, "asking for its size")
@@ -135,13 +135,18 @@ def exists(url: str, retry_seconds: float) -> bool:
       SpiralError: the storage cannot be asked, or refuses to say.
     """
     try:
-        info = _info(*_file_system(url), Retry(url, retry_seconds), "asking whether it exists")
+        info = _info(*file_system_of(url), Retry(url, retry_seconds), "asking whether it exists")
     except FileNotFoundError:
         return False
     return info.get("type") != "directory"
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system_of(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises:
+      SpiralError: fsspec has none, or a package for it is missing.
+    """
     try:
         import fsspec.core
 
