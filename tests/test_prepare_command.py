@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from cases import slow
 from verbs import call
 
 from spiral_jax import prepare
@@ -86,9 +87,7 @@ def test_a_mistake_is_one_line(texts, monkeypatch, arguments, message):
     assert not (texts / "o").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "workers"), [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGTERM, 2)]
-)
+@pytest.mark.parametrize(("number", "workers"), [slow(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path, capsys, number, workers):
     (tmp_path / "a.txt").write_text("".join(f"line {i % 1000} of a long text\n" for i in range(150_000)))
     arguments = [f"--input={tmp_path}/a.txt", f"--output={tmp_path}/out", "--tokenizer=bpe", f"--workers={workers}"]

@@ -1,6 +1,7 @@
 """Cells of `python -m tests.punish`: whatever is done to a run, it ends as if it had been left alone."""
 
 import pytest
+from cases import slow
 from punish import CELLS, punisher
 
 QUICK = ("SIGKILL/commit", "SIGTERM/evaluation", "non-finite/step")
@@ -15,9 +16,7 @@ def made(tmp_path_factory):
         yield made
 
 
-@pytest.mark.parametrize(
-    "cell", [cell if cell in QUICK else pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS]
-)
+@pytest.mark.parametrize("cell", [cell if cell in QUICK else slow(cell) for cell in CELLS])
 def test_ends_as_if_left_alone(made, cell):
     row = made.row(cell)
     kind, moment = cell.split("/")

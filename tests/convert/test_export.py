@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from cases import slow
 from folders import contents, run_of, write_folder, write_words
 from safetensors.numpy import load_file
 from verbs import call
@@ -81,11 +82,7 @@ FEW = ("vanilla_mesh", "spiral_b_mesh")
     "golden",
     [
         *FEW,
-        *(
-            pytest.param(path.name, marks=pytest.mark.slow)
-            for path in sorted(GOLDEN.glob("*/"))
-            if path.name not in FEW
-        ),
+        *(slow(path.name) for path in sorted(GOLDEN.glob("*/")) if path.name not in FEW),
     ],
     indirect=True,
 )

@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from exported import torch, transformers
 from safetensors.numpy import load_file
 from verbs import call
@@ -20,7 +21,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 pytestmark = pytest.mark.usefixtures("trusted_code")
 
 BOTH = pytest.mark.parametrize("name", ["looped", "vanilla"])
-LOOPED_FIRST = pytest.mark.parametrize("name", ["looped", pytest.param("vanilla", marks=pytest.mark.slow)])
+LOOPED_FIRST = pytest.mark.parametrize("name", ["looped", slow("vanilla")])
 END = "<|im_end|>"
 CHAT = {"2+2=": "4", "hello=": "bye", "what is a spiral? ": "a loop", "name? ": "zoe"}
 CONFIG = """
@@ -253,9 +254,7 @@ def test_a_token_that_a_fine_tune_adds_is_read_and_generated(name, tuned):
     assert said[0]["generated_text"] in ("2+2=4", "2+2=4" + END)
 
 
-@pytest.mark.parametrize(
-    "kind", ["looped", "looped resized", "vanilla", pytest.param("vanilla resized", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["looped", "looped resized", "vanilla", slow("vanilla resized")])
 def test_what_the_trainer_saved_is_read_in_jax(kind, tuned, tmp_path):
     """By `load` and `import_hf`, tensor by tensor, with the rows that were added."""
     folder = tuned(kind)

@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+from cases import slow
 from exported import GOLDEN, close, full, in_calls, padded, random_tokens, spiral, torch, transformers
 
 from spiral_jax.convert.modeling_spiralformer import SpiralFormerCache
@@ -17,9 +18,7 @@ FEW = ("looped_anchor", "looped_mesh", "spiral_b_mesh", "spiral_far_shift", "spi
 pytestmark = pytest.mark.usefixtures("trusted_code")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in LOOPED]
-)
+@pytest.mark.parametrize("name", [name if name in FEW else slow(name) for name in LOOPED])
 def test_cached_decoding_equals_the_full_pass(name, golden_model):
     """Token by token, after prompts of many lengths, and in calls that cross chunks; 45 tokens."""
     model = golden_model(name)
@@ -135,8 +134,7 @@ GENERATE = {"max_new_tokens": 22, "do_sample": False, "pad_token_id": 0, "suppre
 
 @pytest.mark.parametrize(
     "name",
-    ["spiral_b_mesh"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("spiral_odd", "spiral_far_shift", "vanilla_mesh")],
+    ["spiral_b_mesh"] + [slow(name) for name in ("spiral_odd", "spiral_far_shift", "vanilla_mesh")],
 )
 def test_generate_greedy(name, golden_model):
     """Prompts of one token, shorter than a chunk and longer, alone and as a ragged batch, prefilled whole or not."""

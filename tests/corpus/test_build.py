@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from cases import slow
 from corpora import (
     NEOX,
     SHARED,
@@ -107,7 +108,7 @@ CHANGES = ("grown", "touched", "removed", "cut short")
     [
         *((change, 1) for change in CHANGES),
         ("grown", 2),
-        *(pytest.param(change, 2, marks=pytest.mark.slow) for change in CHANGES[1:]),
+        *(slow(change, 2) for change in CHANGES[1:]),
     ],
 )
 def test_input_that_changes_while_it_is_read_is_an_error(corpus, tmp_path, monkeypatch, change, workers):

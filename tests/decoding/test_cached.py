@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 
 from spiral_jax.decoding import cached, entry, state
 from spiral_jax.errors import SpiralError
@@ -187,7 +188,7 @@ BREAKS = [
 
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
-    [BREAKS[1], *(pytest.param(*broken, marks=pytest.mark.slow) for broken in (BREAKS[0], *BREAKS[2:]))],
+    [BREAKS[1], *(slow(*broken) for broken in (BREAKS[0], *BREAKS[2:]))],
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_the_comparison_sees_a_broken_step(module, name, wrong, monkeypatch, random_model, forward):
@@ -266,7 +267,7 @@ def wide_products(hlo: str, width: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("batch", "chunks", "branches"),
-    [(1, (8, 4, 2), 3), (3, (8, 4, 2), 1), pytest.param(1, (4, 1), 1, marks=pytest.mark.slow)],
+    [(1, (8, 4, 2), 3), (3, (8, 4, 2), 1), slow(1, (4, 1), 1)],
 )
 def test_compiled_core_products_are_in_branches(batch, chunks, branches, random_model):
     """Without layers of the prelude and coda, what is as wide as an MLP is the core's: one product a run."""

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from cases import slow
 
 from spiral_jax.decoding.decoder import Decoder, Request, bytes_per_row
 from spiral_jax.decoding.sampling import SamplingSettings
@@ -75,7 +76,7 @@ def with_ends(greedy):
     return [(ids, "stop" if ids[-1] == STOP else "length") for ids in greedy]
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("rows", [slow(1), 3])
 def test_greedy_texts_are_the_argmax_of_full_passes(weights, requests, greedy, rows, monkeypatch):
     """With layers by themselves, as steps of large models have them on a CPU; other tests have them stacked."""
     monkeypatch.setattr("spiral_jax.decoding.decoder._SEPARATE_FROM", 0)
@@ -100,7 +101,7 @@ def test_rows_on_a_mesh(weights, requests, greedy):
     assert all(x.addressable_shards[0].data.shape[0] == 1 for x in jax.tree.leaves(rows.state.iterations[0].open))
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("rows", [slow(1), 3])
 def test_work_is_that_of_the_closed_form(weights, requests, greedy, rows):
     """A step reads the new tokens but the last one, at positions P and on; a core runs where one closes a chunk."""
     _, decoder = texts(weights, requests, rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from safetensors.numpy import load_file
 from verbs import call
 
@@ -159,7 +160,7 @@ def test_documents_against_the_hugging_face_model(monkeypatch, pair):
 
 
 @needs_data
-@pytest.mark.parametrize("num_fewshot", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_fewshot", [0, slow(2)])
 def test_texts_against_the_hugging_face_model(monkeypatch, pair, tmp_path, num_fewshot):
     """Prompts of many lengths, one too long; stops by text and by length."""
     tasks = tmp_path / "tasks"

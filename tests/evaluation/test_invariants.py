@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import slow
 from verbs import call
 
 from spiral_jax import check
@@ -121,18 +122,14 @@ def found(check, **fields) -> invariants.Finding:
     "check, fields, where",
     [
         (invariants.causality, dict(topology="leaks_the_next_token"), r"token \d+ changes with token"),
-        pytest.param(invariants.causality, dict(topology="leaks_from_far"), "token", marks=pytest.mark.slow),
-        pytest.param(invariants.causality, dict(pooling="reads_other_chunks"), "token", marks=pytest.mark.slow),
-        pytest.param(invariants.lengths, dict(topology="depends_on_the_length"), "at length 1", marks=pytest.mark.slow),
-        pytest.param(invariants.lengths, dict(allocation="backwards"), "at length", marks=pytest.mark.slow),
+        slow(invariants.causality, dict(topology="leaks_from_far"), "token"),
+        slow(invariants.causality, dict(pooling="reads_other_chunks"), "token"),
+        slow(invariants.lengths, dict(topology="depends_on_the_length"), "at length 1"),
+        slow(invariants.lengths, dict(allocation="backwards"), "at length"),
         (invariants.rows, dict(topology="mixes_rows"), "the (first|last) row"),
-        pytest.param(invariants.scanned, dict(topology="counts_zeros"), "", marks=pytest.mark.slow),
-        pytest.param(
-            invariants.decoded, dict(pooling="wrong_one_token_pass"), "tokens read at once and", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            invariants.decoded, dict(topology="leaks_from_far"), "tokens read at once and", marks=pytest.mark.slow
-        ),
+        slow(invariants.scanned, dict(topology="counts_zeros"), ""),
+        slow(invariants.decoded, dict(pooling="wrong_one_token_pass"), "tokens read at once and"),
+        slow(invariants.decoded, dict(topology="leaks_from_far"), "tokens read at once and"),
     ],
 )
 def test_what_is_wrong_is_found(check, fields, where):
@@ -144,14 +141,14 @@ def test_what_is_wrong_is_found(check, fields, where):
 @pytest.mark.parametrize(
     "check, fields",
     [
-        pytest.param(invariants.causality, dict(topology="sums"), marks=pytest.mark.slow),
-        pytest.param(invariants.lengths, dict(pooling="running_mean"), marks=pytest.mark.slow),
-        pytest.param(invariants.rows, dict(topology="injection"), marks=pytest.mark.slow),
-        pytest.param(invariants.scanned, dict(topology="sums"), marks=pytest.mark.slow),
+        slow(invariants.causality, dict(topology="sums")),
+        slow(invariants.lengths, dict(pooling="running_mean")),
+        slow(invariants.rows, dict(topology="injection")),
+        slow(invariants.scanned, dict(topology="sums")),
         (invariants.scanned, dict(topology="written_out")),
-        pytest.param(invariants.decoded, dict(pooling="running_mean", topology="sums"), marks=pytest.mark.slow),
-        pytest.param(invariants.decoded, dict(topology="mesh", shared_core=False), marks=pytest.mark.slow),
-        pytest.param(invariants.decoded, dict(chunks=(), core_layers=0), marks=pytest.mark.slow),
+        slow(invariants.decoded, dict(pooling="running_mean", topology="sums")),
+        slow(invariants.decoded, dict(topology="mesh", shared_core=False)),
+        slow(invariants.decoded, dict(chunks=(), core_layers=0)),
     ],
 )
 def test_nothing_is_found_in_what_is_right(check, fields):

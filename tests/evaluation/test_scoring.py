@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from cases import slow
 from jaxprs import shapes_in
 
 from spiral_jax.data.tokenizers import ByteTokenizer
@@ -96,7 +97,7 @@ def requests(logp_of):
     return requests, [expected(logp_of, request) for request in requests]
 
 
-@pytest.mark.parametrize("mesh, batch_size", [((4, 2, 1), 3), pytest.param((2, 2, 2), 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh, batch_size", [((4, 2, 1), 3), slow((2, 2, 2), 1)])
 def test_requests_against_the_reference(weights, requests, mesh, batch_size):
     """On meshes that the batch does not divide over, and whatever the order."""
     placed, params = on_mesh(weights, MeshConfig(*mesh))

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 from experiments import recording, study
 from experiments import runner as runner_module
@@ -156,7 +157,7 @@ except Stopped as stopped:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM)])
 def test_a_runner_that_is_ended_takes_its_child_along_and_goes_on(tmp_path, monkeypatch, number):
     """Whatever ends it: the next one ends with what an uninterrupted one has."""
     monkeypatch.setenv("TINY_ARMS", "plain,waiting")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from cases import slow
 
 from experiments import matching, quickstart, study
 from experiments.design import STUDIES, Arm, Contrast, Study, load
@@ -54,7 +55,7 @@ def test_every_run_is_allowed_and_matched(name, edition):
 
 
 # Half a second a model: what is not the main table waits for `make test-slow`.
-@pytest.mark.parametrize("name", ["main_table", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+@pytest.mark.parametrize("name", ["main_table", *(slow(n) for n in OTHERS)])
 def test_shapes_of_every_full_run_are_as_counted(name):
     for run in read(name, "full").runs():
         assert counted(run.arm.config.model) == run.arm.config.model.total_parameters

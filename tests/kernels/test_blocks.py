@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 
 from spiral_jax.kernels import blocks
 from spiral_jax.kernels.choose import backend_for
@@ -87,7 +88,7 @@ def test_no_future_reaches_the_past():
         np.testing.assert_array_equal(attention(q, k, v)[:, :cut], attention(*changed)[:, :cut])
 
 
-@pytest.mark.parametrize("remat", ["keep_products", pytest.param("keep_inputs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["keep_products", slow("keep_inputs")])
 def test_a_model_trains_with_it_as_with_the_plain_forms(remat, random_model):
     """The backend of CPUs, unrolled as it is there, against the default one: loss and gradients."""
     fields = dict(vocab_size=29, d_model=32, num_heads=2, prelude_layers=0, core_layers=1, coda_layers=0, chunks=(2, 1))

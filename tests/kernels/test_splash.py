@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spiral_jax.kernels import splash
@@ -44,15 +45,15 @@ def compare(attention, reference, q, k, v, gradient):
     "L, K",
     [(1, 64), (100, 64), (200, 128), (256, 256)]
     + [pytest.param(200, 96, id="padded_width")]
-    + [pytest.param(L, K, marks=pytest.mark.slow) for L in (1, 100, 128, 200, 256, 512) for K in (32, 64, 128, 256)]
-    + [pytest.param(1024, 64, marks=pytest.mark.slow)],
+    + [slow(L, K) for L in (1, 100, 128, 200, 256, 512) for K in (32, 64, 128, 256)]
+    + [slow(1024, 64)],
 )
 def test_output_and_gradients(L, K):
     errors = compare(INTERPRETED, plain.causal_attention, *inputs(1, L, 2, K))
     assert max(errors) < 1e-5
 
 
-@pytest.mark.parametrize("K", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("K", [64, slow(128)])
 def test_bfloat16_is_as_near_the_truth_as_xla(K):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs(1, 256, 2, K))
     truth = plain.causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
@@ -65,7 +66,7 @@ def test_bfloat16_is_as_near_the_truth_as_xla(K):
     assert error(INTERPRETED) < 1.5 * error(plain.causal_attention)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 1, 8), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), slow((1, 1, 8))], ids=str)
 def test_on_a_mesh(mesh):
     """Each device computes its rows and heads, which are those of the whole, and asks no other for anything."""
     mesh = make_mesh(MeshConfig(*mesh))
@@ -86,10 +87,10 @@ MODEL = ModelConfig(vocab_size=64, d_model=128, num_heads=2, prelude_layers=0, c
 @pytest.mark.parametrize(
     "L, remat",
     [
-        pytest.param(256, "keep_products", marks=pytest.mark.slow),
-        pytest.param(256, "keep_all", marks=pytest.mark.slow),
-        pytest.param(256, "keep_inputs", marks=pytest.mark.slow),
-        pytest.param(400, "keep_all", marks=pytest.mark.slow),
+        slow(256, "keep_products"),
+        slow(256, "keep_all"),
+        slow(256, "keep_inputs"),
+        slow(400, "keep_all"),
     ],
 )
 def test_a_model_has_the_same_loss_and_gradients(L, remat, random_model):

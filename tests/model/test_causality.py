@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import reference
+from cases import slow
 
 from spiral_jax.errors import SpiralError
 from spiral_jax.model.config import ModelConfig
@@ -38,7 +39,7 @@ def with_other_future(tokens_1xL: np.ndarray, cut: int) -> np.ndarray:
     return changed_1xL
 
 
-@pytest.mark.parametrize("name", [*MODELS][:3] + [pytest.param(name, marks=pytest.mark.slow) for name in [*MODELS][3:]])
+@pytest.mark.parametrize("name", [*MODELS][:3] + [slow(name) for name in [*MODELS][3:]])
 def test_future_leaves_the_past_bitwise_unchanged(name, forward, random_model):
     config = model_of(name)
     _, _, params = random_model(config)
@@ -63,7 +64,7 @@ def test_shorter_input_agrees_float64(name, lengths, forward, random_model):
     check_prefixes(forward, random_model, model_of(name, "float64"), lengths, 1e-9)
 
 
-@pytest.mark.parametrize("name, lengths", [pytest.param("spiral_b", (13,), marks=pytest.mark.slow), ("scanned", (7,))])
+@pytest.mark.parametrize("name, lengths", [slow("spiral_b", (13,)), ("scanned", (7,))])
 def test_shorter_input_agrees_float32(name, lengths, forward, random_model):
     check_prefixes(forward, random_model, model_of(name), lengths, 1e-4)
 
@@ -83,7 +84,7 @@ def test_leaking_shift_is_refused(chunk, missing):
     ModelConfig(chunks=(16, chunk, 1), shifts=(15, chunk - 1, 0))
 
 
-@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("offset", [slow(0), 1])
 def test_refused_shift_would_leak(offset, forward, random_model):
     """With s = g - 2 the first place of a chunk is read one token before the chunk closes, and nowhere else."""
     g, length = 4, 15

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import slow
 
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
@@ -86,9 +87,7 @@ PAIRS = [(size, family) for size in SIZES for family in FAMILIES]
 FEW = [(size, family) for size, family in PAIRS if size == "160m" or family in ("vanilla", "spiral_b")]
 
 
-@pytest.mark.parametrize(
-    ("size", "family"), [pair if pair in FEW else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
-)
+@pytest.mark.parametrize(("size", "family"), [pair if pair in FEW else slow(*pair) for pair in PAIRS])
 def test_paper_models(size, family):
     config = paper_config(size, family)
     shapes = parameter_shapes(config)

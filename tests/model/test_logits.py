@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from cases import slow
 
 from spiral_jax.convert.architecture import config_from_huggingface
 from spiral_jax.convert.tensors import params_from_tensors
@@ -29,10 +30,10 @@ FEW = ("vanilla", "vanilla_mesh", "looped_mesh", "mesh_slots4", "spiral_b_mesh",
 
 @pytest.mark.parametrize(
     "golden",
-    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in GOLDENS],
+    [name if name in FEW else slow(name) for name in GOLDENS],
     indirect=True,
 )
-@pytest.mark.parametrize("dtype, tolerance", [pytest.param("float32", 2e-4, marks=pytest.mark.slow), ("float64", 1e-9)])
+@pytest.mark.parametrize("dtype, tolerance", [slow("float32", 2e-4), ("float64", 1e-9)])
 def test_golden(golden, forward, dtype, tolerance):
     config = config_from_huggingface(golden.config, dtype)
     tensors = {name: tensor.astype(dtype) for name, tensor in golden.tensors.items()}
@@ -131,7 +132,7 @@ def test_combination(name, forward, random_model):
 
 @pytest.mark.parametrize(
     "name",
-    ["coarse_scanned"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("unshared", "shift_above_length")],
+    ["coarse_scanned"] + [slow(name) for name in ("unshared", "shift_above_length")],
 )
 def test_combination_float32(name, forward, random_model):
     seed = list(CHOSEN).index(name)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer, abstract_params
@@ -50,17 +51,17 @@ def scanned(request, random_model):
 @pytest.mark.parametrize(
     "scanned, fields",
     [
-        pytest.param("looped", UNROLLED, marks=pytest.mark.slow),
+        slow("looped", UNROLLED),
         ("coarse", UNROLLED),
-        pytest.param("coarse", WRITTEN_OUT, marks=pytest.mark.slow),
-        pytest.param("coarse", DOTS, marks=pytest.mark.slow),
-        pytest.param("coarse", FULL, marks=pytest.mark.slow),
-        pytest.param("looped", DOTS, marks=pytest.mark.slow),
-        pytest.param("looped", FULL, marks=pytest.mark.slow),
-        pytest.param("looped", WRITTEN_OUT, marks=pytest.mark.slow),
-        pytest.param("looped", FULL | WRITTEN_OUT, marks=pytest.mark.slow),
-        pytest.param("coarse", DOTS | UNROLLED, marks=pytest.mark.slow),
-        pytest.param("coarse", FULL | UNROLLED, marks=pytest.mark.slow),
+        slow("coarse", WRITTEN_OUT),
+        slow("coarse", DOTS),
+        slow("coarse", FULL),
+        slow("looped", DOTS),
+        slow("looped", FULL),
+        slow("looped", WRITTEN_OUT),
+        slow("looped", FULL | WRITTEN_OUT),
+        slow("coarse", DOTS | UNROLLED),
+        slow("coarse", FULL | UNROLLED),
     ],
     indirect=["scanned"],
 )
@@ -94,9 +95,7 @@ def matmuls(text: str) -> int:
     return text.count("dot_general") + text.count(" dot(")
 
 
-@pytest.mark.parametrize(
-    "more", [dict(core_layers=8), pytest.param(dict(prelude_layers=6, chunks=(3,) * 6), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("more", [dict(core_layers=8), slow(dict(prelude_layers=6, chunks=(3,) * 6))])
 def test_program_does_not_grow_with_depth(more):
     """More layers, or more neighbouring iterations of one level, change trip counts and shapes only."""
     base = dataclasses.replace(TINY, chunks=(3,) * 4, topology="residual", prelude_layers=2, core_layers=3)

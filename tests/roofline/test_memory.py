@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spiral_jax.roofline.hlo import parse
@@ -101,7 +102,7 @@ def test_categories(source, name):
     assert category(source) == name
 
 
-@pytest.mark.parametrize("donate", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("donate", [slow(False), True])
 def test_the_tpu_compilers_peak(donate, described):
     """Within 2% of what the compiler says, with gradients that are results of their own or overwrite the weights."""
     devices = described("v5e:2x2")

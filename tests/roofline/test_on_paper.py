@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 from experiments.pile import get_config
 from spiral_jax.errors import SpiralError
@@ -51,9 +52,7 @@ def test_memory_at_the_peak(path):
     assert 0.97 < found / point["memory"]["peak_bytes"] < 1.35
 
 
-@pytest.mark.parametrize(
-    "size, family", [("160m", "vanilla"), pytest.param("1.4b", "spiral_b", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("size, family", [("160m", "vanilla"), slow("1.4b", "spiral_b")])
 def test_a_slice_starts_from_what_a_search_tries_first(size, family):
     """`pile.py:SIZE,FAMILY,SLICE`; among layouts that should fit, and of each `model.remat` one before the second."""
     config = RunConfig.from_dict(get_config(f"{size},{family},v5p-128").to_dict())

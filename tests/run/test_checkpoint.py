@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from states import CONFIG, META, assert_bitwise_equal, random_state
 
 import spiral_jax
@@ -40,9 +41,7 @@ def saved(tmp_path_factory):
     return workdir, state
 
 
-@pytest.mark.parametrize(
-    "mesh", [(2, 2, 2), (1, 1, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 8, 1), (1, 2, 4)])], ids=str
-)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 1), *(slow(m) for m in [(1, 8, 1), (1, 2, 4)])], ids=str)
 def test_restores_onto_any_mesh(saved, mesh):
     workdir, state = saved
     layout = abstract(mesh)

@@ -1,6 +1,7 @@
 """An evaluation that fails, or is not reached, costs no step, and is made up for."""
 
 import pytest
+from cases import slow
 from pairs import flags_of, write_inputs
 from verbs import call
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [3, slow(6)])
 def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(folder, monkeypatch, capsys, step):
     """Also of the last step: the run ends as the one whose evaluations went well."""
     evaluate, name = Validation.__call__, f"failed{step}"

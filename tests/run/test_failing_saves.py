@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from etils.epath import Path
 from full_disk import small_disk
 from states import CONFIG, META, assert_bitwise_equal, random_state, saves_of
@@ -31,7 +32,7 @@ def disk(tmp_path):
         yield disk
 
 
-@pytest.mark.parametrize("attempts", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attempts", [10, slow(100)])
 def test_a_disk_full_at_any_write_of_a_save(disk, layout, attempts):
     """Room for nothing, for the first file, for half of them, for all but the last: each leaves what was there."""
     first, checkpoints = random_state(layout, 1), Checkpoints(disk.folder)

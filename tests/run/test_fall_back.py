@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from cases import slow
 from states import CONFIG, assert_bitwise_equal, random_state
 
 from spiral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -79,7 +80,7 @@ def halve(folder, name):
     (folder / name).write_bytes(raw[: len(raw) // 2])
 
 
-@pytest.mark.parametrize("flips", [5, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [5, slow(300)])
 def test_a_flipped_bit(saved, layout, tmp_path, capsys, flips):
     """In every file of it once, as far as there are flips; then in any, large ones more often."""
     rng, folder = np.random.default_rng(flips), saved[0] / "checkpoints" / str(NEW)

@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from full_disk import small_disk
 from verbs import call
 
@@ -272,9 +273,7 @@ def flip_a_bit(checkpoint, item):
 
 
 @pytest.mark.parametrize("item", ["params", "meta"])
-@pytest.mark.parametrize(
-    "verb", ["export", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("evaluate", "generate", "load"))]
-)
+@pytest.mark.parametrize("verb", ["export", *(slow(verb) for verb in ("evaluate", "generate", "load"))])
 def test_readers_refuse_what_is_damaged_and_name_what_is_whole(copy, tmp_path, capsys, verb, item):
     """Also where the one before is damaged, too; and then read that."""
     for step in (8, 6):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 from spiral_jax.errors import SpiralError
 from tests.tpu.launches import BAD, DESCRIBED, POINT, changed, fake
@@ -128,9 +129,7 @@ def in_plan(framework, problem):
         ("local data", "us-central1-a", "data.stores is '/data/pile'; allowed: gs://..."),
     ],
 )
-@pytest.mark.parametrize(
-    "verb", [pytest.param("plan", marks=pytest.mark.slow), "create", pytest.param("babysit", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("verb", [slow("plan"), "create", slow("babysit")])
 def test_what_the_plan_finds(verb, problem, zone, words, asked, framework, bucket_url, capsys):
     """The bucket is there, in us-central1."""
     in_plan(framework, problem)

@@ -13,6 +13,7 @@ import urllib.request
 
 import loopback
 import pytest
+from cases import slow
 from loopback import wait_for
 
 # A job that counts from where it was, prints every number, and saves at SIGTERM, as a training does.
@@ -247,7 +248,7 @@ def test_a_bucket_that_fails_for_a_while(slice_of, tmp_path, flaky):
     assert state["status"] == 0 and steps(one.log(1, 0)) == list(range(1, 101))
 
 
-@pytest.mark.parametrize("what", [pytest.param("version", marks=pytest.mark.slow), "code"])
+@pytest.mark.parametrize("what", [slow("version"), "code"])
 def test_story_17_hosts_that_differ_do_not_train(what, slice_of, tmp_path):
     three = slice_of(3)
     if what == "version":

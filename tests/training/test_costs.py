@@ -5,6 +5,7 @@ import math
 
 import jax
 import pytest
+from cases import slow
 from jaxprs import equations_in
 
 from spiral_jax.model.config import ModelConfig
@@ -93,7 +94,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("remat", [pytest.param("keep_all", marks=pytest.mark.slow), "keep_products"])
+@pytest.mark.parametrize("remat", [slow("keep_all"), "keep_products"])
 def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat):
     """Whatever the products of this platform make of a matrix: it is gathered as often as where nothing is kept."""
 
@@ -110,7 +111,7 @@ def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat):
     "case",
     [
         "iteration",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in (CASES | SLOW) if case != "iteration"),
+        *(slow(case) for case in (CASES | SLOW) if case != "iteration"),
     ],
 )
 def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
@@ -120,11 +121,7 @@ def test_communicated_bytes_are_those_of_the_closed_form(case, compiled):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow)
-        for case in ("tensor", *SLOW)
-        if case == "tensor" or "all axes" in case
-    ],
+    [slow(case) for case in ("tensor", *SLOW) if case == "tensor" or "all axes" in case],
 )
 def test_nothing_but_activations_is_exchanged_along_tensor(case, compiled):
     """Matrices stay cut. A layer sums what attention and MLP give, forward, and their inputs' gradients, backward."""
@@ -188,10 +185,10 @@ def test_flops_by_hand():
 @pytest.mark.parametrize(
     "remat, topology",
     [
-        pytest.param("keep_inputs", "anchor", marks=pytest.mark.slow),
-        pytest.param("keep_inputs", "injection", marks=pytest.mark.slow),
-        pytest.param("keep_all", "anchor", marks=pytest.mark.slow),
-        pytest.param("keep_all", "injection", marks=pytest.mark.slow),
+        slow("keep_inputs", "anchor"),
+        slow("keep_inputs", "injection"),
+        slow("keep_all", "anchor"),
+        slow("keep_all", "injection"),
     ],
 )
 def test_matrix_work_is_that_of_the_closed_form(remat, topology, compiled):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from jax.sharding import PartitionSpec
 from states import saves_of
 
@@ -241,9 +242,7 @@ def test_after_a_return_it_is_the_run_that_skipped_all_that_was_passed_over(prog
     )
 
 
-@pytest.mark.parametrize(
-    "stops", [(8,), *(pytest.param(stops, marks=pytest.mark.slow) for stops in [(7, 9), (10,)])], ids=str
-)
+@pytest.mark.parametrize("stops", [(8,), *(slow(stops) for stops in [(7, 9), (10,)])], ids=str)
 def test_stopped_and_resumed_around_a_return_it_ends_the_same(programs, start, listed, tmp_path, stops):
     """Also where what is saved last was saved amid skips: it is not what is returned to."""
     run = Run(programs, start, tmp_path)

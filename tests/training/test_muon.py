@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from jax.sharding import PartitionSpec
 
 from spiral_jax.model.config import ModelConfig
@@ -85,7 +86,7 @@ def momenta(grads: list[np.ndarray], beta: float = 0.95) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("rms", [0.2, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rms", [0.2, slow(0.0)])
 def test_each_matrix_is_orthogonalised_by_itself(arrays, rms):
     """Against NumPy: every layer, each of q, k and v, input axes of the output projection together."""
     params, *grads = (leaves(tree) for tree in arrays)
@@ -131,7 +132,7 @@ def test_the_rest_is_adamw(arrays):
     assert shared > 30
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), slow((1, 8, 1))])
 def test_on_a_mesh_the_updates_are_the_same(arrays, mesh):
     """Within 1e-5 of the update's norm."""
     plain = updates_of(CONFIG, arrays)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import slow
 
 from spiral_jax.model.config import ModelConfig
 from spiral_jax.model.spiralformer import SpiralFormer
@@ -151,7 +152,7 @@ def check(config: RunConfig, compiled, plain):
     "case",
     [
         "mixed_accumulated",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in DEFAULT if case != "mixed_accumulated"),
+        *(slow(case) for case in DEFAULT if case != "mixed_accumulated"),
     ],
 )
 def test_loss_and_gradients(case, compiled, plain):
@@ -201,7 +202,7 @@ def stacked_shapes(program) -> set[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("case", [pytest.param("fsdp8", marks=pytest.mark.slow), "mixed_accumulated"])
+@pytest.mark.parametrize("case", [slow("fsdp8"), "mixed_accumulated"])
 def test_fsdp_step_gathers_a_layer_at_a_time(case, compiled):
     """Parameters are gathered and gradients summed over fsdp, and nothing holds the parameters of all layers.
 

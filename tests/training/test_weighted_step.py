@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import slow
 
 from spiral_jax.data.config import DataConfig
 from spiral_jax.data.examples import Examples
@@ -100,9 +101,9 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_weights(plain, params)
     ("mesh", "accumulation"),
     [
         ((2, 2, 2), 2),
-        pytest.param((1, 1, 1), 4, marks=pytest.mark.slow),
-        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
-        pytest.param((1, 4, 1), 2, marks=pytest.mark.slow),
+        slow((1, 1, 1), 4),
+        slow((8, 1, 1), 1),
+        slow((1, 4, 1), 2),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 
 from spiral_jax.model.attention import causal_attention
 from tpu.first_hour import attention
@@ -129,7 +130,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_a_wrong_kernel_fails(wrong, dtype):
     assert failed(findings(WRONG[wrong], dtype))
 
