@@ -53,7 +53,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("prompt_tokens", 64, "decoding: of the longest prompt", flag_values=values)
     flags.DEFINE_list("sizes", ["1.2m", "27m"], "training, operations: of 1.2m, 27m", flag_values=values)
     flags.DEFINE_list("families", ["vanilla"], "training: of vanilla, loop, spiral_b, spiral_l", flag_values=values)
-    flags.DEFINE_list("peers", [], "training: of torch, torch.compile; decoding: torch", flag_values=values)
+    flags.DEFINE_list("peers", [], "training: of torch, torch.compile, nanodo; decoding: torch", flag_values=values)
+    flags.DEFINE_string("nanodo", "", "training: folder of a clone of nanodo, for the peer", flag_values=values)
     flags.DEFINE_bool("unroll", True, "training: model.unroll", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON only", flag_values=values)
 
@@ -153,18 +154,22 @@ def _time_decoding(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _time_training(values: flags.FlagValues) -> dict[str, Any]:
-    from spiral_jax.benchmarks import training
+    from spiral_jax.benchmarks import nanodo, training
     from spiral_jax.benchmarks.families import FAMILIES
 
     _check_among("sizes", values.sizes, training.SIZES)
     _check_among("families", values.families, FAMILIES)
     check_peers(values.peers, training.PEERS)
+    folder = os.path.expanduser(values.nanodo)
+    if "nanodo" in values.peers:
+        nanodo.check_folder(folder)
     settings = training.TrainingSettings(
         sizes=tuple(values.sizes),
         families=tuple(values.families),
         peers=tuple(values.peers),
         repeats=values.repeats,
         unroll=values.unroll,
+        nanodo=folder,
     )
     return training.measure(settings, report=_say)
 
@@ -182,7 +187,7 @@ def check_peers(peers: Iterable[str], allowed: Iterable[str]) -> None:
     """
     _check_among("peers", peers, allowed)
     for peer in peers:
-        for package in ("torch", "transformers"):
+        for package in ("torch", "transformers") if peer.startswith("torch") else ():
             if importlib.util.find_spec(package) is None:
                 raise SpiralError(f"--peers is {peer!r}, but {package} is not installed; pip install 'spiral_jax[hf]'")
 

@@ -18,7 +18,7 @@ from range_server import RangeServer, random_faults
 from verbs import call
 
 from spiral_jax import bench, benchmarks
-from spiral_jax.benchmarks import loader, training
+from spiral_jax.benchmarks import loader, nanodo, training
 from spiral_jax.benchmarks.families import models
 from spiral_jax.benchmarks.peer import gpt_neox
 from spiral_jax.data.store import TokenStore
@@ -161,6 +161,47 @@ def test_training_beside_torch(tiny):
     assert "over_torch" in report["tiny spiral_b"] and report["tiny torch sgemm"]["gflops"] > 1
 
 
+NANODO = """
+import dataclasses
+from flax import linen as nn
+
+@dataclasses.dataclass
+class DoConfig:
+    D: int; H: int; L: int; N: int; V: int; F: int; fsdp_enabled: bool
+
+class TransformerDo(nn.Module):
+    docfg: DoConfig
+
+    @nn.compact
+    def __call__(self, tokens):
+        assert dataclasses.asdict(self.docfg) == dict(D=16, H=2, L=8, N=6, V=32, F=64, fsdp_enabled=False)
+        embed = nn.Embed(self.docfg.V, self.docfg.D)
+        return embed.attend(embed(tokens))
+"""
+
+
+def test_training_beside_nanodo(tiny, tmp_path, monkeypatch):
+    """A model with nanodo's interface, from a folder importable for a moment only, gets our shape and learns."""
+    (tmp_path / "nanodo").mkdir()
+    (tmp_path / "nanodo" / "model.py").write_text(NANODO)
+    monkeypatch.delitem(sys.modules, "nanodo", raising=False)
+    before = list(sys.path)
+    model, windows_BxW = models(width=16, heads=2, layers=6, vocab_size=32)["vanilla"], np.arange(18).reshape(2, 9)
+    run = nanodo.train_step(str(tmp_path), model, windows_BxW)
+    assert sys.path == before
+
+    def nats(state):
+        table_VxD = np.asarray(state[0]["Embed_0"]["embedding"], np.float64)
+        logits_BxLxV = table_VxD[windows_BxW[:, :-1]] @ table_VxD.T
+        of_targets_BxL = np.take_along_axis(logits_BxLxV, windows_BxW[:, 1:, None], axis=2)[..., 0]
+        return (np.log(np.exp(logits_BxLxV).sum(-1)) - of_targets_BxL).mean()
+
+    first = nats(run())
+    for _ in range(50):
+        last = nats(run())
+    assert last < first - 0.05
+
+
 @pytest.mark.slow
 def test_peer_has_our_shape():
     pytest.importorskip("transformers")
@@ -192,6 +233,12 @@ def test_bad_settings_of_training(flag):
     status, errors = call(bench, "--subject=training", flag)
     name, _, value = flag.partition("=")
     assert status == 2 and errors.startswith(f"error: {name} is {value!r}; allowed: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", ["", "no/such"])
+def test_a_peer_without_its_folder_is_named(folder):
+    status, errors = call(bench, "--subject=training", "--peers=nanodo", f"--nanodo={folder}")
+    assert status == 2 and errors.startswith(f"error: --nanodo is {folder!r}; allowed: ") and errors.count("\n") == 1
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):

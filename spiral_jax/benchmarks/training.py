@@ -1,4 +1,4 @@
-"""Speed of train steps: ours, and PyTorch's of a GPT-NeoX of equal shape, beside the machine's matrix products."""
+"""Speed of train steps: ours, and other programs' of a transformer of equal shape, beside the machine's products."""
 
 import dataclasses
 import statistics
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spiral_jax.benchmarks import nanodo
 from spiral_jax.benchmarks.families import models
 from spiral_jax.benchmarks.peer import gpt_neox, update_of
 from spiral_jax.model.config import ModelConfig
@@ -35,7 +36,7 @@ SIZES = {
     "1.2m": Size(128, 2, 6, 256, 4, 256),
     "27m": Size(512, 8, 6, 8192, 1, 1024),
 }
-PEERS = {"torch": "PyTorch eager", "torch.compile": "torch.compile"}
+PEERS = {"torch": "PyTorch eager", "torch.compile": "torch.compile", "nanodo": "nanodo"}
 # The side of the square matrices that show what the machine can do.
 SGEMM = 2048
 
@@ -51,6 +52,7 @@ class TrainingSettings:
       repeats: turns; in each, every program runs for `seconds`.
       seconds: at least, of steps of one program before the next has its turn.
       unroll: `model.unroll` of ours.
+      nanodo: folder of the peer of that name.
     """
 
     sizes: tuple[str, ...] = ("1.2m", "27m")
@@ -59,6 +61,7 @@ class TrainingSettings:
     repeats: int = 5
     seconds: float = 1.0
     unroll: bool = True
+    nanodo: str = ""
 
 
 class Timed(NamedTuple):
@@ -97,9 +100,12 @@ def measure(settings: TrainingSettings, report: Report) -> dict[str, Any]:
             programs[family] = _ours(configs[family], size)
         for peer in settings.peers:
             report(f"{name} {PEERS[peer]}: compiling")
-            programs[peer] = _torch(configs["vanilla"], size, compiled=peer == "torch.compile")
+            if peer == "nanodo":
+                programs[peer] = _nanodo(settings.nanodo, configs["vanilla"], size)
+            else:
+                programs[peer] = _torch(configs["vanilla"], size, compiled=peer == "torch.compile")
         programs["sgemm"] = sgemm()
-        if settings.peers:
+        if {"torch", "torch.compile"} & set(settings.peers):
             programs["torch sgemm"] = _torch_sgemm()
         seconds = _in_turn(programs, settings, name, report)
         best = max(programs[p].flops / statistics.median(seconds[p]) for p in programs if p.endswith("sgemm"))
@@ -211,5 +217,18 @@ def _torch(model: ModelConfig, size: Size, compiled: bool) -> Timed:
 
     begin = time.perf_counter()
     run()
+    return _credited(run, model, size, begin)
+
+
+def _nanodo(folder: str, model: ModelConfig, size: Size) -> Timed:
+    """A train step of nanodo's transformer."""
+    begin = time.perf_counter()
+    run = nanodo.train_step(folder, model, _windows(size))
+    run()
+    return _credited(run, model, size, begin)
+
+
+def _credited(run: Callable[[], object], model: ModelConfig, size: Size, begin: float) -> Timed:
+    """A peer's step, with the FLOPs of ours; `begin` is when its first one began."""
     config = step_config(model, size)
     return Timed(run, flops(config).causal, config.train.tokens_per_step, time.perf_counter() - begin)
