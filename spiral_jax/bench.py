@@ -7,6 +7,8 @@ python -m spiral_jax.bench --subject=loader --store=STORE --remote=URL
 python -m spiral_jax.bench --subject=tokenizer --input=FILE --tokenizer=tokenizer.json
 python -m spiral_jax.bench --subject=decoding                       four models of equal width, with and without a cache
 python -m spiral_jax.bench --subject=training --peers=torch         train steps beside PyTorch's, of equal shape
+python -m spiral_jax.bench --subject=training --peers=nanodo --nanodo=FOLDER
+                                                                    beside nanodo's, from a clone of it
 python -m spiral_jax.bench --subject=operations                     what such a step is made of, beside PyTorch's
 """
 
