@@ -38,7 +38,7 @@ clean:
 
 $(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=, as in make test PYTHON=python3.12" >&2; exit 2; }
+	  { echo "error: $(PYTHON) is missing or older than Python 3.11; set PYTHON=, as in make test PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

@@ -12,6 +12,7 @@ A study is a file in experiments/studies/ (docs/studies.md).
 import argparse
 import fnmatch
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from experiments.design import Run, Study, is_over, load
 from experiments.elsewhere import check_overrides, job_name
 from experiments.record import RESULTS, folder_of
 from experiments.runner import ASKED, OK, Places, Runner, outcome
+from spiral_jax.data.storage import reachable_path
 from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation import catalogue
 from spiral_jax.hardware import parse_slice
@@ -88,6 +90,8 @@ def _main(arguments: list[str]) -> int:
         case "plan":
             return plan(study, names, values.slice or study.slices[0])
         case "run":
+            if places.bucket:
+                check_bucket(places.bucket)
             check_overrides(study, rest, trains=not places.bucket)
             check_tasks(study, values.tasks_data)
             for line in matching.check(study):
@@ -101,6 +105,14 @@ def _main(arguments: list[str]) -> int:
 
     print(f"wrote {write_report(study, places.records, places.study)}, and README.md, CSV and PNG files beside it")
     return OK
+
+
+def check_bucket(bucket: str) -> None:
+    """Raises SpiralError unless there is such a bucket, which may be used from here."""
+    from tpu.bucket import URL
+
+    require(re.fullmatch(URL, bucket) is not None, "--bucket", bucket, "gs://BUCKET or gs://BUCKET/PREFIX of `launch`")
+    reachable_path("--bucket", f"{bucket}/{RESULTS.name}")
 
 
 def is_override(flag: str, verb: str) -> bool:

@@ -81,7 +81,7 @@ def run(
     try:
         rest = _parse(values, verb)
         if values.help:
-            print(f"python -m spiral_jax.{verb}\n\n{doc}\n{values.main_module_help() or values.get_help()}")
+            print(f"python -m spiral_jax.{verb}\n\n{doc}\n{values.get_help()}")
             sys.exit(OK)
         if rest:
             raise SpiralError(f"the argument {rest[0]!r} belongs to no flag; allowed: flags, as in --name=value")

@@ -41,7 +41,7 @@ from spiral_jax.parallel.heap import keep_freed_memory
 from spiral_jax.parallel.mesh import MeshConfig, check_divisible, make_mesh
 from spiral_jax.parallel.placed_model import PlacedModel, place
 from spiral_jax.run import own_code
-from spiral_jax.run.directory import check_dtype, read_model, read_model_of, run_directory, tokenizer_of
+from spiral_jax.run.directory import RUN_OR_EXPORT, check_dtype, read_model, read_model_of, run_directory, tokenizer_of
 from spiral_jax.run.reading import SavedRun, reading
 
 
@@ -65,7 +65,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
-    folder = run_directory(values.workdir)
+    folder = run_directory(values.workdir, allowed=RUN_OR_EXPORT)
     with contextlib.nullcontext() if is_huggingface(folder) else reading(folder, values.step) as saved:
         tokenizer, max_length = tokenizer_and_length(folder, saved)
         requests, prompts = requests_of(values, tokenizer, max_length)

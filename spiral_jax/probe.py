@@ -38,7 +38,7 @@ from spiral_jax.probes import figures, files
 from spiral_jax.probes.measure import Findings, measure
 from spiral_jax.progress import Report
 from spiral_jax.run.config import RunConfig
-from spiral_jax.run.directory import run_directory, tokenizer_of
+from spiral_jax.run.directory import RUN_OR_EXPORT, run_directory, tokenizer_of
 from spiral_jax.run.reading import reading
 from spiral_jax.training.config import TrainConfig
 
@@ -67,9 +67,9 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     check_flags(values)
     with command.joined(values) as processes:
-        subjects = [open_subject(values, values.workdir, values.step, processes)]
+        subjects = [open_subject(values, "workdir", values.step, processes)]
         if values.beside:
-            subjects.append(open_subject(values, values.beside, None, processes))
+            subjects.append(open_subject(values, "beside", None, processes))
             same = subjects[0].folder == subjects[1].folder
             require(not same, "--beside", values.beside, "another folder than --workdir")
         place = values.output or str(Path("probes", subjects[0].folder.name))
@@ -119,13 +119,13 @@ def check_flags(values: flags.FlagValues) -> None:
     figures.check_matplotlib()
 
 
-def open_subject(values: flags.FlagValues, place: str | None, step: int | None, processes: Processes) -> Subject:
-    """Opens all but the parameters.
+def open_subject(values: flags.FlagValues, flag: str, step: int | None, processes: Processes) -> Subject:
+    """Opens all but the parameters of the model that a flag names.
 
     Raises:
       SpiralError: no such model, or none with a core; no such text, of another tokenizer or too short.
     """
-    folder = run_directory(place)
+    folder = run_directory(values[flag].value, f"--{flag}", RUN_OR_EXPORT)
     if is_huggingface(folder):
         require(step is None, "--step", step, f"none, as {folder} is no run")
         if not values.data:

@@ -252,7 +252,7 @@ def test_every_paper_configuration_describes_itself(capsys):
             assert describe.describe(config, 8)["parameters"]["total"] == config.model.total_parameters
 
 
-def test_verbs_are_listed_and_help_is_given():
+def test_verbs_are_listed_and_help_is_given(capsys):
     listed = subprocess.run([sys.executable, "-m", "spiral_jax"], capture_output=True, text=True, cwd=ROOT, check=True)
     from spiral_jax.__main__ import VERBS
 
@@ -261,6 +261,11 @@ def test_verbs_are_listed_and_help_is_given():
         assert (ROOT / f"spiral_jax/{verb}.py").exists()
     for verb in (train, evaluate, describe):
         assert call(verb, "--help") == (0, "")
+        text = capsys.readouterr().out
+        # Flags that verbs share, too.
+        assert "--import: " in text
+        assert ("--config: " in text) == (verb is not evaluate)
+        assert ("--initialization_timeout: " in text) == (verb is not describe)
 
 
 def test_importing_the_package_touches_no_device():

@@ -57,18 +57,19 @@ def test_the_example_is_the_one_we_ship():
 
 def test_every_block_registers_what_the_text_says(registered):
     names = {name for _, name in registered}
-    assert names == {"average", "reminded", "mean_of_updates", "last", "gated_mean", "by_place", "weighed", "lion",
-                     "inverse_square_root"}  # fmt: skip
+    assert names == {"average", "scaled", "reminded", "mean_of_updates", "last", "gated_mean", "by_place", "weighed",
+                     "lion", "inverse_square_root"}  # fmt: skip
 
 
 @pytest.mark.slow
 def test_operators_fit_and_are_causal_and_decode(registered):
     """Those of the page in three models."""
-    assert len(registered) == 9
+    assert len(registered) == 10
     for fields in (
         dict(topology="average", pooling="last", allocation="by_place"),
         dict(topology="reminded", pooling="gated_mean"),
         dict(topology="mean_of_updates"),
+        dict(topology="scaled"),
         dict(topology="weighed"),
     ):
         model = dataclasses.replace(MODEL, **fields)

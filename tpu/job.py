@@ -24,7 +24,7 @@ _TEXTS = {
         r"[a-z]([-a-z0-9]{0,26}[a-z0-9])?",
         "at most 28 lower-case letters, digits and dashes, a letter first, no dash last",
     ),
-    "--bucket": (URL, "gs://BUCKET or gs://BUCKET/PREFIX of letters, digits and -_."),
+    "--bucket": (URL, "gs://BUCKET or gs://BUCKET/PREFIX, a bucket of lower-case letters, digits and -_."),
     "--project": (
         r"([a-z0-9][a-z0-9.-]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]",
         "a project's id, 6 to 30 lower-case letters, digits and dashes",

@@ -286,8 +286,8 @@ def _main(arguments: list[str], world: dict) -> int:
         return launcher.of_gke()
     if values.verb in ("run", "babysit"):
         job.check_config()  # before anything is looked at
-    if values.verb == "babysit":
-        require(job.max_chip_hours is not None, "--max_chip_hours", None, "a number, at which everything ends")
+    if values.verb == "babysit" and job.max_chip_hours is None:
+        raise SpiralError("--max_chip_hours is missing; allowed: a number, at which everything ends")
     if values.dry_run:
         return launcher.dry_run()
     if values.verb in ("setup", "run", "status", "stop", "delete"):  # the others check everything before

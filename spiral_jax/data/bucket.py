@@ -49,7 +49,7 @@ def bucket_path(field: str, place: str | os.PathLike) -> epath.Path:
     # gcsfs takes the characters left out for patterns, also where it removes; and so do listings.
     found = re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9]/([^*?\[\]{}]+?)/*", str(place))
     if found is None or {"", ".", ".."} & set(found[1].split("/")):
-        allowed = "a path, or a folder as gs://BUCKET/FOLDER, without any of *?[]{}"
+        allowed = "a path, or a folder as gs://BUCKET/FOLDER, the bucket in lower case, without any of *?[]{}"
         raise SpiralError(f"{field} is {str(place)!r}; allowed: {allowed}")
     for package in _PACKAGES:
         try:

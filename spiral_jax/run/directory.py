@@ -52,6 +52,9 @@ from spiral_jax.parallel.processes import ALONE, Processes
 from spiral_jax.run.checkpoint import on_host
 from spiral_jax.run.reading import SavedRun, reading
 
+# What is read without being trained on.
+RUN_OR_EXPORT = "the directory of a run, or a folder of a GPT-NeoX or an exported model"
+
 
 def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None) -> tuple[SpiralFormer, Any]:
     """The model and parameters of a run, or of an exported or Hugging Face folder, on the default device.
@@ -76,10 +79,15 @@ def load(path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | Non
 
 
 def read_model(
-    path: str | os.PathLike, *, step: int | None = None, dtype: Dtype | None = None, processes: Processes = ALONE
+    path: str | os.PathLike,
+    *,
+    step: int | None = None,
+    dtype: Dtype | None = None,
+    processes: Processes = ALONE,
+    field: str = "path",
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """As `load`, but the architecture, and the parameters as NumPy arrays: nothing is put on a device."""
-    folder = run_directory(path)
+    folder = run_directory(path, field, RUN_OR_EXPORT)
     if is_huggingface(folder):
         require(step is None, "step", step, f"none, as {folder} is no run")
         config, _ = read_config(folder, dtype or "float32")
@@ -104,25 +112,27 @@ def check_dtype(dtype: Dtype, field: str) -> None:
     require(ok, field, dtype, "another one, or JAX_ENABLE_X64=1 in the environment")
 
 
-def run_directory(path: str | os.PathLike | None) -> Path:
-    """The absolute path of a run's directory.
+def run_directory(
+    path: str | os.PathLike | None, field: str = "--workdir", allowed: str = "the directory of a run"
+) -> Path:
+    """The absolute path of a run's directory; `field` and `allowed` are for errors.
 
     Raises:
       SpiralError: not given, or not a directory.
     """
     if not path:
-        raise SpiralError("--workdir is missing; allowed: the directory of a run")
-    workdir = _run_path(path)
-    if not is_folder(workdir):
-        raise SpiralError(f"{workdir} does not exist; allowed: the directory of a run")
-    return workdir
+        raise SpiralError(f"{field} is missing; allowed: {allowed}")
+    folder = reachable_path(field, path)
+    if not is_folder(folder):
+        raise SpiralError(f"{field} is {str(path)!r}, which does not exist; allowed: {allowed}")
+    return folder
 
 
 def workdir_of(flag: str | None) -> Path:
     """The absolute path of the directory to keep a run in; raises SpiralError if it is not given."""
     if not flag:
         raise SpiralError("--workdir is missing; allowed: the directory to keep the run in")
-    return _run_path(flag)
+    return reachable_path("--workdir", flag)
 
 
 def make_workdir(workdir: Path) -> None:
@@ -140,11 +150,6 @@ def make_workdir(workdir: Path) -> None:
         probe = workdir / f".probe-{uuid.uuid4().hex}"  # hosts of containers may have one process id
         probe.write_bytes(b"")
         remove(probe)
-
-
-def _run_path(place: str | os.PathLike) -> Path:
-    """The absolute path of a run's directory."""
-    return reachable_path("--workdir", place)
 
 
 def save_data(workdir: Path, data: PreparedData) -> None:

@@ -64,7 +64,8 @@ def open_run(config: RunConfig, workdir: Path, mesh: Mesh, processes: Processes,
     tasks = open_tasks_of_run(config.evaluation, config.train.sequence_length)
     given = None
     if saved is None and config.upcycle.source:
-        given = upcycled(config.upcycle, config.model, *read_model(config.upcycle.source, processes=processes))
+        source = read_model(config.upcycle.source, processes=processes, field="upcycle.source")
+        given = upcycled(config.upcycle, config.model, *source)
     guards.watchdog.expect_nothing()  # making stores can take long
     data = prepare_data(config, workdir, fingerprints, processes)
     guards.watchdog.expect("the start", "start_minutes")

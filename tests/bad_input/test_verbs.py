@@ -64,7 +64,7 @@ PREPARE_FLAGS = ("--validation_fraction=nan", "--validation_fraction=1", "--vali
                  "--worker=3")  # fmt: skip
 GENERATE = {
     "nothing": ((), "--workdir is missing"),
-    "no such run": (("--workdir=/no/run", "--prompt=a"), "/no/run does not exist"),
+    "no such run": (("--workdir=/no/run", "--prompt=a"), "--workdir is '/no/run', which does not exist"),
     "no run": (("--workdir={good}/store", "--prompt=a"), "store"),
     "no prompt": (("--workdir={good}/run",), "--prompt or --input is missing"),
     "an empty prompt": (("--workdir={good}/run", "--prompt="), "--prompt 1 is empty"),
@@ -118,7 +118,7 @@ EVALUATE = {
 }
 PROBE = {
     "nothing": ((), "--workdir is missing"),
-    "no such run": (("--workdir=/no/run",), "/no/run does not exist"),
+    "no such run": (("--workdir=/no/run",), "--workdir is '/no/run', which does not exist"),
     "no run": (("--workdir={good}/store",), "has no checkpoints"),
     "no core": (("--workdir={good}/vanilla", "--data={good}/text.txt"), "2 layers, which has no core"),
     "no validation text": (("--workdir={good}/run",), "data.json is missing or broken; allowed: a text with --data"),
@@ -155,7 +155,7 @@ PROBE = {
 EXPORT = {
     "nothing": ((), "--workdir is missing"),
     "no output": (("--workdir={good}/run",), "--output is missing"),
-    "no such run": (("--workdir=/no/run", "--output={bad}/x/out"), "/no/run does not exist"),
+    "no such run": (("--workdir=/no/run", "--output={bad}/x/out"), "--workdir is '/no/run', which does not exist"),
     "no run": (("--workdir={good}/store", "--output={bad}/x/out"), "has no checkpoints"),
     "output is a file": (("--workdir={good}/run", "--output={good}/text.txt"), "is a file"),
     "output holds things": (("--workdir={good}/run", "--output={good}"), "allowed: a folder that is new or empty"),

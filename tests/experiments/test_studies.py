@@ -164,9 +164,25 @@ def test_committed_records_are_of_their_study_as_it_is_declared(folder):
     (["plain", "ablation"], "argument VERB: invalid choice: 'plain'"),
     (["run", "main_table", "--edition=full"], "data.stores is (); allowed: --config.data.stores="),
     (["run", "ablation", "--tasks_data=x"], "--tasks_data is 'x'; allowed: none, as this study asks no tasks"),
+    (["run", "main_table", "--edition=full", "--bucket=mine"], "--bucket is 'mine'; allowed: gs://BUCKET or "),
     (["run", "ablation", "--config.model.d_model=8"], "--config.model.d_model changes what comes of the runs"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(capsys, arguments, expected):
     assert study.main(arguments) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {expected}") and errors.count("\n") == 1
+
+
+def test_a_bucket_that_cannot_be_used_is_one_line(capsys, monkeypatch):
+    """Without credentials, for example: before any run is looked for there."""
+    pytest.importorskip("gcsfs")
+    from google.auth.exceptions import DefaultCredentialsError
+
+    def no_client():
+        raise DefaultCredentialsError("no credentials")
+
+    monkeypatch.setattr("spiral_jax.data.bucket._client", no_client)
+    assert study.main(["run", "main_table", "--edition=full", "--bucket=gs://mine"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: --bucket is 'gs://mine/") and errors.count("\n") == 1
+    assert "no credentials" in errors

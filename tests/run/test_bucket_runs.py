@@ -184,7 +184,7 @@ def test_what_cannot_be_is_one_line(emulator_url, folder, monkeypatch):
         ("gs://no-such-bucket/run", "whose bucket cannot be used (404"),
         ("gs://bucket", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
         ("gs://bucket/../x", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
-        ("gs://bucket/sweep[12]", "gs://BUCKET/FOLDER, without any of *?[]{}"),
+        ("gs://bucket/sweep[12]", "gs://BUCKET/FOLDER, the bucket in lower case, without any of *?[]{}"),
         ("gs:/bucket/run", "--workdir is 'gs:/bucket/run'; allowed: a path of this machine"),
         ("s3://bucket/run", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
         ("foo://bucket/run", "allowed: a path, or a folder as gs://BUCKET/FOLDER"),
@@ -193,7 +193,8 @@ def test_what_cannot_be_is_one_line(emulator_url, folder, monkeypatch):
         assert status == 2 and errors.count("\n") == 1 and found in errors, errors
     status, errors = call(evaluate, f"--workdir=gs://{bucket.BUCKET}/nothing")
     assert (status, errors) == (
-        2, f"error: gs://{bucket.BUCKET}/nothing does not exist; allowed: the directory of a run\n"
+        2,
+        f"error: --workdir is 'gs://{bucket.BUCKET}/nothing', which does not exist; allowed: the directory of a run\n",
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     status, errors = call(evaluate, f"--workdir=gs://{bucket.BUCKET}/run")

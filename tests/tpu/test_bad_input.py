@@ -79,7 +79,7 @@ LINES = {
     "reaping a zone": (("reap", "--zone=x;y", "--dry_run"), "--zone is 'x;y'"),
     "reaping no zone": (("reap", "--zone="), "--zone is ''"),
     "reaping a project": (("reap", "--project=p;q"), "--project is 'p;q'"),
-    "no cap": (("babysit", *GOOD[:-1]), "--max_chip_hours is None"),
+    "no cap": (("babysit", *GOOD[:-1]), "--max_chip_hours is missing"),
     "list without a budget": (("babysit", "--jobs=x.json"), "--max_chip_hours"),
     "list that is not there": (("babysit", "--jobs=/nowhere.json", "--max_chip_hours=1"), "--jobs is '/nowhere.json'"),
 }

@@ -107,7 +107,7 @@ def test_delete_works_without_a_bucket(world):
 def test_babysit_wants_a_cap_and_does_what_it_says(world, capsys):
     flags = ["--config=experiments/pile.py:1.4b", "--skip_plan"]
     assert typed(world, "babysit", *flags) == 2
-    assert "--max_chip_hours is None; allowed: a number" in capsys.readouterr().err
+    assert "--max_chip_hours is missing; allowed: a number" in capsys.readouterr().err
     world.bucket.objects["control/stop"] = (b"0", 1)  # of an earlier life
     assert typed(world, "babysit", *flags, "--max_chip_hours=200") == 0
     assert world.heard("the end: finished") and world.left() == []
