@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 POINTS = {
     "start": ("spiral_jax.train", "make_workdir"),
@@ -43,7 +44,7 @@ def install(fault: str, argv: list[str]) -> None:
     parsed = re.fullmatch(r"(\w+)(?:@(\d+))?:(\w+)", fault)
     if parsed is None or parsed[1] not in POINTS | EVENTS or not (parsed[3] in SIGNALS or parsed[3] in ACTIONS):
         points, actions = ", ".join(POINTS | EVENTS), ", ".join([*SIGNALS, *ACTIONS])
-        sys.exit(f"{fault!r}; allowed: POINT[@STEP]:ACTION, points {points}, actions {actions}")
+        refuse(f"the fault is {fault!r}; allowed: POINT[@STEP]:ACTION, points {points}, actions {actions}")
     point, step, action = parsed[1], int(parsed[2]) if parsed[2] else None, parsed[3]
     workdir = next((Path(arg.partition("=")[2]) for arg in argv if arg.startswith("--workdir=")), Path())
     left = [True]
@@ -166,9 +167,15 @@ def run(faults: list[str], argv: list[str]) -> None:
     importlib.import_module("spiral_jax.command").run(verb, module.__doc__, module.define, module.main)
 
 
+def refuse(line: str) -> NoReturn:
+    """Ends as a verb does that is given something else than is allowed."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     if "--" not in sys.argv:
-        sys.exit(__doc__)
+        refuse("-- is missing; allowed: FAULT ... -- VERB FLAGS, as in step@5:kill -- train --workdir=runs/mine")
     at = sys.argv.index("--")
     run(sys.argv[1:at], sys.argv[at + 1 :])
 

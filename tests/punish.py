@@ -308,7 +308,9 @@ def main() -> None:
     cells = sys.argv[1:] or list(CELLS)
     unknown = [cell for cell in cells if cell not in CELLS]
     if unknown:
-        sys.exit(f"{unknown[0]!r}; allowed: {', '.join(CELLS)}")
+        from tests import faults
+
+        faults.refuse(f"the cell is {unknown[0]!r}; allowed: {', '.join(CELLS)}")
     print(
         "| kind / moment | exit statuses | steps lost | seconds | ends bitwise | last line |\n|---|---|---|---|---|---|"
     )

@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--error_rate", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if not os.path.isdir(given.folder):
+        parser.error(f"the folder is {given.folder!r}; allowed: one that is there")
     with RangeServer(given.folder, given.latency_ms / 1000, random_faults(given.error_rate, given.seed)) as server:
         print(server.url, flush=True)
         sys.stdin.read()

@@ -177,8 +177,6 @@ def _make_on_bucket(
 
 
 def _recipe(config: DataConfig, output: Path, report: Report) -> Recipe:
-    if not config.paths:
-        raise SpiralError("data.paths is empty; allowed: files, folders or glob patterns (or set data.stores)")
     inside = Path(os.path.realpath(output))  # what an earlier run has made, should the output be in a folder of inputs
     found = find_sources(config.paths, config.exclude, format=config.format)
     sources = [source for source in found if inside not in Path(os.path.realpath(source.path)).parents]

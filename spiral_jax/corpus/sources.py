@@ -89,8 +89,10 @@ def find_sources(
       field: config field to name in errors.
 
     Raises:
-      SpiralError: a path does not exist, a pattern or folder holds no file, or everything is excluded or empty.
+      SpiralError: no paths, one that does not exist, a pattern or folder without files, or all is excluded or empty.
     """
+    if not paths:
+        raise SpiralError(f"{field} is empty; {_ALLOWED} (or set data.stores)")
     chosen: dict[str, Source] = {}
     found = [place for given in paths for place in find_files(given, field)]
     for root, file in found:
@@ -99,8 +101,9 @@ def find_sources(
             source = Source(name, str(file), status.st_size, status.st_mtime_ns, *_format_of(file, format))
             chosen.setdefault(os.path.realpath(file), source)
     if not chosen:
-        reason = f"data.exclude leaves out all {len(found)} files" if found else "no files given"
-        raise SpiralError(f"{field}: {reason}; allowed: paths that leave at least one text file")
+        raise SpiralError(
+            f"{field}: data.exclude leaves out all {len(found)} files; allowed: paths that leave at least one text file"
+        )
     with_text = [source for source in chosen.values() if source.size]
     if not with_text:
         raise SpiralError(f"{field}: no text in {', '.join(paths)}; allowed: files that are not all empty")
