@@ -12,7 +12,6 @@ A study is a file in experiments/studies/ (docs/studies.md).
 import argparse
 import fnmatch
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from spiral_jax.errors import SpiralError, require
 from spiral_jax.evaluation import catalogue
 from spiral_jax.hardware import parse_slice
 from spiral_jax.progress import duration
-from tpu.job import Parser
+from tpu.job import Parser, match
 
 # FLOP/s of small models on two cores, by a trial of main_table's (800 steps of its vanilla in 3 minutes).
 CPU_FLOPS = 1.2e11
@@ -109,10 +108,8 @@ def _main(arguments: list[str]) -> int:
 
 def check_bucket(bucket: str) -> None:
     """Raises SpiralError unless there is such a bucket, which may be used from here."""
-    from tpu.bucket import URL
-
-    require(re.fullmatch(URL, bucket) is not None, "--bucket", bucket, "gs://BUCKET or gs://BUCKET/PREFIX of `launch`")
-    reachable_path("--bucket", f"{bucket}/{RESULTS.name}")
+    match("--bucket", bucket)
+    reachable_path("--bucket", f"{bucket}/{RESULTS.name}")  # which folder does not matter: the bucket is asked
 
 
 def is_override(flag: str, verb: str) -> bool:
@@ -219,7 +216,7 @@ def launch(study: Study, runner: Runner, names: Sequence[str], slice: str, flags
 
     matching.check(study)
     check_overrides(study, [flag for flag in flags if flag.startswith("--config.")], trains=True)
-    require(bool(runner.places.bucket), "--bucket", runner.places.bucket, "gs://BUCKET or gs://BUCKET/PREFIX")
+    match("--bucket", runner.places.bucket)
     called = runner.places.study
     travels = not called.endswith(".py") or called in pack(ROOT).files
     require(travels, "the study", called, f"one of this tree, as a path from {ROOT}, that git does not ignore")

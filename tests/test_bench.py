@@ -180,7 +180,7 @@ class TransformerDo(nn.Module):
 """
 
 
-def test_training_beside_nanodo(tiny, tmp_path, monkeypatch):
+def test_training_beside_nanodo(tmp_path, monkeypatch):
     """A model with nanodo's interface, from a folder importable for a moment only, gets our shape and learns."""
     (tmp_path / "nanodo").mkdir()
     (tmp_path / "nanodo" / "model.py").write_text(NANODO)

@@ -195,7 +195,7 @@ def test_what_cannot_be_is_one_line(emulator_url, folder, monkeypatch):
     assert (status, errors) == (
         2,
         f"error: --workdir is 'gs://{bucket.BUCKET}/nothing', which does not exist; allowed: the directory of a run\n",
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     status, errors = call(evaluate, f"--workdir=gs://{bucket.BUCKET}/run")
     assert status == 2 and errors.endswith("needs gcsfs; allowed: with pip install 'spiral_jax[remote]'\n"), errors
